@@ -1,0 +1,38 @@
+# Every target makes and fills .venv itself; nothing is redone when pyproject.toml and constraints.txt are unchanged.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test test-all lint bench clean
+
+demo: $(READY)
+	$(BIN)/python examples/lightning_digits.py --logdir runs/demo/lightning_digits
+	$(BIN)/python examples/transformers_char_lm.py --logdir runs/demo/transformers_char_lm
+	@echo
+	@echo "Both runs in one TensorBoard:"
+	@echo "    $(BIN)/tensorboard --logdir runs/demo"
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+test-all: $(READY)
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(READY)
+	$(BIN)/python benchmarks/probe.py --out benchmarks/results/probe.json
+
+clean:
+	rm -rf .venv runs
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[all]" --group dev
+	@touch $@

@@ -1,0 +1,63 @@
+"""Curvature of the training loss, measured while the network trains.
+
+Glossary, one word per concept. *Step*: an optimizer step. *Probe*: one measurement time with its *microbatches*. *Block*: a
+named group of parameters. *Record*: what one measurement found about one block at one step. *Sink*: what receives records.
+*Operator*: a symmetric map known by its products (*matvec*). *Eigenpairs*: Ritz values with *residuals*.
+
+Letters: P parameters, N samples, T positions (tokens), C outputs, B blocks, k kept eigenpairs.
+
+Conventions: sample i is one row, its loss `l_i` is the *sum* over its valid targets, `n_i` counts them; the objective is
+`L = sum_i l_i / sum_i n_i`; the empirical Fisher is `F = (1/N) sum_i g_i g_i'` with `g_i = grad l_i`. Everything is measured in
+evaluation mode and in float32 or better.
+"""
+
+from curvature_callbacks.errors import ConfigurationError, ProbeError, RefusedError
+from curvature_callbacks.linalg.eigenpairs import Eigenpairs
+from curvature_callbacks.linalg.lanczos import lanczos
+from curvature_callbacks.linalg.operator import MatrixOperator, Operator
+from curvature_callbacks.linalg.spectrum import Spectrum
+from curvature_callbacks.measurements import FisherSpectrum, KFACCoverage, Measurement, TopEigenpairs
+from curvature_callbacks.measurements.fisher_spectrum import FisherSpectra, compute_fisher_spectrum
+from curvature_callbacks.measurements.kfac_coverage import KFACCoverageReport, compute_kfac_coverage
+from curvature_callbacks.measurements.top_eigenpairs import compute_spectrum
+from curvature_callbacks.monitor import CurvatureMonitor
+from curvature_callbacks.probes import CapturedProbes, DatasetProbes, FixedProbes, Probes
+from curvature_callbacks.problem import Problem
+from curvature_callbacks.record import Record
+from curvature_callbacks.schedules import EveryNSteps, Schedule
+from curvature_callbacks.sinks import JSONLinesSink, MemorySink, Sink, read_records
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CapturedProbes",
+    "ConfigurationError",
+    "CurvatureMonitor",
+    "DatasetProbes",
+    "Eigenpairs",
+    "EveryNSteps",
+    "FisherSpectra",
+    "FisherSpectrum",
+    "FixedProbes",
+    "JSONLinesSink",
+    "KFACCoverage",
+    "KFACCoverageReport",
+    "MatrixOperator",
+    "Measurement",
+    "MemorySink",
+    "Operator",
+    "ProbeError",
+    "Probes",
+    "Problem",
+    "Record",
+    "RefusedError",
+    "Schedule",
+    "Sink",
+    "Spectrum",
+    "TopEigenpairs",
+    "compute_fisher_spectrum",
+    "compute_kfac_coverage",
+    "compute_spectrum",
+    "lanczos",
+    "read_records",
+]

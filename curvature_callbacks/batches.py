@@ -1,0 +1,93 @@
+"""Batches of any nesting: their rows, device and dtype."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvature_callbacks.errors import ConfigurationError
+
+
+def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """`batch` with `function` applied to every tensor; containers keep their type, everything else is passed on."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        return _like(batch, {key: map_tensors(value, function) for key, value in batch.items()})
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(map_tensors(value, function) for value in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(map_tensors(value, function) for value in batch)
+    return batch
+
+
+def as_microbatches(batches: Any) -> list[Any]:
+    """The microbatches in `batches`: a list of them, or a single one (a mapping, a tuple, a tensor, a list of tensors)."""
+    if isinstance(batches, list) and not (batches and isinstance(batches[0], Tensor)):
+        return batches
+    return [batches]
+
+
+def batch_size(batch: Any) -> int:
+    """Rows of `batch`: the leading dimension of `labels` where there are any, else of its first tensor."""
+    if isinstance(batch, Mapping) and isinstance(batch.get("labels"), Tensor) and batch["labels"].ndim:
+        return int(batch["labels"].shape[0])
+    for tensor in _tensors(batch):
+        if tensor.ndim:
+            return int(tensor.shape[0])
+    raise ConfigurationError(
+        f"a microbatch of type {type(batch).__name__} holds no tensor with rows: give a tensor, a tuple or a mapping."
+    )
+
+
+def take_rows(batch: Any, rows: Tensor) -> Any:
+    """The given `rows` (an index tensor) of every tensor in `batch` whose leading dimension is the batch size."""
+    size = batch_size(batch)
+
+    def take(tensor: Tensor) -> Tensor:
+        return tensor[rows.to(tensor.device)] if tensor.ndim and tensor.shape[0] == size else tensor
+
+    return map_tensors(batch, take)
+
+
+def split_rows(batch: Any, size: int) -> list[Any]:
+    """Consecutive pieces of at most `size` rows."""
+    rows = torch.arange(batch_size(batch))
+    return [take_rows(batch, piece) for piece in torch.split(rows, size)]
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """`batch` with every tensor on `device`."""
+    return map_tensors(batch, lambda tensor: tensor.to(device))
+
+
+def to_dtype(batch: Any, dtype: torch.dtype) -> Any:
+    """`batch` with every floating-point tensor in `dtype`."""
+    return map_tensors(batch, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+
+
+def detached_copy(batch: Any) -> Any:
+    """`batch` with every tensor cloned, so that what the training loop does to it later does not matter."""
+    return map_tensors(batch, lambda tensor: tensor.detach().clone())
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from _tensors(value)
+    elif isinstance(batch, list | tuple):
+        for value in batch:
+            yield from _tensors(value)
+
+
+def _like(original: Mapping[Any, Any], values: dict[Any, Any]) -> Mapping[Any, Any]:
+    """`values` in a mapping of the original's type (Hugging Face's `BatchEncoding` has attributes a model may use)."""
+    if type(original) is dict:
+        return values
+    replica = copy.copy(original)
+    replica.update(values)  # type: ignore[attr-defined]
+    return replica

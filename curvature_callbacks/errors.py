@@ -1,0 +1,32 @@
+"""Errors with a fixed consequence: stop before step 1, refuse for good, or skip this probe."""
+
+from collections.abc import Iterable
+from typing import Any, final
+
+
+@final
+class ConfigurationError(ValueError):
+    """What the user asked for cannot be measured; raised before step 1 and never swallowed."""
+
+
+@final
+class RefusedError(RuntimeError):
+    """A number here would be silently wrong; the measurement is switched off for the rest of the run."""
+
+
+@final
+class ProbeError(RuntimeError):
+    """This probe has no answer (a non-finite loss, no valid target); the next one may have."""
+
+
+def check_choice(parameter: str, value: Any, choices: Iterable[str]) -> None:
+    """Raise a `ConfigurationError` that lists all `choices` unless `value` is one of them."""
+    listed = tuple(choices)
+    if value not in listed:
+        raise ConfigurationError(f"`{parameter}` must be one of {', '.join(map(repr, listed))}, got {value!r}.")
+
+
+def check_positive(parameter: str, value: Any) -> None:
+    """Raise a `ConfigurationError` unless `value` is an integer of at least one."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigurationError(f"`{parameter}` must be an integer of at least 1, got {value!r}.")

@@ -1,0 +1,194 @@
+"""Block Grams: `G_b G_b'` of the per-sample gradients of every block, for all samples of a probe."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from curvature_callbacks.batches import batch_size
+from curvature_callbacks.errors import RefusedError
+from curvature_callbacks.gram.capture import Capture
+from curvature_callbacks.gram.certificate import TOLERANCE, certificate_errors
+from curvature_callbacks.gram.parameter_gram import parameter_gram
+from curvature_callbacks.gram.rows import row_grams
+from curvature_callbacks.gram.uses import Use
+from curvature_callbacks.model.blocks import Blocks
+from curvature_callbacks.model.objective import Objective
+
+Signature = frozenset[tuple[str, tuple[str, ...], tuple[int, ...]]]
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class BlockGrams:
+    """Grams of one probe.
+
+    Attributes:
+        grams: block to (N, N) float64, unscaled, `K_ij = g_i . g_j` with `g_i` the gradient of the sample's *summed* loss.
+        num_targets: (N,) valid targets of each sample.
+        kinds: parameter to the operations that used it.
+        fallback: parameter to why its gradients were taken row by row.
+        certificate: block to the relative error the certificate found; None when it was not run.
+        signature: what the certificate vouches for: operations and their row layout.
+    """
+
+    grams: Mapping[str, Tensor]
+    num_targets: Tensor
+    kinds: Mapping[str, list[str]]
+    fallback: Mapping[str, str]
+    certificate: Mapping[str, float] | None
+    signature: Signature
+
+
+@final
+@dataclass(slots=True, kw_only=True)
+class Trust:
+    """What earlier probes of a run proved: certified signatures, and parameters whose rule failed."""
+
+    certified: set[Signature] = field(default_factory=set)
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+def block_grams(objective: Objective, microbatches: Sequence[Any], blocks: Blocks, *, trust: Trust, seed: int) -> BlockGrams:
+    """Exact Grams of all blocks, unsubsampled, without the N x P matrix of gradients.
+
+    One forward and one backward pass per microbatch record inputs and output gradients of every operation with a rule; the
+    others' parameters take one gradient per row. Grams of a layout not met before are proved by random signs; a block that
+    fails is computed again row by row.
+
+    Args:
+        objective: the loss of a microbatch.
+        microbatches: what N spans; cross terms between them are exact.
+        blocks: parameter groups.
+        trust: carried from probe to probe, updated here.
+        seed: seed of the certificate's signs.
+
+    Raises:
+        RefusedError: samples are coupled, or no path gives a Gram that passes the certificate.
+
+    Cost: `1.1 + N / (3 T)` gradients on transformers once certified, one more when not; N single-row gradients for
+    parameters without a rule. Memory: inputs and output gradients of all microbatches but the last, plus 64 MiB.
+    """
+    capture = _capture(objective, microbatches, trust)
+    grams = {name: gram for name, gram in capture.grams.items() if name not in capture.fallback}
+    grams |= row_grams(objective, microbatches, list(capture.fallback))
+    N = len(capture.num_targets)
+    summed = {block: _sum(grams, names, N, objective.device) for block, names in blocks.items()}
+    signature = _signature(capture)
+    errors = None
+    if signature not in trust.certified:
+        errors = certificate_errors(objective, microbatches, blocks, summed, seed=seed)
+        failed = [block for block, error in errors.items() if not error <= TOLERANCE]
+        if failed:
+            return _without_rules(objective, microbatches, blocks, failed, errors, trust=trust, seed=seed)
+        trust.certified.add(signature)
+    return BlockGrams(
+        grams=summed,
+        num_targets=capture.num_targets,
+        kinds=capture.kinds,
+        fallback=capture.fallback,
+        certificate=errors,
+        signature=signature,
+    )
+
+
+def parameter_operations(objective: Objective, batch: Any) -> Mapping[str, list[str]]:
+    """Parameter to the operations that use it, from one forward pass. Cost: that pass."""
+    values = {name: parameter.detach() for name, parameter in objective.parameters.items()}
+    capture = Capture(values, batch_size(batch), lambda name, uses: None, unruled={})
+    with capture:
+        objective(batch, values)
+    return capture.kinds
+
+
+def _without_rules(
+    objective: Objective,
+    microbatches: Sequence[Any],
+    blocks: Blocks,
+    failed: Sequence[str],
+    errors: Mapping[str, float],
+    *,
+    trust: Trust,
+    seed: int,
+) -> BlockGrams:
+    """The same again with the failed blocks row by row."""
+    for block in failed:
+        names = [name for name in blocks[block] if name not in trust.refused]
+        if not names:
+            raise RefusedError(
+                f"block `{block}` fails its certificate (relative error {errors[block]:.1e}) even row by row: its samples "
+                "do not have gradients of their own, or the loss is not a fixed function of the parameters."
+            )
+        trust.refused |= dict.fromkeys(names, f"certificate failed (relative error {errors[block]:.1e})")
+    return block_grams(objective, microbatches, blocks, trust=trust, seed=seed)
+
+
+@final
+@dataclass(slots=True)
+class _Captured:
+    """What the hooked passes over all microbatches gave."""
+
+    grams: dict[str, Tensor]
+    num_targets: Tensor
+    kinds: dict[str, list[str]]
+    positions: dict[str, list[int]]
+    fallback: dict[str, str]
+
+
+def _capture(objective: Objective, microbatches: Sequence[Any], trust: Trust) -> _Captured:
+    uses: dict[str, list[list[Use]]] = {name: [] for name in objective.parameters}
+    result = _Captured({}, torch.empty(0, dtype=torch.int64), {}, {}, dict(trust.refused))
+    sizes: list[int] = []
+    for index, batch in enumerate(microbatches):
+        last = index == len(microbatches) - 1
+
+        def completed(name: str, found: list[Use], *, index: int = index, last: bool = last) -> None:
+            uses[name] += [[] for _ in range(index - len(uses[name]))] + [found]
+            if last:
+                result.grams[name] = parameter_gram(uses.pop(name), sizes, objective.parameters[name].shape)
+
+        _pass(objective, batch, completed, sizes, result)
+    for name, found in uses.items():  # used by no microbatch's loss, or not by the last one
+        padded = found + [[] for _ in range(len(sizes) - len(found))]
+        result.grams[name] = parameter_gram(padded, sizes, objective.parameters[name].shape)
+    return result
+
+
+def _pass(objective: Objective, batch: Any, completed: Any, sizes: list[int], result: _Captured) -> None:
+    """One microbatch: forward under the capture, then the activation gradients."""
+    size = batch_size(batch)
+    values = {name: parameter.detach() for name, parameter in objective.parameters.items()}
+    capture = Capture(values, size, completed, unruled=result.fallback)
+    with capture:
+        losses = objective(batch, values)
+    sizes.append(size)
+    capture.backward(losses.total)
+    result.num_targets = torch.cat([result.num_targets, losses.num_targets.cpu()])
+    for name, kinds in capture.kinds.items():
+        result.kinds.setdefault(name, []).extend(kinds)
+    for name, positions in capture.positions.items():
+        result.positions.setdefault(name, []).extend(positions)
+
+
+def _sum(grams: Mapping[str, Tensor], names: Sequence[str], N: int, device: torch.device) -> Tensor:
+    total = torch.zeros(N, N, dtype=torch.float64, device=device)
+    for name in names:
+        total += grams[name].to(device)
+    return total
+
+
+def _signature(captured: _Captured) -> Signature:
+    """Operations with the row layout of each: sample by sample (1), the usual (sample, position) pairs (0), or other."""
+    flattened = Counter(count for counts in captured.positions.values() for count in counts if count > 1)
+    usual = flattened.most_common(1)[0][0] if flattened else 0
+    return frozenset(
+        (name, tuple(sorted(set(kinds))), _layout(captured.positions.get(name, []), usual))
+        for name, kinds in captured.kinds.items()
+    )
+
+
+def _layout(positions: Sequence[int], usual: int) -> tuple[int, ...]:
+    return tuple(sorted({0 if count == usual else count for count in positions}))

@@ -1,0 +1,233 @@
+"""The callback for Lightning."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+from torch import Tensor, nn, tensor
+
+from curvature_callbacks._optional import is_available, require
+from curvature_callbacks.errors import ConfigurationError
+from curvature_callbacks.measurements import Measurement
+from curvature_callbacks.model.blocks import BlockStructure
+from curvature_callbacks.model.losses import LossCallable
+from curvature_callbacks.model.objective import ParamsFilter
+from curvature_callbacks.monitor import CurvatureMonitor
+from curvature_callbacks.probes import CapturedProbes, Draw, Probes, probes_from_loader
+from curvature_callbacks.record import Record, headline, scalar_tags
+from curvature_callbacks.settings import Settings
+from curvature_callbacks.sinks import JSONLinesSink, MemorySink, Sink
+from curvature_callbacks.sinks.tensorboard import TensorBoardSink
+
+if TYPE_CHECKING or is_available("lightning"):
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.loggers import TensorBoardLogger
+    from lightning.pytorch.utilities.model_helpers import is_overridden
+else:
+    require("pytorch_lightning", extra="lightning")
+    from pytorch_lightning import Callback, LightningModule, Trainer
+    from pytorch_lightning.loggers import TensorBoardLogger
+    from pytorch_lightning.utilities.model_helpers import is_overridden
+
+
+@final
+class CurvatureCallback(Callback):
+    """Measures the curvature of the training loss every `every_n_steps` optimizer steps, and changes nothing else.
+
+    At the start of a batch that is due it draws `num_microbatches * microbatch_size` rows of the training data (indexing
+    the dataset, never iterating the loader; the latest training batches where the data is a stream or several loaders),
+    measures, and logs to the run's loggers at the step the parameters belong to. The loss is `loss_fn`, else the module's
+    `curvature_loss(batch)`, else `training_step` itself with logging muted and torchmetrics put back. Per-row losses
+    (`loss_fn` returning shape (N,)) make row-wise fallbacks cheaper and are needed where a mean is not over rows.
+
+    Tags: see the measurements; of the probe itself `curvature/probe_seconds`, `curvature/probe_matvecs`,
+    `curvature/probe_gradient_equivalents`, `curvature/probe_rows`, `curvature/failed`, `curvature/non_finite`. TensorBoard gets
+    curves, heat maps, histograms and a table, other loggers the scalars, `trainer.callback_metrics` and the progress bar the
+    headline numbers, and `curvature.jsonl` in the run's directory everything.
+
+    Args:
+        every_n_steps: optimizer steps between probes, counted as `trainer.global_step` counts them; the first batch always
+            measures. The horizontal axis is that of the loss curves: batches after which an optimizer stepped.
+        measure: measurements; default `[FisherSpectrum(), TopEigenpairs(), KFACCoverage()]`.
+        num_microbatches: microbatches a probe.
+        microbatch_size: rows of each.
+        draw: `fresh` rows at every probe or `fixed` ones.
+        loss_fn: `(module, batch) -> scalar mean | (N,) per-sample losses`.
+        params_filter: `(name, parameter) -> bool`, which trainable parameters to measure.
+        block_structure: `layer`, `parameter` or `none`.
+        seed: with the step it determines every draw.
+
+    Attributes:
+        history: every record so far.
+
+    Raises:
+        ConfigurationError: before step 1, for what can never be measured.
+
+    Cost: of a probe with the default measurements: about 75 gradients of its rows, mostly Hessian products.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 200,
+        measure: list[Measurement] | None = None,
+        num_microbatches: int = 4,
+        microbatch_size: int = 8,
+        draw: Draw = "fresh",
+        loss_fn: LossCallable | None = None,
+        params_filter: ParamsFilter | None = None,
+        block_structure: BlockStructure = "layer",
+        seed: int = 0,
+    ) -> None:
+        self._settings = Settings(
+            every_n_steps=every_n_steps,
+            measure=measure,
+            num_microbatches=num_microbatches,
+            microbatch_size=microbatch_size,
+            draw=draw,
+            loss_fn=loss_fn,
+            params_filter=params_filter,
+            block_structure=block_structure,
+            seed=seed,
+        )
+        self._memory = MemorySink()
+        self._monitor: CurvatureMonitor | None = None
+        self._captured: CapturedProbes | None = None
+        self._loaded: dict[str, Any] | None = None
+
+    @property
+    def history(self) -> list[Record]:
+        """Every record so far, in order."""
+        return self._memory.records
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Build the monitor and check everything that can be checked without a batch."""
+        self._captured = None
+        loss = _loss(pl_module, self._settings.loss_fn)
+        probes: Probes | None = probes_from_loader(
+            trainer.train_dataloader,
+            prepare=lambda batch: _as_the_loop_does(trainer, pl_module, batch),
+            **self._settings.probe_sizes(),
+        )
+        if probes is None:
+            probes = self._captured = self._settings.captured_probes()
+        sinks: list[Sink] = [self._memory, *_sinks(trainer)]
+        self._monitor = self._settings.monitor(pl_module, probes=probes, sinks=sinks, loss=loss)
+        if self._loaded is not None:
+            self._monitor.load_state_dict(self._loaded)
+        self._monitor.check(_logged_step(trainer))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Probe if due: here `.grad` is not in use and the parameters are those of the step being logged."""
+        if self._monitor is None:
+            return
+        if self._captured is not None:
+            self._captured.offer(batch)
+        records = self._monitor.step(trainer.global_step, logged_as=_logged_step(trainer))
+        if records:
+            _log(trainer, records)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the model and the captured batches."""
+        self._monitor = self._captured = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the checkpoint keeps."""
+        return {} if self._monitor is None else self._monitor.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Used when training starts."""
+        self._loaded = state_dict or None
+
+
+def _loss(pl_module: LightningModule, loss_fn: LossCallable | None) -> LossCallable:
+    if loss_fn is not None:
+        return loss_fn
+    if callable(getattr(pl_module, "curvature_loss", None)):
+        return lambda module, batch: module.curvature_loss(batch)
+    advice = (
+        "Pass `loss_fn=lambda module, batch: ...` to the callback or give the module a method `curvature_loss(batch)`: "
+        "either returns the mean loss or one loss per row."
+    )
+    if not pl_module.automatic_optimization:
+        raise ConfigurationError(
+            "the module optimizes manually, so calling its `training_step` for a probe would train it. " + advice
+        )
+    if not is_overridden("training_step", pl_module) or "dataloader_iter" in _arguments(pl_module.training_step):
+        raise ConfigurationError("the module has no `training_step(batch, ...)` to take the loss from. " + advice)
+    return _training_step_loss
+
+
+def _training_step_loss(module: nn.Module, batch: Any) -> Tensor:
+    step: Any = module.training_step
+    extra = {name: 0 for name in ("batch_idx", "dataloader_idx") if name in _arguments(step)}
+    with _muted(module):
+        output = step(batch, **extra)
+    loss = output.get("loss") if isinstance(output, dict) else output
+    if not isinstance(loss, Tensor):
+        raise ConfigurationError(
+            f"`training_step` returned {type(output).__name__} without a loss, so the loss cannot be determined: return it, "
+            "pass `loss_fn` to the callback, or give the module a method `curvature_loss(batch)`."
+        )
+    return loss
+
+
+def _arguments(function: Any) -> set[str]:
+    code = getattr(function, "__code__", None) or function.__func__.__code__
+    return set(code.co_varnames[: code.co_argcount])
+
+
+@contextmanager
+def _muted(module: nn.Module) -> Iterator[None]:
+    """`self.log` does nothing and torchmetrics keep their state: a probe is not a training batch."""
+    saved = [(metric, dict(metric.__dict__), metric._copy_state_dict()) for metric in _metrics(module)]
+    names = [name for name in ("log", "log_dict") if name not in module.__dict__]
+    try:
+        for name in names:
+            module.__dict__[name] = lambda *args, **kwargs: None
+        yield
+    finally:
+        for name in names:
+            del module.__dict__[name]
+        for metric, attributes, states in saved:
+            metric.__dict__.update({**attributes, **states})
+
+
+def _metrics(module: nn.Module) -> list[Any]:
+    if not is_available("torchmetrics"):
+        return []
+    from torchmetrics import Metric
+
+    return [child for child in module.modules() if isinstance(child, Metric)]
+
+
+def _as_the_loop_does(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
+    """Precision, transfer hooks and device, in the order of the training loop."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def _logged_step(trainer: Trainer) -> int:
+    """Where the loss of the coming batch will be logged."""
+    return int(getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step))
+
+
+def _sinks(trainer: Trainer) -> list[Sink]:
+    directory = trainer.log_dir  # on all ranks: it broadcasts
+    if getattr(trainer, "fast_dev_run", False):
+        return []
+    writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+    path = Path(directory or trainer.default_root_dir) / "curvature.jsonl"
+    return [JSONLinesSink(path), *(TensorBoardSink(writer) for writer in writers)]
+
+
+def _log(trainer: Trainer, records: Sequence[Record]) -> None:
+    """Straight to the loggers: `self.log` from a callback repeats, drops or moves values."""
+    scalars = scalar_tags(records)
+    for logger in trainer.loggers:
+        if not isinstance(logger, TensorBoardLogger):
+            logger.log_metrics(scalars, step=records[0].step)
+    shown = headline(records)
+    trainer.callback_metrics.update({tag: tensor(value) for tag, value in shown.items()})
+    trainer.progress_bar_metrics.update({tag: value for tag, value in shown.items() if tag.endswith("lambda_max")})

@@ -1,0 +1,1 @@
+"""Tensors, not networks: operators, Lanczos, spectra."""

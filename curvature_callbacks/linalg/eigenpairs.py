@@ -1,0 +1,83 @@
+"""Eigenpairs: Ritz values with their residuals, and what they say about negative curvature."""
+
+import math
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Eigenpairs:
+    """The wanted eigenvalues of a symmetric operator, each with an error bound.
+
+    Every eigenvalue of a symmetric operator lies within `residual` of its Ritz value (Parlett 1998, theorem 4.5.1); where
+    the next one is a gap away the error is about `residual^2 / gap`.
+
+    Attributes:
+        eigenvalues: (k,) float64 on CPU, descending.
+        residuals: (k,) float64, `||A v - theta v||_2`; never below the arithmetic's noise floor `10 eps |lambda|_max`.
+        converged: (k,) bool, `residual <= max(tol |theta|, 10 eps |lambda|_max)`: each pair by its own size, as in ARPACK.
+        eigenvectors: (P, k) columns in the operator's dtype and device, or None when not asked for.
+        num_matvecs: operator products spent.
+        reorth_mode: reorthogonalisation used (`full`).
+        is_psd: whether the operator is known to be positive semi-definite.
+        tol: relative tolerance of `converged`, also the threshold below which a value counts as negative.
+        lambda_abs_max: largest `|theta|` the run saw.
+        asymmetry: largest `|q_{j-1}' A q_j - beta_{j-1}| / lambda_abs_max`; rounding level for a symmetric operator.
+        seconds: wall time.
+        warnings: what a reader of the numbers should know, in sentences.
+    """
+
+    eigenvalues: Tensor
+    residuals: Tensor
+    converged: Tensor
+    eigenvectors: Tensor | None
+    num_matvecs: int
+    reorth_mode: str
+    is_psd: bool
+    tol: float
+    lambda_abs_max: float
+    asymmetry: float
+    seconds: float
+    warnings: tuple[str, ...] = ()
+
+    def metrics(self) -> dict[str, float]:
+        """Scalars to log; NaN where the run cannot say.
+
+        `lambda_max`, `lambda_min` are the outermost Ritz values returned, converged or not (a Ritz value never lies outside
+        the spectrum), with `residual_lambda_max`, `residual_lambda_min`; `residual_max` is the largest *relative* residual
+        `residual / |theta|` of the pairs and `num_converged` counts them. For indefinite operators `ritz_negative_fraction`,
+        `ritz_negative_mass = sum |theta < 0| / sum |theta|` and `most_negative_eigenvalue` speak of the converged pairs only,
+        with `theta < -tol |lambda|_max` counting as negative.
+        """
+        if len(self.eigenvalues) == 0:
+            return {}
+        values = {
+            "lambda_max": self.eigenvalues[0].item(),
+            "residual_lambda_max": self.residuals[0].item(),
+            "lambda_min": self.eigenvalues[-1].item(),
+            "residual_lambda_min": self.residuals[-1].item(),
+            "residual_max": self._relative_residuals().max().item(),
+            "num_converged": float(self.converged.sum()),
+        }
+        return values if self.is_psd else values | self._negative_curvature()
+
+    def _relative_residuals(self) -> Tensor:
+        smallest = torch.finfo(torch.float64).tiny
+        return self.residuals / self.eigenvalues.abs().clamp_min(smallest)
+
+    def _negative_curvature(self) -> dict[str, float]:
+        ritz = self.eigenvalues[self.converged]
+        if len(ritz) == 0:
+            names = ("ritz_negative_fraction", "ritz_negative_mass", "most_negative_eigenvalue")
+            return dict.fromkeys(names, math.nan)
+        negative = ritz < -self.tol * self.lambda_abs_max
+        total = ritz.abs().sum().item()
+        return {
+            "ritz_negative_fraction": negative.double().mean().item(),
+            "ritz_negative_mass": ritz[negative].abs().sum().item() / total if total > 0 else 0.0,
+            "most_negative_eigenvalue": ritz.min().item(),
+        }

@@ -1,0 +1,60 @@
+"""The interface of a measurement."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, runtime_checkable
+
+from torch import nn
+
+from curvature_callbacks.batches import as_microbatches
+from curvature_callbacks.model.blocks import BlockStructure
+from curvature_callbacks.model.isolation import isolated
+from curvature_callbacks.model.losses import Loss
+from curvature_callbacks.model.objective import ParamsFilter
+from curvature_callbacks.problem import Problem
+from curvature_callbacks.record import Record
+
+
+@runtime_checkable
+class Measurement(Protocol):
+    """What to compute at a probe. State is explicit: the monitor keeps it between probes.
+
+    Write your own by giving these three; `examples/custom_measurement.py` has one.
+    """
+
+    @property
+    def name(self) -> str:
+        """Name in records and tags."""
+        ...
+
+    def init(self, problem: Problem) -> Any:
+        """State before the first probe."""
+        ...
+
+    def measure(self, problem: Problem, state: Any) -> tuple[Sequence[Record], Any]:
+        """Records of this probe and the state for the next. Seconds are filled in by the monitor."""
+        ...
+
+
+@contextmanager
+def offline_problem(
+    model: nn.Module,
+    batches: Any,
+    *,
+    loss: Loss,
+    params_filter: ParamsFilter | None,
+    block_structure: BlockStructure = "layer",
+    seed: int = 0,
+) -> Iterator[Problem]:
+    """A problem outside any training loop, isolated all the same and checked."""
+    with isolated(model, seed=seed):
+        problem = Problem(
+            model,
+            as_microbatches(batches),
+            loss=loss,
+            params_filter=params_filter,
+            block_structure=block_structure,
+            seed=seed,
+        )
+        problem.check()
+        yield problem

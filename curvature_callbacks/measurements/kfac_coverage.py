@@ -1,0 +1,136 @@
+"""K-FAC coverage: how much of the model has Kronecker factors."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, final
+
+from torch import nn
+
+from curvature_callbacks.errors import ProbeError
+from curvature_callbacks.linalg.accumulate import dot
+from curvature_callbacks.measurements.base import offline_problem
+from curvature_callbacks.model.losses import Loss
+from curvature_callbacks.model.objective import ParamsFilter
+from curvature_callbacks.problem import Problem
+from curvature_callbacks.record import Record
+
+_COVERED: Final = frozenset({"linear", "conv1d", "conv2d", "embedding", "bias"})
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KFACCoverageReport:
+    """Share of the trainable parameters in layers with Kronecker factors `A x G`.
+
+    Such layers are linear, Hugging Face's Conv1D, 2-d convolutions without groups, and embeddings (A is diagonal), with their
+    biases; a layer called several times counts (its positions are shared), a weight tied between different operations does
+    not: the sum of two Kronecker products is not one.
+
+    Attributes:
+        tensors: share by number of parameter tensors, 0..1.
+        elements: share by number of elements.
+        gradient_energy: share of `||g||^2`, g the gradient of the mean loss over the given batches.
+        uncovered: parameter name to the reason.
+    """
+
+    tensors: float
+    elements: float
+    gradient_energy: float
+    uncovered: Mapping[str, str]
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KFACCoverage:
+    """K-FAC coverage by tensors, elements and gradient energy.
+
+    | tag | meaning | range | high means |
+    | --- | --- | --- | --- |
+    | `curvature/kfac_coverage_tensors` | share of the trainable tensors in layers with Kronecker factors | 0..1 | |
+    | `curvature/kfac_coverage_elements` | share of the trainable elements | 0..1 | |
+    | `curvature/kfac_coverage_gradient_energy` | share of the mean gradient's squared norm | 0..1 | K-FAC sees it |
+
+    The uncovered parameters and why stand in the record's metadata.
+
+    Cost: one gradient, and one forward pass unless `FisherSpectrum` ran at the same probe.
+    """
+
+    @property
+    def name(self) -> str:
+        """`kfac_coverage`."""
+        return "kfac_coverage"
+
+    def init(self, problem: Problem) -> None:
+        """No state."""
+
+    def measure(self, problem: Problem, state: None) -> tuple[list[Record], None]:
+        """One record for the whole model."""
+        report = _coverage(problem)
+        scalars = {"tensors": report.tensors, "elements": report.elements, "gradient_energy": report.gradient_energy}
+        record = Record(
+            step=problem.step, measurement=self.name, scalars=scalars, metadata={"uncovered": dict(report.uncovered)}
+        )
+        return [record], None
+
+
+def compute_kfac_coverage(
+    model: nn.Module, batches: Any, *, loss: Loss = None, params_filter: ParamsFilter | None = None
+) -> KFACCoverageReport:
+    """Share of the trainable parameters in layers with Kronecker factors, from the operations a forward pass runs.
+
+    Args:
+        model: the module; left as found.
+        batches: a microbatch or a list of them, see `compute_fisher_spectrum`.
+        loss: see `compute_fisher_spectrum`.
+        params_filter: `(name, parameter) -> bool`, which trainable parameters to count.
+
+    Returns:
+        The report; `gradient_energy` is 0 when the gradient vanishes.
+
+    Raises:
+        ConfigurationError: an undeterminable loss, no trainable parameter, no valid target.
+
+    Cost: one gradient and one forward pass.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 2))
+        >>> report = compute_kfac_coverage(model, (torch.randn(8, 4), torch.randint(2, (8,))), loss="cross_entropy")
+        >>> round(report.elements, 3), sorted(report.uncovered)
+        (0.789, ['1.bias', '1.weight'])
+    """
+    with offline_problem(model, batches, loss=loss, params_filter=params_filter) as problem:
+        return _coverage(problem)
+
+
+def _coverage(problem: Problem) -> KFACCoverageReport:
+    uncovered = {
+        name: reason for name in problem.objective.parameters if (reason := _obstacle(problem.operations.get(name, [])))
+    }
+    sizes = {name: float(parameter.numel()) for name, parameter in problem.objective.parameters.items()}
+    energies = {name: dot(g.flatten(), g.flatten()).item() for name, g in problem.gradients.items()}
+    if not all(energy < float("inf") for energy in energies.values()):
+        raise ProbeError("the gradient of this probe is not finite.")
+    return KFACCoverageReport(
+        tensors=_share(dict.fromkeys(sizes, 1.0), uncovered),
+        elements=_share(sizes, uncovered),
+        gradient_energy=_share(energies, uncovered),
+        uncovered=uncovered,
+    )
+
+
+def _obstacle(operations: Sequence[str]) -> str | None:
+    """Why a parameter with these uses has no Kronecker factors, or None."""
+    kinds = sorted(set(operations))
+    if not kinds:
+        return "not used by the loss"
+    if len(kinds) > 1:
+        return f"shared between {' and '.join(kinds)}: a sum of Kronecker products is not one"
+    if kinds[0] not in _COVERED:
+        return f"used by {kinds[0]}, which has no Kronecker factors"
+    return None
+
+
+def _share(weights: Mapping[str, float], uncovered: Mapping[str, str]) -> float:
+    total = sum(weights.values())
+    return sum(weight for name, weight in weights.items() if name not in uncovered) / total if total > 0 else 0.0

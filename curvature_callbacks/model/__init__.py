@@ -1,0 +1,1 @@
+"""The model as a function of its parameters: losses, blocks, isolation, checks."""

@@ -1,0 +1,168 @@
+"""Isolation: whatever a probe does, the training run finds everything as it left it."""
+
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+@contextmanager
+def isolated(model: nn.Module, *, seed: int) -> Iterator[None]:
+    """Evaluation mode, full float32, math attention, eager stance and seeded generators; everything restored on the way out.
+
+    Saved and restored, also after an exception: generators (torch CPU, the model's accelerator, NumPy, Python), the
+    `training` flag of every submodule, identity and content of every buffer, matmul precision, SDPA backend, compile stance,
+    autocast, grad mode, and the `forward` that accelerate patches for mixed precision (the original one runs inside).
+    Not touched at all: parameters, `.grad`, hooks, optimizers, data loaders.
+
+    Args:
+        model: the module training runs, unwrapped (no DDP, no `torch.compile` wrapper).
+        seed: seeds the global generators inside, so that augmentations of a probe are the same in every process.
+
+    Cost: one copy of the buffers.
+    """
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    with ExitStack() as stack:
+        stack.enter_context(_generators(device, seed))
+        stack.enter_context(_training_flags(model))
+        stack.enter_context(_buffers(model))
+        stack.enter_context(_unpatched_forward(model))
+        stack.enter_context(_matmul_precision())
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # fused kernels have no second derivative
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # a compiled graph cannot be differentiated twice
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        yield
+
+
+@contextmanager
+def _generators(device: torch.device, seed: int) -> Iterator[None]:
+    restores = [_save_torch_cpu(seed), _save_python(seed)]
+    if "numpy" in sys.modules:
+        restores.append(_save_numpy(seed))
+    if device.type == "cuda":
+        restores.append(_save_cuda(device, seed))
+    try:
+        yield
+    finally:
+        for restore in restores:
+            restore()
+
+
+def _save_torch_cpu(seed: int) -> Callable[[], None]:
+    # `torch.manual_seed` would also move the generators of every accelerator on the machine.
+    generator = torch.default_generator
+    state = generator.get_state()
+    generator.manual_seed(seed)
+    return lambda: _discard(generator.set_state(state))
+
+
+def _save_cuda(device: torch.device, seed: int) -> Callable[[], None]:
+    state = torch.cuda.get_rng_state(device)
+    with torch.cuda.device(device):
+        torch.cuda.manual_seed(seed)
+    return lambda: torch.cuda.set_rng_state(state, device)
+
+
+def _save_python(seed: int) -> Callable[[], None]:
+    state = random.getstate()
+    random.seed(seed)
+    return lambda: random.setstate(state)
+
+
+def _save_numpy(seed: int) -> Callable[[], None]:
+    generator: Any = sys.modules["numpy"].random
+    state = generator.get_state()
+    generator.seed(seed % 2**32)
+    return lambda: _discard(generator.set_state(state))
+
+
+def _discard(_: object) -> None:
+    return None
+
+
+@contextmanager
+def _training_flags(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode by flag, module by module: `model.train()` afterwards would unfreeze what the user froze."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in flags:
+            module.training = False
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+@contextmanager
+def _buffers(model: nn.Module) -> Iterator[None]:
+    saved = [(module, dict(module._buffers), _copies(module._buffers)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, buffers, contents in saved:
+                _restore_buffers(module, buffers, contents)
+
+
+def _copies(buffers: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    return {name: buffer.detach().clone() for name, buffer in buffers.items() if buffer is not None}
+
+
+def _restore_buffers(module: nn.Module, buffers: dict[str, Tensor | None], contents: dict[str, Tensor]) -> None:
+    for name, content in contents.items():
+        buffer = buffers[name]
+        if buffer is not None and not _same(buffer, content):
+            buffer.copy_(content)
+    now = module._buffers
+    if now.keys() != buffers.keys() or any(now[name] is not buffer for name, buffer in buffers.items()):
+        module._buffers.clear()
+        module._buffers.update(buffers)
+
+
+def _same(buffer: Tensor, content: Tensor) -> bool:
+    return buffer.shape == content.shape and torch.equal(buffer, content)
+
+
+@contextmanager
+def _unpatched_forward(model: nn.Module) -> Iterator[None]:
+    """Without the autocast that accelerate writes over `forward`, on any module that carries its mark."""
+    patched = [
+        (module, module.__dict__["forward"], module.__dict__["_original_forward"])
+        for module in model.modules()
+        if "forward" in module.__dict__ and "_original_forward" in module.__dict__
+    ]
+    try:
+        for module, _, original in patched:
+            module.__dict__["forward"] = original
+        yield
+    finally:
+        for module, forward, _ in patched:
+            module.__dict__["forward"] = forward
+
+
+@contextmanager
+def _matmul_precision() -> Iterator[None]:
+    """Full float32 products. The newer per-backend switch where there is one: reading the old global switch raises
+    once a user has touched the new one."""
+    cuda, cudnn, mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
+    backends: list[Any] = [cuda.matmul, getattr(cudnn, "conv", None), getattr(mkldnn, "matmul", None)]
+    saved = [(backend, backend.fp32_precision) for backend in backends if hasattr(backend, "fp32_precision")]
+    legacy = None if saved else torch.get_float32_matmul_precision()
+    try:
+        for backend, _ in saved:
+            backend.fp32_precision = "ieee"
+        if legacy is not None:
+            torch.set_float32_matmul_precision("highest")
+        yield
+    finally:
+        for backend, precision in saved:
+            backend.fp32_precision = precision
+        if legacy is not None:
+            torch.set_float32_matmul_precision(legacy)

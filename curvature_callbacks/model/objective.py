@@ -1,0 +1,93 @@
+"""Objective: the loss as a function of the trainable parameters, on aliases that leave the model untouched."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from curvature_callbacks.batches import to_dtype
+from curvature_callbacks.errors import ConfigurationError
+from curvature_callbacks.model.losses import LossFunction, SampleLosses
+
+ParamsFilter = Callable[[str, nn.Parameter], bool]
+
+_PREFIX = "model."
+
+
+@final
+class Objective:
+    """`sum_i l_i` of a microbatch at given parameter values.
+
+    Parameters are passed as aliased leaves through `functional_call`: no copy, no `.grad`, no parameter hook, tied weights
+    follow. Models in bfloat16 or float16 are measured in float32: their values, buffers and inputs are widened (a copy of
+    four bytes per parameter and buffer element), because a second derivative has no digits left in bf16.
+
+    Attributes:
+        parameters: name to detached value in `dtype`, the trainable parameters in the model's order; tied ones once.
+        dtype: dtype everything is differentiated in.
+        device: device of the first parameter.
+    """
+
+    def __init__(self, model: nn.Module, loss: LossFunction, *, params_filter: ParamsFilter | None = None) -> None:
+        chosen = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and (params_filter is None or params_filter(name, parameter))
+        }
+        if not chosen:
+            raise ConfigurationError(
+                "the model has no trainable parameter"
+                + (" left by `params_filter`" if params_filter else "")
+                + ": nothing to measure. Set `requires_grad` where training does."
+            )
+        self.dtype = _compute_dtype(chosen.values())
+        self.device = next(iter(chosen.values())).device
+        self.parameters = {name: self._widen(parameter.detach()) for name, parameter in chosen.items()}
+        self._constants = self._widened_constants(model, chosen)
+        self._module = _LossModule(model, loss)
+
+    def leaves(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Aliases of the named parameters (default all) that require gradients."""
+        wanted = self.parameters if names is None else names
+        return {name: self.parameters[name].detach().requires_grad_() for name in wanted}
+
+    def __call__(self, batch: Any, values: Mapping[str, Tensor] | None = None) -> SampleLosses:
+        """Losses of `batch` with `values` in place of the parameters of the same name."""
+        merged = {**self._constants, **self.parameters, **(values or {})}
+        named = {_PREFIX + name: tensor for name, tensor in merged.items()}
+        result: SampleLosses = functional_call(self._module, named, (to_dtype(batch, self.dtype),))
+        return result
+
+    def _widen(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
+    def _widened_constants(self, model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        """Frozen parameters and buffers whose dtype differs from the one computed in."""
+        others = dict(model.named_buffers())
+        others |= {name: parameter.detach() for name, parameter in model.named_parameters() if name not in chosen}
+        return {name: self._widen(tensor) for name, tensor in others.items() if _is_narrow(tensor.dtype)}
+
+
+class _LossModule(nn.Module):
+    """Model and loss as one module, so that `functional_call` swaps the parameters for both."""
+
+    def __init__(self, model: nn.Module, loss: LossFunction) -> None:
+        super().__init__()
+        self.model = model
+        self._loss = loss
+
+    def forward(self, batch: Any) -> SampleLosses:
+        return self._loss(self.model, batch)
+
+
+def _is_narrow(dtype: torch.dtype) -> bool:
+    return dtype in (torch.bfloat16, torch.float16)
+
+
+def _compute_dtype(parameters: Iterable[Tensor]) -> torch.dtype:
+    dtype = torch.float32
+    for parameter in parameters:
+        dtype = torch.promote_types(dtype, parameter.dtype)
+    return dtype

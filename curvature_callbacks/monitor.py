@@ -1,0 +1,296 @@
+"""CurvatureMonitor: schedule, isolate, draw, measure, hand the records on. The package without a framework."""
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final, final, get_args
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from curvature_callbacks.batches import batch_size
+from curvature_callbacks.distributed import is_main_process, refuse_sharded_parameters
+from curvature_callbacks.errors import ConfigurationError, RefusedError, check_choice, check_positive
+from curvature_callbacks.gram.engine import Trust
+from curvature_callbacks.measurements import FisherSpectrum, KFACCoverage, Measurement, TopEigenpairs
+from curvature_callbacks.model.blocks import BlockStructure
+from curvature_callbacks.model.isolation import isolated
+from curvature_callbacks.model.losses import Loss
+from curvature_callbacks.model.objective import ParamsFilter
+from curvature_callbacks.probes import Draw, FixedProbes, Probes, probes_from_loader, stable_seed
+from curvature_callbacks.problem import Problem
+from curvature_callbacks.record import PROBE, Record
+from curvature_callbacks.schedules import EveryNSteps, Schedule
+from curvature_callbacks.sinks import MemorySink, Sink
+
+_logger = logging.getLogger("curvature_callbacks")
+
+_MAX_FAILURES: Final = 3  # failures in a row after which a measurement is switched off
+
+
+def default_measurements() -> list[Measurement]:
+    """What is measured unless told otherwise."""
+    return [FisherSpectrum(), TopEigenpairs(), KFACCoverage()]
+
+
+@final
+class CurvatureMonitor:
+    """Measures the curvature of a model's training loss every so many optimizer steps.
+
+    Call `step(step)` once an optimizer step (after it, with the number of steps completed; 0 before the first). When nothing
+    is due it returns in microseconds. A probe leaves no trace in the training run: see `isolated`. What goes wrong inside a
+    probe is recorded and warned about once, never raised; a bad configuration is raised by `check`, which the first `step`
+    calls if you have not.
+
+    Args:
+        model: the module training runs, unwrapped (no DDP, no `torch.compile` wrapper).
+        probes: a `DataLoader` over a map-style dataset (its dataset is indexed, the loader never iterated), a list of
+            microbatches, or a `Probes` object.
+        measure: measurements; default Fisher spectrum, Hessian eigenpairs, K-FAC coverage.
+        when: every how many steps, or a schedule. The first call always measures.
+        sinks: receivers of the records; `history` holds them in any case.
+        loss: None for the model's own `.loss` (mapping batches); `cross_entropy`, `mse` or `bce` for `(inputs, targets)`; or
+            `(model, batch) -> scalar mean | (N,) per-sample losses`.
+        params_filter: `(name, parameter) -> bool`, which trainable parameters to measure.
+        block_structure: `layer`, `parameter` or `none`.
+        draw: `fresh` rows at every probe or `fixed` ones.
+        num_microbatches: microbatches a probe, when `probes` is a loader.
+        microbatch_size: rows of each.
+        seed: with the step it determines every draw and start vector.
+
+    Attributes:
+        history: every record so far.
+
+    Raises:
+        ConfigurationError: a bad option.
+
+    Cost: of a probe: the sum over `measure` plus one gradient; between probes a comparison of integers.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(4, 3)
+        >>> batch = (torch.randn(8, 4), torch.randint(3, (8,)))
+        >>> monitor = CurvatureMonitor(model, probes=[batch], loss="cross_entropy", measure=[KFACCoverage()], when=10)
+        >>> [len(monitor.step(step)) for step in (0, 5, 10)]
+        [2, 0, 2]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        probes: DataLoader[Any] | Probes | Sequence[Any],
+        measure: Sequence[Measurement] | None = None,
+        when: int | Schedule = 200,
+        sinks: Sequence[Sink] = (),
+        loss: Loss = None,
+        params_filter: ParamsFilter | None = None,
+        block_structure: BlockStructure = "layer",
+        draw: Draw = "fresh",
+        num_microbatches: int = 4,
+        microbatch_size: int = 8,
+        seed: int = 0,
+    ) -> None:
+        check_choice("draw", draw, get_args(Draw))
+        check_choice("block_structure", block_structure, get_args(BlockStructure))
+        check_positive("num_microbatches", num_microbatches)
+        check_positive("microbatch_size", microbatch_size)
+        self._model = model
+        self._probes = _as_probes(probes, num_microbatches, microbatch_size)
+        self._measure = checked_measurements(measure)
+        self._when = when if isinstance(when, Schedule) else EveryNSteps(n=when)
+        self._memory = MemorySink()
+        self._sinks: list[Sink] = [self._memory, *sinks]
+        self._problem_options: dict[str, Any] = {
+            "loss": loss,
+            "params_filter": params_filter,
+            "block_structure": block_structure,
+        }
+        self._draw = draw
+        self._seed = seed
+        self._trust = Trust()
+        self._states: dict[str, Any] = {}
+        self._failures: dict[str, int] = {}
+        self._warned: set[str] = set()
+        self._previous: int | None = None
+        self._checked = False
+
+    @property
+    def history(self) -> list[Record]:
+        """Every record so far, in order."""
+        return self._memory.records
+
+    def check(self, step: int = 0) -> None:
+        """Raise a `ConfigurationError` for what can never be measured, before anything is trained.
+
+        Looks at the model, then at the loss and labels of the microbatches that `step` would draw. A source without data yet
+        is looked at when it has some.
+
+        Cost: one draw and two forward passes over it.
+        """
+        refuse_sharded_parameters(self._model)
+        if not any(parameter.requires_grad for parameter in self._model.parameters()):
+            raise ConfigurationError("the model has no trainable parameter: nothing to measure.")
+        seed = self._probe_seed(step)
+        try:
+            with isolated(self._model, seed=seed):
+                microbatches = self._probes.draw(seed)
+                if microbatches is None:
+                    return
+                self._problem(microbatches, seed, step).check()
+        except ConfigurationError:
+            raise
+        except Exception as error:  # the probe itself will meet, record and report it
+            _logger.debug("the check of the curvature probe failed: %r", error)
+        self._checked = True
+
+    def step(self, step: int, *, logged_as: int | None = None) -> list[Record]:
+        """Measure if `step` is due; the records of this probe, empty when it is not.
+
+        Args:
+            step: optimizer steps completed; decides whether to measure.
+            logged_as: the step the records carry, where the loop's loggers count otherwise; default `step`.
+        """
+        if not self._when.due(step, self._previous):
+            self._previous = step
+            return []
+        if not is_main_process():
+            return []
+        shown = step if logged_as is None else logged_as
+        if not self._checked:
+            self.check(shown)
+        if not self._checked:
+            return []  # no data yet: still due at the next call
+        self._previous = step
+        records = self._probe(shown)
+        self._hand_on(records)
+        return records
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs: the last step seen and the measurements that were switched off."""
+        return {"previous": self._previous, "failures": dict(self._failures)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        self._previous = state["previous"]
+        self._failures = dict(state["failures"])
+
+    def _probe(self, step: int) -> list[Record]:
+        start = time.perf_counter()
+        seed = self._probe_seed(step)
+        records: list[Record] = []
+        try:
+            with isolated(self._model, seed=seed):
+                microbatches = self._probes.draw(seed)
+                problem = self._problem(microbatches or [], seed, step)
+                for measurement in self._measure:
+                    records += self._measured(measurement, problem)
+                summary = self._summary(problem, records, time.perf_counter() - start)
+        except Exception as error:
+            failed = self._failed(PROBE, step, error)
+            summary = replace(failed, scalars={"failed": 1.0, "probe_seconds": time.perf_counter() - start})
+        return [summary, *records]
+
+    def _measured(self, measurement: Measurement, problem: Problem) -> list[Record]:
+        name = measurement.name
+        if self._failures.get(name, 0) >= _MAX_FAILURES:
+            return []
+        start = time.perf_counter()
+        try:
+            state = self._states[name] if name in self._states else measurement.init(problem)
+            found, self._states[name] = measurement.measure(problem, state)
+        except Exception as error:
+            self._failures[name] = _MAX_FAILURES if isinstance(error, RefusedError) else self._failures.get(name, 0) + 1
+            return [self._failed(name, problem.step, error)]
+        self._failures[name] = 0
+        seconds = time.perf_counter() - start
+        return [replace(record, seconds=seconds) for record in found]
+
+    def _failed(self, name: str, step: int, error: Exception) -> Record:
+        cause = f"{type(error).__name__}: {error}"
+        if name not in self._warned:
+            self._warned.add(name)
+            off = self._failures.get(name, 0) >= _MAX_FAILURES
+            _logger.warning(
+                "curvature measurement `%s` failed at step %d: %s. Training is not affected; %s. This is said once.",
+                name,
+                step,
+                cause,
+                "it is switched off" if off else "it is tried again at the next probe",
+            )
+        return Record(step=step, measurement=name, error=cause)
+
+    def _summary(self, problem: Problem, records: Sequence[Record], seconds: float) -> Record:
+        """The probe about itself."""
+        scalars = {
+            "probe_seconds": seconds,
+            "probe_matvecs": float(sum(record.num_matvecs for record in records)),
+            "probe_rows": float(sum(map(batch_size, problem.microbatches))),
+            "failed": float(sum(record.failed for record in records)),
+            "non_finite": float(sum(not _is_finite(value) for record in records for value in record.scalars.values())),
+        }
+        if problem.gradient_seconds > 0:
+            scalars["probe_gradient_equivalents"] = seconds / problem.gradient_seconds
+        metadata = {
+            "seed": problem.seed,
+            "draw": self._draw,
+            "torch": torch.__version__,
+            "blocks": list(problem.blocks),
+        }
+        return Record(step=problem.step, measurement=PROBE, scalars=scalars, seconds=seconds, metadata=metadata)
+
+    def _hand_on(self, records: Sequence[Record]) -> None:
+        for sink in self._sinks:
+            try:
+                sink.write(records)
+            except Exception as error:
+                name = type(sink).__name__
+                if name not in self._warned:
+                    self._warned.add(name)
+                    _logger.warning(
+                        "curvature sink `%s` failed: %s: %s. Training is not affected.",
+                        name,
+                        type(error).__name__,
+                        error,
+                    )
+
+    def _problem(self, microbatches: Sequence[Any], seed: int, step: int) -> Problem:
+        return Problem(self._model, microbatches, seed=seed, step=step, trust=self._trust, **self._problem_options)
+
+    def _probe_seed(self, step: int) -> int:
+        return stable_seed(self._seed, step if self._draw == "fresh" else "fixed")
+
+
+def checked_measurements(measure: Sequence[Measurement] | None) -> list[Measurement]:
+    """`measure` or the default, each of the right kind and name."""
+    chosen = default_measurements() if measure is None else list(measure)
+    for measurement in chosen:
+        if not isinstance(measurement, Measurement):
+            raise ConfigurationError(
+                f"`measure` must hold measurements such as FisherSpectrum(), got {measurement!r}: pass an instance with "
+                "`name`, `init` and `measure`."
+            )
+    names = [measurement.name for measurement in chosen]
+    if len(set(names)) < len(names):
+        raise ConfigurationError(f"`measure` must hold measurements of different names, got {names}.")
+    return chosen
+
+
+def _as_probes(probes: Any, num_microbatches: int, microbatch_size: int) -> Probes:
+    if isinstance(probes, Probes):
+        return probes
+    if isinstance(probes, list | tuple):
+        return FixedProbes(probes)
+    found = probes_from_loader(probes, num_microbatches=num_microbatches, microbatch_size=microbatch_size)
+    if found is None:
+        raise ConfigurationError(
+            "`probes` must be a DataLoader over a map-style dataset, a list of microbatches or a Probes object, got "
+            f"{type(probes).__name__}. For streams use CapturedProbes and offer it the training batches."
+        )
+    return found
+
+
+def _is_finite(value: float) -> bool:
+    return value - value == 0.0

@@ -1,0 +1,1 @@
+"""Matrix-free operators of an objective."""

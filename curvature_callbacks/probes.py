@@ -1,0 +1,188 @@
+"""Probes: microbatches drawn from the training data without moving anything the training loop draws from."""
+
+import copy
+import hashlib
+import random
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final, Literal, final
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from curvature_callbacks.batches import detached_copy, split_rows
+from curvature_callbacks.errors import ConfigurationError
+
+Draw = Literal["fresh", "fixed"]
+
+_SEARCH_DEPTH: Final = 4  # how deep in a dataset's attributes generators of its own are looked for
+_SEARCH_WIDTH: Final = 64  # containers with more entries hold data, not generators
+
+
+def stable_seed(*parts: object) -> int:
+    """A 63-bit seed from SHA-1 of the parts, equal in every process (`hash()` is salted)."""
+    digest = hashlib.sha1(repr(parts).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+class Probes(ABC):
+    """A source of microbatches. Call `draw` inside `isolated(model)`: it may use the global generators."""
+
+    @abstractmethod
+    def draw(self, seed: int) -> Sequence[Any] | None:
+        """The microbatches that belong to `seed`, or None while there is no data yet."""
+
+
+@final
+class DatasetProbes(Probes):
+    """Rows of a map-style dataset, indexed directly and collated by a copy of the loader's collator.
+
+    The loader itself is never iterated: that moves the global generator and, with persistent workers or streams, the order
+    of the training data. Generators the dataset or the collator own are put back as they were.
+
+    Args:
+        dataset: map-style, with `__len__`.
+        collate: list of rows to a batch.
+        num_microbatches: microbatches a probe.
+        microbatch_size: rows of each; fewer when the dataset is smaller.
+        prepare: what the loop does to a collated batch before the model sees it (transfer hooks, augmentation).
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        collate: Callable[[list[Any]], Any],
+        *,
+        num_microbatches: int,
+        microbatch_size: int,
+        prepare: Callable[[Any], Any] | None = None,
+    ) -> None:
+        self._dataset = dataset
+        self._prepare = prepare or (lambda batch: batch)
+        self._collate = collate
+        self._num_microbatches = num_microbatches
+        self._microbatch_size = microbatch_size
+
+    def draw(self, seed: int) -> list[Any]:
+        """Rows without replacement, from a private generator."""
+        length = len(self._dataset)
+        count = min(self._num_microbatches * self._microbatch_size, length)
+        indices = random.Random(seed).sample(range(length), count)
+        collate = copy.deepcopy(self._collate)
+        with _undisturbed(self._dataset):
+            return [
+                self._prepare(collate(self._rows(indices[start : start + self._microbatch_size])))
+                for start in range(0, count, self._microbatch_size)
+            ]
+
+    def _rows(self, indices: list[int]) -> list[Any]:
+        if getattr(self._dataset, "__getitems__", None):
+            return list(self._dataset.__getitems__(indices))
+        return [self._dataset[index] for index in indices]
+
+
+@final
+class FixedProbes(Probes):
+    """The same microbatches at every probe."""
+
+    def __init__(self, microbatches: Sequence[Any]) -> None:
+        self._microbatches = list(microbatches)
+
+    def draw(self, seed: int) -> list[Any]:
+        """All of them, whatever the seed."""
+        return self._microbatches
+
+
+@final
+class CapturedProbes(Probes):
+    """Copies of the latest training batches, for data that cannot be indexed: streams and combined loaders.
+
+    Args:
+        num_microbatches: microbatches a probe, at most.
+        microbatch_size: rows of each, at most.
+    """
+
+    def __init__(self, *, num_microbatches: int, microbatch_size: int) -> None:
+        self._recent: deque[Any] = deque(maxlen=num_microbatches)
+        self._microbatch_size = microbatch_size
+
+    def offer(self, batch: Any) -> None:
+        """Keep a copy of the first rows of a training batch. Cost: one copy of them."""
+        self._recent.append(detached_copy(split_rows(batch, self._microbatch_size)[0]))
+
+    def draw(self, seed: int) -> list[Any] | None:
+        """Those kept, oldest first; None before the first batch."""
+        return list(self._recent) or None
+
+
+def probes_from_loader(
+    loader: Any, *, num_microbatches: int, microbatch_size: int, prepare: Callable[[Any], Any] | None = None
+) -> DatasetProbes | None:
+    """Probes on the loader's dataset, or None when it cannot be indexed (a stream, a combined loader, no collation)."""
+    dataset: Any = getattr(loader, "dataset", None)
+    collate = getattr(loader, "collate_fn", None)
+    indexable = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    if not indexable or isinstance(dataset, IterableDataset) or collate is None:
+        return None
+    if isinstance(loader, DataLoader) and loader.batch_size is None and loader.batch_sampler is None:
+        return None
+    if len(dataset) == 0:
+        raise ConfigurationError("the training dataset is empty: there is nothing to draw a probe from.")
+    return DatasetProbes(dataset, collate, num_microbatches=num_microbatches, microbatch_size=microbatch_size, prepare=prepare)
+
+
+class _undisturbed:  # noqa: N801 - reads as a verb in `with`
+    """Puts the generators found in an object's attributes back as they were."""
+
+    def __init__(self, owner: Any) -> None:
+        self._generators = list(_generators(owner, _SEARCH_DEPTH, set()))
+
+    def __enter__(self) -> None:
+        self._states = [copy.deepcopy(_get_state(generator)) for generator in self._generators]
+
+    def __exit__(self, *_: object) -> None:
+        for generator, state in zip(self._generators, self._states, strict=True):
+            _set_state(generator, state)
+
+
+def _generators(value: Any, depth: int, seen: set[int]) -> Iterator[Any]:
+    """Torch, NumPy and Python generators reachable through attributes and small containers."""
+    if depth < 0 or id(value) in seen or isinstance(value, torch.Tensor | str | bytes | int | float | type):
+        return
+    seen.add(id(value))
+    if isinstance(value, torch.Generator | random.Random) or _is_numpy_generator(value):
+        yield value
+        return
+    for child in _children(value):
+        yield from _generators(child, depth - 1, seen)
+
+
+def _children(value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        return list(value.values()) if len(value) <= _SEARCH_WIDTH else []
+    if isinstance(value, list | tuple):
+        return list(value) if len(value) <= _SEARCH_WIDTH else []
+    return list(getattr(value, "__dict__", {}).values())
+
+
+def _is_numpy_generator(value: Any) -> bool:
+    kind = type(value)
+    return kind.__module__.startswith("numpy.random") and kind.__name__ in ("Generator", "RandomState")
+
+
+def _get_state(generator: Any) -> Any:
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, torch.Generator) or type(generator).__name__ == "RandomState":
+        return generator.get_state()
+    return generator.bit_generator.state
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif isinstance(generator, torch.Generator) or type(generator).__name__ == "RandomState":
+        generator.set_state(state)
+    else:
+        generator.bit_generator.state = state

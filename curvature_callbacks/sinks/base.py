@@ -1,0 +1,15 @@
+"""The interface of a sink."""
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+from curvature_callbacks.record import Record
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """Receives the records of each probe, once, in order. An exception in `write` is caught and reported by the monitor."""
+
+    def write(self, records: Sequence[Record]) -> None:
+        """Take the records of one probe."""
+        ...

@@ -1,0 +1,18 @@
+"""Records in memory."""
+
+from collections.abc import Sequence
+from typing import final
+
+from curvature_callbacks.record import Record
+
+
+@final
+class MemorySink:
+    """Keeps every record in the list `records`."""
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+
+    def write(self, records: Sequence[Record]) -> None:
+        """Append."""
+        self.records.extend(records)

@@ -1,0 +1,104 @@
+"""Records in TensorBoard: curves, a heat map and a histogram over blocks, a table of the worst ones."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Final, final
+
+import torch
+
+from curvature_callbacks._optional import is_available
+from curvature_callbacks.record import BLOCK_CURVES, Record, metric_tag, scalar_tags, tag_segment
+
+_WORST: Final = 10  # rows of the table of worst blocks
+
+
+@final
+class TensorBoardSink:
+    """Writes to the user's own `SummaryWriter`; a second writer in its directory would hide the first one's curves.
+
+    Scalars as in `record.scalar_tags`; `curvature_<measurement>_<metric>/heat_map`, block against step, for the metrics with a
+    curve a block (needs matplotlib); `curvature_<measurement>_spectrum/<block>`, a histogram of log10 eigenvalues;
+    `curvature/worst_blocks` and `curvature/errors`, text. Non-finite values are not written.
+
+    Args:
+        writer: `torch.utils.tensorboard.SummaryWriter`, or what has its methods.
+    """
+
+    def __init__(self, writer: Any) -> None:
+        self._writer = writer
+        self._maps: dict[str, dict[int, dict[str, float]]] = {}
+
+    def write(self, records: Sequence[Record]) -> None:
+        """Write one probe."""
+        if not records:
+            return
+        step = records[0].step
+        for tag, value in scalar_tags(records).items():
+            self._writer.add_scalar(tag, value, step)
+        for record in records:
+            self._write_spectrum(record, step)
+        self._write_heat_maps(records, step)
+        self._write_texts(records, step)
+        self._writer.flush()
+
+    def _write_spectrum(self, record: Record, step: int) -> None:
+        for name, eigenvalues in record.arrays.items():
+            positive = [math.log10(value) for value in eigenvalues if value > 0]
+            if name.endswith("eigenvalues") and len(positive) == len(eigenvalues) > 1:
+                part = record.block or name.removesuffix("_eigenvalues")
+                tag = f"curvature_{tag_segment(record.measurement)}_spectrum/{tag_segment(part)}"
+                self._writer.add_histogram(tag, torch.tensor(positive), step)
+
+    def _write_heat_maps(self, records: Sequence[Record], step: int) -> None:
+        if not is_available("matplotlib"):
+            return
+        touched = set()
+        for record in records:
+            if record.block is not None:
+                for metric in BLOCK_CURVES:
+                    value = record.scalars.get(metric, math.nan)
+                    if value > 0:
+                        tag = metric_tag(record, metric).partition("/")[0]
+                        self._maps.setdefault(tag, {}).setdefault(step, {})[record.block] = value
+                        touched.add(tag)
+        for tag in sorted(touched):
+            self._writer.add_figure(f"{tag}/heat_map", _heat_map(tag, self._maps[tag]), step, close=True)
+
+    def _write_texts(self, records: Sequence[Record], step: int) -> None:
+        ranked = sorted(
+            (record for record in records if "condition_number" in record.scalars and record.block is not None),
+            key=lambda record: -record.scalars["condition_number"],
+        )
+        if ranked:
+            self._writer.add_text("curvature/worst_blocks", _table(ranked[:_WORST]), step)
+        errors = [f"`{record.measurement}`: {record.error}" for record in records if record.error]
+        if errors:
+            self._writer.add_text("curvature/errors", "\n\n".join(errors), step)
+
+
+def _table(records: Sequence[Record]) -> str:
+    header = "| block | " + " | ".join(BLOCK_CURVES) + " |\n|---|" + "---:|" * len(BLOCK_CURVES)
+    rows = [
+        f"| `{record.block}` | " + " | ".join(f"{record.scalars.get(name, math.nan):.3g}" for name in BLOCK_CURVES) + " |"
+        for record in records
+    ]
+    return "\n".join([header, *rows])
+
+
+def _heat_map(title: str, values: dict[int, dict[str, float]]) -> Any:
+    """log10 of the values, a row a block and a column a step."""
+    from matplotlib.figure import Figure  # not pyplot: its global state belongs to the user
+
+    steps = sorted(values)
+    blocks = list(dict.fromkeys(block for step in steps for block in values[step]))
+    grid = [[math.log10(values[step].get(block, math.nan)) for step in steps] for block in blocks]
+    figure = Figure(figsize=(7, 1.2 + 0.28 * len(blocks)), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(grid, aspect="auto", interpolation="nearest", cmap="viridis")
+    figure.colorbar(image, label="log10")
+    shown = range(0, len(steps), max(1, len(steps) // 8))
+    axes.set_xticks(list(shown), [str(steps[i]) for i in shown])
+    axes.set_yticks(range(len(blocks)), blocks, fontsize=8)
+    axes.set_xlabel("step")
+    axes.set_title(title)
+    return figure

@@ -1,0 +1,248 @@
+"""The callback for the Hugging Face Trainer."""
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, final
+
+from torch import nn
+
+from curvature_callbacks._optional import require
+from curvature_callbacks.errors import ConfigurationError
+from curvature_callbacks.measurements import Measurement
+from curvature_callbacks.model.blocks import BlockStructure
+from curvature_callbacks.model.losses import LossCallable
+from curvature_callbacks.model.objective import ParamsFilter
+from curvature_callbacks.monitor import CurvatureMonitor
+from curvature_callbacks.probes import CapturedProbes, Draw, Probes, probes_from_loader
+from curvature_callbacks.record import Record, headline
+from curvature_callbacks.settings import Settings
+from curvature_callbacks.sinks import JSONLinesSink, MemorySink, Sink
+from curvature_callbacks.sinks.tensorboard import TensorBoardSink
+
+require("transformers", extra="transformers")
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments  # noqa: E402
+from transformers.integrations.integration_utils import TensorBoardCallback  # noqa: E402
+
+_logger = logging.getLogger("curvature_callbacks")
+
+_STATE_KEY = "curvature_callbacks"
+
+
+@final
+class CurvatureCallback(TrainerCallback):
+    """Measures the curvature of the training loss every `every_n_steps` optimizer steps, and changes nothing else.
+
+    After an optimizer step that is due it draws `num_microbatches * microbatch_size` rows of the training data (indexing
+    the dataset, never iterating the loader; copies of the latest training batches where the data is a stream), measures in
+    float32 without the Trainer's autocast, and logs. The loss is the model's own `.loss` unless `loss_fn` is given: label
+    smoothing, `compute_loss_func` and an overridden `compute_loss` are not part of it, and a warning says so.
+
+    Tags: see the measurements; of the probe itself `curvature/probe_seconds`, `curvature/probe_matvecs`,
+    `curvature/probe_gradient_equivalents`, `curvature/probe_rows`, `curvature/failed`, `curvature/non_finite`. TensorBoard gets
+    them under these names through the Trainer's own writer, with heat maps, histograms and a table; the other reporters,
+    `log_history` and the progress bar get the headline numbers; `curvature.jsonl` in `output_dir` holds everything. The
+    Trainer is found when training begins; `attach(trainer)` names it where that is not possible.
+
+    Args:
+        every_n_steps: optimizer steps between probes; the start of training always measures.
+        measure: measurements; default `[FisherSpectrum(), TopEigenpairs(), KFACCoverage()]`.
+        num_microbatches: microbatches a probe.
+        microbatch_size: rows of each.
+        draw: `fresh` rows at every probe or `fixed` ones.
+        loss_fn: `(model, batch) -> scalar mean | (N,) per-sample losses`.
+        params_filter: `(name, parameter) -> bool`, which trainable parameters to measure.
+        block_structure: `layer`, `parameter` or `none`.
+        seed: with the step it determines every draw.
+
+    Attributes:
+        history: every record so far.
+
+    Raises:
+        ConfigurationError: before step 1, for what can never be measured.
+
+    Cost: of a probe with the default measurements: about 75 gradients of its rows, mostly Hessian products.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 200,
+        measure: list[Measurement] | None = None,
+        num_microbatches: int = 4,
+        microbatch_size: int = 8,
+        draw: Draw = "fresh",
+        loss_fn: LossCallable | None = None,
+        params_filter: ParamsFilter | None = None,
+        block_structure: BlockStructure = "layer",
+        seed: int = 0,
+    ) -> None:
+        self._settings = Settings(
+            every_n_steps=every_n_steps,
+            measure=measure,
+            num_microbatches=num_microbatches,
+            microbatch_size=microbatch_size,
+            draw=draw,
+            loss_fn=loss_fn,
+            params_filter=params_filter,
+            block_structure=block_structure,
+            seed=seed,
+        )
+        self._memory = MemorySink()
+        self._trainer: Trainer | None = None
+        self._monitor: CurvatureMonitor | None = None
+        self._capture_hook: Any = None
+
+    @property
+    def history(self) -> list[Record]:
+        """Every record so far, in order."""
+        return self._memory.records
+
+    def attach(self, trainer: Trainer) -> "CurvatureCallback":
+        """Name the Trainer, where it cannot be found by itself. Returns the callback."""
+        self._trainer = trainer
+        return self
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Build the monitor, check everything, measure step 0."""
+        assert model is not None
+        self._trainer = self._trainer or _calling_trainer(self)
+        _report_unmeasured_loss(args, self._trainer, self._settings.loss_fn)
+        probes = self._probes(args, model, train_dataloader)
+        sinks: list[Sink] = [
+            self._memory,
+            JSONLinesSink(Path(args.output_dir or ".") / "curvature.jsonl"),
+            _TrainerTensorBoard(self),
+        ]
+        self._monitor = self._settings.monitor(model, probes=probes, sinks=sinks, loss=self._settings.loss_fn)
+        saved: Any = state.stateful_callbacks
+        if state.global_step > 0 and _STATE_KEY in saved:
+            self._monitor.load_state_dict(saved[_STATE_KEY])
+        self._monitor.check(state.global_step)
+        self._step(state, control)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Probe if due: gradients are freed, the parameters are those after `global_step` steps."""
+        self._step(state, control)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Let go of the model and the captured batches."""
+        self._remove_hook()
+        self._monitor = None
+
+    @property
+    def tensorboard_writer(self) -> Any:
+        """The writer of the Trainer's own TensorBoard callback, None while there is none."""
+        callbacks = self._trainer.callback_handler.callbacks if self._trainer is not None else []
+        writers = (getattr(callback, "tb_writer", None) for callback in callbacks)
+        return next((writer for writer in writers if writer is not None), None)
+
+    def _step(self, state: TrainerState, control: TrainerControl) -> None:
+        if self._monitor is None:
+            return
+        records = self._monitor.step(state.global_step)
+        saved: Any = state.stateful_callbacks
+        saved[_STATE_KEY] = self._monitor.state_dict()
+        if records:
+            self._log(headline(records), state, control)
+
+    def _log(self, values: dict[str, float], state: TrainerState, control: TrainerControl) -> None:
+        """Through the Trainer to every reporter but TensorBoard, which has the same values under their own names."""
+        if self._trainer is None:
+            state.log_history.append({**values, "step": state.global_step})
+            return
+        handler, should_log = self._trainer.callback_handler, control.should_log
+        callbacks = handler.callbacks
+        try:
+            handler.callbacks = [callback for callback in callbacks if not isinstance(callback, TensorBoardCallback)]
+            Trainer.log(self._trainer, values)  # the base method: TRL's overrides flush their own metrics here
+        finally:
+            handler.callbacks = callbacks
+            control.should_log = should_log  # logging clears it, and with it the Trainer's own loss at this step
+
+    def _probes(self, args: TrainingArguments, model: nn.Module, loader: Any) -> Probes:
+        probes = probes_from_loader(loader, **self._settings.probe_sizes())
+        if probes is not None:
+            return probes
+        if args.label_smoothing_factor and self._settings.loss_fn is None:
+            raise ConfigurationError(
+                "the training data is a stream and label smoothing takes the labels away before the model sees them, so the "
+                "loss of a captured batch cannot be determined: pass `loss_fn`, or use a map-style dataset."
+            )
+        self._remove_hook()
+        captured = self._settings.captured_probes()
+        self._capture_hook = model.register_forward_pre_hook(_capture_into(captured), with_kwargs=True)
+        return captured
+
+    def _remove_hook(self) -> None:
+        if self._capture_hook is not None:
+            self._capture_hook.remove()
+            self._capture_hook = None
+
+
+@final
+class _TrainerTensorBoard:
+    """The Trainer's TensorBoard, whose writer may appear after the first records."""
+
+    def __init__(self, callback: CurvatureCallback) -> None:
+        self._callback = callback
+        self._sink: TensorBoardSink | None = None
+        self._waiting: list[Sequence[Record]] = []
+
+    def write(self, records: Sequence[Record]) -> None:
+        self._waiting.append(records)
+        writer = self._callback.tensorboard_writer
+        if self._sink is None and writer is not None:
+            self._sink = TensorBoardSink(writer)
+        while self._sink is not None and self._waiting:
+            self._sink.write(self._waiting.pop(0))
+
+
+def _capture_into(captured: CapturedProbes) -> Any:
+    """A forward pre-hook that keeps training batches; a probe runs in evaluation mode and is not one."""
+
+    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if module.training:
+            captured.offer({name: value for name, value in kwargs.items() if name != "num_items_in_batch"})
+
+    return hook
+
+
+def _calling_trainer(callback: TrainerCallback) -> Trainer | None:
+    """The Trainer among the calling frames that holds `callback`: callbacks are never given it."""
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        candidate = frame.f_locals.get("self")
+        if isinstance(candidate, Trainer) and callback in candidate.callback_handler.callbacks:
+            return candidate
+    _logger.warning(
+        "the Trainer was not found: curvature goes to `log_history` and curvature.jsonl only. Call `callback.attach(trainer)`."
+    )
+    return None
+
+
+def _report_unmeasured_loss(args: TrainingArguments, trainer: Trainer | None, loss_fn: LossCallable | None) -> None:
+    """Say so when training minimises something else than the model's own loss."""
+    if loss_fn is not None:
+        return
+    reasons = {
+        "`label_smoothing_factor`": bool(args.label_smoothing_factor),
+        "`compute_loss_func`": getattr(trainer, "compute_loss_func", None) is not None,
+        "an overridden `compute_loss`": trainer is not None and type(trainer).compute_loss is not Trainer.compute_loss,
+    }
+    found = [name for name, present in reasons.items() if present]
+    if found:
+        _logger.warning(
+            "curvature is measured for the model's own `.loss`, without %s: pass `loss_fn` to measure the loss you train.",
+            " and ".join(found),
+        )
