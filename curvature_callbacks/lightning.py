@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -144,7 +145,7 @@ def _loss(pl_module: LightningModule, loss_fn: LossCallable | None) -> LossCalla
     if loss_fn is not None:
         return loss_fn
     if callable(getattr(pl_module, "curvature_loss", None)):
-        return lambda module, batch: module.curvature_loss(batch)
+        return _curvature_loss
     advice = (
         "Pass `loss_fn=lambda module, batch: ...` to the callback or give the module a method `curvature_loss(batch)`: "
         "either returns the mean loss or one loss per row."
@@ -153,16 +154,21 @@ def _loss(pl_module: LightningModule, loss_fn: LossCallable | None) -> LossCalla
         raise ConfigurationError(
             "the module optimizes manually, so calling its `training_step` for a probe would train it. " + advice
         )
-    if not is_overridden("training_step", pl_module) or "dataloader_iter" in _arguments(pl_module.training_step):
+    if not is_overridden("training_step", pl_module) or "dataloader_iter" in signature(pl_module.training_step).parameters:
         raise ConfigurationError("the module has no `training_step(batch, ...)` to take the loss from. " + advice)
     return _training_step_loss
 
 
+def _curvature_loss(module: Any, batch: Any) -> Tensor:
+    loss: Tensor = module.curvature_loss(batch)
+    return loss
+
+
 def _training_step_loss(module: nn.Module, batch: Any) -> Tensor:
     step: Any = module.training_step
-    extra = {name: 0 for name in ("batch_idx", "dataloader_idx") if name in _arguments(step)}
+    required = [p for p in signature(step).parameters.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     with _muted(module):
-        output = step(batch, **extra)
+        output = step(batch, *(0 for _ in required[1:]))  # batch_idx, dataloader_idx
     loss = output.get("loss") if isinstance(output, dict) else output
     if not isinstance(loss, Tensor):
         raise ConfigurationError(
@@ -170,11 +176,6 @@ def _training_step_loss(module: nn.Module, batch: Any) -> Tensor:
             "pass `loss_fn` to the callback, or give the module a method `curvature_loss(batch)`."
         )
     return loss
-
-
-def _arguments(function: Any) -> set[str]:
-    code = getattr(function, "__code__", None) or function.__func__.__code__
-    return set(code.co_varnames[: code.co_argcount])
 
 
 @contextmanager

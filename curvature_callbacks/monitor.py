@@ -125,8 +125,8 @@ class CurvatureMonitor:
     def check(self, step: int = 0) -> None:
         """Raise a `ConfigurationError` for what can never be measured, before anything is trained.
 
-        Looks at the model, then at the loss and labels of the microbatches that `step` would draw. A source without data yet
-        is looked at when it has some.
+        Looks at the model, then at the loss and labels of the microbatches that `step` would draw. With a source that has no
+        data yet (a stream), what is wrong with them can only be recorded by the first probe.
 
         Cost: one draw and two forward passes over it.
         """
@@ -134,17 +134,20 @@ class CurvatureMonitor:
         if not any(parameter.requires_grad for parameter in self._model.parameters()):
             raise ConfigurationError("the model has no trainable parameter: nothing to measure.")
         seed = self._probe_seed(step)
+        self._checked = True
         try:
             with isolated(self._model, seed=seed):
                 microbatches = self._probes.draw(seed)
-                if microbatches is None:
-                    return
-                self._problem(microbatches, seed, step).check()
-        except ConfigurationError:
-            raise
-        except Exception as error:  # the probe itself will meet, record and report it
-            _logger.debug("the check of the curvature probe failed: %r", error)
-        self._checked = True
+                if microbatches is not None:
+                    self._problem(microbatches, seed, step).check()
+        except (ConfigurationError, torch.OutOfMemoryError) as error:
+            if isinstance(error, ConfigurationError):
+                raise
+        except Exception as error:
+            raise ConfigurationError(
+                f"the loss of a first probe could not be computed ({type(error).__name__}: {error}): check the data drawn from "
+                "the training set and the loss function."
+            ) from error
 
     def step(self, step: int, *, logged_as: int | None = None) -> list[Record]:
         """Measure if `step` is due; the records of this probe, empty when it is not.
@@ -161,10 +164,10 @@ class CurvatureMonitor:
         shown = step if logged_as is None else logged_as
         if not self._checked:
             self.check(shown)
-        if not self._checked:
+        records = self._probe(shown)
+        if not records:
             return []  # no data yet: still due at the next call
         self._previous = step
-        records = self._probe(shown)
         self._hand_on(records)
         return records
 
@@ -184,7 +187,9 @@ class CurvatureMonitor:
         try:
             with isolated(self._model, seed=seed):
                 microbatches = self._probes.draw(seed)
-                problem = self._problem(microbatches or [], seed, step)
+                if microbatches is None:
+                    return []
+                problem = self._problem(microbatches, seed, step)
                 for measurement in self._measure:
                     records += self._measured(measurement, problem)
                 summary = self._summary(problem, records, time.perf_counter() - start)

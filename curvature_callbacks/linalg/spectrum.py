@@ -8,8 +8,8 @@ from typing import Final, final
 
 import torch
 from torch import Tensor
-from torch._C import _LinAlgError as LinAlgError
 
+LinAlgError: Final = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 _JITTERS: Final = (1e-14, 1e-12, 1e-10, 1e-8)  # relative to the mean diagonal; tried only when eigh fails
 
 
