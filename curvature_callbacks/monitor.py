@@ -140,9 +140,10 @@ class CurvatureMonitor:
                 microbatches = self._probes.draw(seed)
                 if microbatches is not None:
                     self._problem(microbatches, seed, step).check()
-        except (ConfigurationError, torch.OutOfMemoryError) as error:
-            if isinstance(error, ConfigurationError):
-                raise
+        except ConfigurationError:
+            raise
+        except torch.OutOfMemoryError as error:  # the probe will meet it, record it and report it
+            _logger.debug("the check of the curvature probe ran out of memory: %s", error)
         except Exception as error:
             raise ConfigurationError(
                 f"the loss of a first probe could not be computed ({type(error).__name__}: {error}): check the data drawn from "
