@@ -56,7 +56,7 @@ class Problem:
         self.microbatches = [to_device(batch, device) for batch in microbatches]
         self.seed = seed
         self.step = step
-        self.objective = Objective(model, resolve_loss(loss, model, self.microbatches[0]), params_filter=params_filter)
+        self.objective = Objective(model, resolve_loss(loss, self.microbatches[0]), params_filter=params_filter)
         self.blocks: Blocks = group_blocks(model, self.objective.parameters, block_structure)
         self.gradient_seconds = 0.0  # wall time of one gradient, once `gradients` was asked for
         self._trust = Trust() if trust is None else trust

@@ -47,7 +47,7 @@ def _materialised(uses: Sequence[Sequence[Use]], sizes: Sequence[int], num_rows:
     for start in range(0, num_rows, step):
         stop = min(start + step, num_rows)
         rows = [_sum_of_rows(found, start, stop, size, row, example) for found, size in zip(uses, sizes, strict=True)]
-        total += gram(torch.cat(rows))
+        total += gram(rows[0] if len(rows) == 1 else torch.cat(rows))
     return total
 
 
@@ -57,7 +57,7 @@ def _sum_of_rows(uses: Sequence[Use], start: int, stop: int, size: int, row: tor
         return example.new_zeros(size, (stop - start) * row.numel())
     total = uses[0].rows(start, stop)
     for use in uses[1:]:
-        total = total + use.rows(start, stop)
+        use.add_rows(total, start, stop)
     return total.reshape(size, -1)
 
 

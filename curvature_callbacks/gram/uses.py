@@ -31,7 +31,11 @@ class Use(ABC):
 
     @abstractmethod
     def rows(self, start: int, stop: int) -> Tensor:
-        """Per-sample gradients of the parameter's rows `start:stop`, (N, stop - start, ...)."""
+        """Per-sample gradients of the parameter's rows `start:stop`, (N, stop - start, ...), a new tensor."""
+
+    def add_rows(self, total: Tensor, start: int, stop: int) -> None:
+        """Add `rows(start, stop)` to `total` in place."""
+        total += self.rows(start, stop)
 
 
 @final
@@ -97,15 +101,20 @@ class Lookup(Use):
     def rows(self, start: int, stop: int) -> Tensor:
         """Scattered sums of the output gradients, (N, stop - start, d)."""
         assert self.gradient is not None
+        total = self.gradient.new_zeros(self.num_samples, stop - start, self.gradient.shape[-1])
+        self.add_rows(total, start, stop)
+        return total
+
+    def add_rows(self, total: Tensor, start: int, stop: int) -> None:
+        """Only the rows that were looked up are touched."""
+        assert self.gradient is not None
         outputs = self.gradient.reshape(-1, self.gradient.shape[-1])  # (N T, d)
         inside = (self.indices >= start) & (self.indices < stop)
         if self._padding_idx is not None:
             inside &= self.indices != self._padding_idx
         samples = torch.arange(self.num_samples, device=inside.device)[:, None].expand_as(inside)
         target = samples[inside] * (stop - start) + self.indices[inside] - start
-        result = outputs.new_zeros(self.num_samples * (stop - start), outputs.shape[-1])
-        result.index_add_(0, target, outputs[inside.flatten()])
-        return result.reshape(self.num_samples, stop - start, -1)
+        total.view(-1, total.shape[-1]).index_add_(0, target, outputs[inside.flatten()])
 
 
 @final
@@ -139,4 +148,4 @@ class Elementwise(Use):
     def rows(self, start: int, stop: int) -> Tensor:
         """A slice of the per-sample gradients."""
         assert self.gradient is not None
-        return self.gradient[:, start:stop]
+        return self.gradient[:, start:stop].clone()

@@ -36,21 +36,19 @@ class SampleLosses:
 
 
 LossFunction = Callable[[nn.Module, Any], SampleLosses]
+_Form = Callable[[Any, Mapping[str, Any]], SampleLosses]
 
 
-def resolve_loss(loss: Loss, model: nn.Module, batch: Any) -> LossFunction:
+def resolve_loss(loss: Loss, batch: Any) -> LossFunction:
     """The function that gives the `SampleLosses` of any batch shaped like `batch`.
 
     Args:
         loss: None for the model's own `.loss` (mapping batches), `cross_entropy`, `mse` or `bce` for `(inputs, targets)`
             batches, or `(model, batch) -> scalar mean | (N,) losses`.
-        model: the model.
         batch: an example.
 
     Raises:
-        ConfigurationError: the loss cannot be determined from these.
-
-    Cost: one forward pass for `loss=None`, else nothing.
+        ConfigurationError: the loss cannot be determined from these; for None at the first call, when the model gives none.
     """
     if callable(loss):
         return _CallableLoss(loss)
@@ -64,7 +62,7 @@ def resolve_loss(loss: Loss, model: nn.Module, batch: Any) -> LossFunction:
             "`(model, batch) -> scalar mean or (N,) losses`, or the name of one "
             f"({', '.join(get_args(TargetLossName))}) for `(inputs, targets)` batches."
         )
-    return _own_loss(model, batch)
+    return _OwnLoss()
 
 
 @final
@@ -108,46 +106,42 @@ class _TargetLoss:
 
 
 @final
-@dataclass(frozen=True, slots=True)
-class _LogitsLoss:
-    """The model's own loss rebuilt from its logits in one of the standard forms."""
+class _OwnLoss:
+    """The model's own loss, rebuilt from its logits in whichever standard form gives the value of `.loss`.
 
-    form: Callable[[Tensor, Tensor], SampleLosses]
+    Names do not tell shift, head and problem type apart; values do. The form is chosen at the first call and kept; where
+    none fits, the model's mean loss times its targets is used.
+    """
 
-    def __call__(self, model: nn.Module, batch: Any) -> SampleLosses:
-        return self.form(model(**batch).logits, batch["labels"])
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class _ScalarLoss:
-    """The model's own mean loss times its targets, where no standard form reproduces it."""
-
-    shifted: bool
+    def __init__(self) -> None:
+        self._form: _Form | None = None
 
     def __call__(self, model: nn.Module, batch: Any) -> SampleLosses:
-        loss = model(**batch).loss
-        counts = _count_targets(batch, shifted=self.shifted).to(loss.device)
-        return SampleLosses(loss * counts.sum(), counts, None)
-
-
-def _own_loss(model: nn.Module, batch: Mapping[str, Any]) -> LossFunction:
-    """Which form reproduces `model(**batch).loss`: names do not tell (shift, head, problem type), values do."""
-    with torch.no_grad():
         output = model(**batch)
-    loss = getattr(output, "loss", None)
-    if loss is None:
-        raise ConfigurationError(
-            "the model returns no `.loss` for the drawn microbatch (keys: " + ", ".join(map(str, batch)) + "): the loss "
-            "cannot be determined. Add `labels` to the batch or pass a loss function."
-        )
+        loss = getattr(output, "loss", None)
+        if loss is None:
+            raise ConfigurationError(
+                "the model returns no `.loss` for the drawn microbatch (keys: " + ", ".join(map(str, batch)) + "): the loss "
+                "cannot be determined. Add `labels` to the batch or pass a loss function."
+            )
+        if self._form is None:
+            self._form = _matching_form(model, output, batch)
+        return self._form(output, batch)
+
+
+def _matching_form(model: nn.Module, output: Any, batch: Mapping[str, Any]) -> "_Form":
     logits, labels = getattr(output, "logits", None), batch.get("labels")
     if isinstance(logits, Tensor) and isinstance(labels, Tensor):
         for form in _forms(model, logits, labels):
-            rebuilt = form(logits, labels)
-            if _agrees(rebuilt.total / rebuilt.num_targets.sum(), loss):
-                return _LogitsLoss(form)
-    return _ScalarLoss(shifted=_is_causal(model))
+            rebuilt = form(logits.detach(), labels)
+            if _agrees(rebuilt.total / rebuilt.num_targets.sum(), output.loss.detach()):
+                return lambda output, batch: form(output.logits, batch["labels"])
+    shifted = _is_causal(model)
+    return lambda output, batch: _mean_times_targets(output.loss, _count_targets(batch, shifted=shifted))
+
+
+def _mean_times_targets(loss: Tensor, counts: Tensor) -> SampleLosses:
+    return SampleLosses(loss * counts.sum().to(loss.device), counts, None)
 
 
 def _forms(model: nn.Module, logits: Tensor, labels: Tensor) -> list[Callable[[Tensor, Tensor], SampleLosses]]:
