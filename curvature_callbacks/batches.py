@@ -64,8 +64,8 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def to_dtype(batch: Any, dtype: torch.dtype) -> Any:
-    """`batch` with every floating-point tensor in `dtype`."""
-    return map_tensors(batch, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+    """`batch` with every floating-point tensor in `dtype`, cut off from any graph it may hang on."""
+    return map_tensors(batch, lambda tensor: tensor.detach().to(dtype) if tensor.is_floating_point() else tensor)
 
 
 def detached_copy(batch: Any) -> Any:

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from curvature_callbacks.gram.rules import RULES, kind_without_rule
 from curvature_callbacks.gram.uses import Use
 
+_MAKE_LEAF = (Tensor.requires_grad_, Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
 Completed = Callable[[str, list[Use]], None]
 
 
@@ -52,7 +53,10 @@ class Capture(TorchFunctionMode):
         kwargs = kwargs or {}
         tracked = {id(value): value for value in _tensors((*args, *kwargs.values())) if id(value) in self._names}
         if not tracked:
-            return func(*args, **kwargs)
+            output = func(*args, **kwargs)
+            if func in _MAKE_LEAF and args[0].requires_grad:
+                self._anchors.append(args[0])  # what follows is no constant, but leads to no anchor either
+            return output
         if func is torch.nn.functional.embedding:
             args, kwargs = self._with_sample_axis(args, kwargs)
         output = func(*args, **kwargs)

@@ -45,7 +45,7 @@ class Objective:
         self.dtype = _compute_dtype(chosen.values())
         self.device = next(iter(chosen.values())).device
         self.parameters = {name: self._widen(parameter.detach()) for name, parameter in chosen.items()}
-        self._constants = self._widened_constants(model, chosen)
+        self._constants = self._other_tensors(model, chosen)
         self._module = _LossModule(model, loss)
 
     def leaves(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
@@ -61,13 +61,14 @@ class Objective:
         return result
 
     def _widen(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+        return tensor.to(self.dtype) if _is_narrow(tensor.dtype) else tensor
 
-    def _widened_constants(self, model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-        """Frozen parameters and buffers whose dtype differs from the one computed in."""
-        others = dict(model.named_buffers())
-        others |= {name: parameter.detach() for name, parameter in model.named_parameters() if name not in chosen}
-        return {name: self._widen(tensor) for name, tensor in others.items() if _is_narrow(tensor.dtype)}
+    def _other_tensors(self, model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        """Parameters left out, as constants, and buffers whose dtype differs from the one computed in."""
+        parameters = {name: parameter for name, parameter in model.named_parameters() if name not in chosen}
+        constants = {name: self._widen(parameter.detach()) for name, parameter in parameters.items()}
+        buffers = {name: self._widen(buffer) for name, buffer in model.named_buffers() if _is_narrow(buffer.dtype)}
+        return constants | buffers
 
 
 class _LossModule(nn.Module):
