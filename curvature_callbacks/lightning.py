@@ -42,8 +42,8 @@ class CurvatureCallback(Callback):
     `curvature_loss(batch)`, else `training_step` itself with logging muted and torchmetrics put back. Per-row losses
     (`loss_fn` returning shape (N,)) make row-wise fallbacks cheaper and are needed where a mean is not over rows.
 
-    Tags: see the measurements; of the probe itself `curvature/probe_seconds`, `curvature/probe_matvecs`,
-    `curvature/probe_gradient_equivalents`, `curvature/probe_rows`, `curvature/failed`, `curvature/non_finite`. TensorBoard gets
+    Tags: see the measurements; of the probe itself `curvature/probe_seconds`, `curvature/failed`, and in `curvature_probe/`
+    `sink_seconds` (of the probe before), `matvecs`, `rows`, `gradient_equivalents`, `non_finite`. TensorBoard gets
     curves, heat maps, histograms and a table, other loggers the scalars, `trainer.callback_metrics` and the progress bar the
     headline numbers, and `curvature.jsonl` in the run's directory everything.
 

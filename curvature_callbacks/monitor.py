@@ -27,6 +27,7 @@ from curvature_callbacks.sinks import MemorySink, Sink
 
 _logger = logging.getLogger("curvature_callbacks")
 
+_SUMMARY: Final = ("probe_seconds", "failed")  # headline of the probe's own record
 _MAX_FAILURES: Final = 3  # failures in a row after which a measurement is switched off
 
 
@@ -115,6 +116,7 @@ class CurvatureMonitor:
         self._failures: dict[str, int] = {}
         self._warned: set[str] = set()
         self._previous: int | None = None
+        self._sink_seconds = 0.0  # what the sinks took at the previous probe
         self._checked = False
 
     @property
@@ -196,7 +198,8 @@ class CurvatureMonitor:
                 summary = self._summary(problem, records, time.perf_counter() - start)
         except Exception as error:
             failed = self._failed(PROBE, step, error)
-            summary = replace(failed, scalars={"failed": 1.0, "probe_seconds": time.perf_counter() - start})
+            scalars = {"failed": 1.0, "probe_seconds": time.perf_counter() - start}
+            summary = replace(failed, scalars=scalars, headline=_SUMMARY)
         return [summary, *records]
 
     def _measured(self, measurement: Measurement, problem: Problem) -> list[Record]:
@@ -232,22 +235,26 @@ class CurvatureMonitor:
         """The probe about itself."""
         scalars = {
             "probe_seconds": seconds,
-            "probe_matvecs": float(sum(record.num_matvecs for record in records)),
-            "probe_rows": float(sum(map(batch_size, problem.microbatches))),
+            "sink_seconds": self._sink_seconds,
+            "matvecs": float(sum(record.num_matvecs for record in records)),
+            "rows": float(sum(map(batch_size, problem.microbatches))),
             "failed": float(sum(record.failed for record in records)),
             "non_finite": float(sum(not _is_finite(value) for record in records for value in record.scalars.values())),
         }
         if problem.gradient_seconds > 0:
-            scalars["probe_gradient_equivalents"] = seconds / problem.gradient_seconds
+            scalars["gradient_equivalents"] = seconds / problem.gradient_seconds
         metadata = {
             "seed": problem.seed,
             "draw": self._draw,
             "torch": torch.__version__,
             "blocks": list(problem.blocks),
         }
-        return Record(step=problem.step, measurement=PROBE, scalars=scalars, seconds=seconds, metadata=metadata)
+        return Record(
+            step=problem.step, measurement=PROBE, scalars=scalars, headline=_SUMMARY, seconds=seconds, metadata=metadata
+        )
 
     def _hand_on(self, records: Sequence[Record]) -> None:
+        start = time.perf_counter()
         for sink in self._sinks:
             try:
                 sink.write(records)
@@ -261,6 +268,7 @@ class CurvatureMonitor:
                         type(error).__name__,
                         error,
                     )
+        self._sink_seconds = time.perf_counter() - start
 
     def _problem(self, microbatches: Sequence[Any], seed: int, step: int) -> Problem:
         return Problem(self._model, microbatches, seed=seed, step=step, trust=self._trust, **self._problem_options)

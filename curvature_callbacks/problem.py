@@ -14,7 +14,7 @@ from curvature_callbacks.gram.engine import BlockGrams, Trust, block_grams, para
 from curvature_callbacks.model.blocks import Blocks, BlockStructure, group_blocks
 from curvature_callbacks.model.checks import check_model, second_order_obstacle
 from curvature_callbacks.model.losses import Loss, resolve_loss
-from curvature_callbacks.model.objective import Objective, ParamsFilter
+from curvature_callbacks.model.objective import Objective, ParamsFilter, gradients
 from curvature_callbacks.operators.hessian import HessianOperator
 
 
@@ -88,14 +88,11 @@ class Problem:
         """Name to the gradient of the mean loss. Cost: one gradient, whose time is kept as the unit of all others."""
         start = time.perf_counter()
         leaves = self.objective.leaves()
-        losses = [self.objective(batch, leaves) for batch in self.microbatches]
-        num_targets = max(sum(int(loss.num_targets.sum()) for loss in losses), 1)
-        mean = torch.stack([loss.total for loss in losses]).sum() / num_targets
-        gradients = torch.autograd.grad(mean, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        found = gradients(self.objective.mean(self.microbatches, leaves), leaves)
         if self.objective.device.type == "cuda":
             torch.cuda.synchronize(self.objective.device)
         self.gradient_seconds = time.perf_counter() - start
-        return dict(zip(leaves, gradients, strict=True))
+        return found
 
     def hessian(self, names: Iterable[str] | None = None) -> HessianOperator:
         """The Hessian of the mean loss, restricted to the named parameters.

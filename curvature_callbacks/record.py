@@ -15,20 +15,7 @@ BLOCK_CURVES: Final = (
     "effective_rank",
     "trace",
 )  # one curve a block; others aggregated
-
-
-_HEADLINE: Final = (
-    "curvature/hessian_lambda_max",
-    "curvature/hessian_lambda_min",
-    "curvature/hessian_residual_max",
-    "curvature/hessian_ritz_negative_mass",
-    "curvature/empirical_fisher_full_condition_number",
-    "curvature/empirical_fisher_full_lambda_max",
-    "curvature/empirical_fisher_full_trace",
-    "curvature/kfac_coverage_gradient_energy",
-    "curvature/probe_seconds",
-    "curvature/failed",
-)
+_NO_CURVE: Final = ("num_samples",)  # constant over a run: in the JSON-lines file only
 
 
 @final
@@ -41,6 +28,7 @@ class Record:
         measurement: what was measured, with the Fisher type where it is one (`empirical_fisher`, `hessian`, ...).
         block: block name, or None for the whole model.
         scalars: metric name to value; non-finite values are kept here and in JSON, never written as curves.
+        headline: the metrics that belong on the first page, in progress bars and in training logs.
         arrays: spectra and the like, each a list of floats.
         seconds: wall time of the measurement this record belongs to (shared by all its blocks).
         num_matvecs: operator products of the measurement this record belongs to.
@@ -52,6 +40,7 @@ class Record:
     measurement: str
     block: str | None = None
     scalars: Mapping[str, float] = field(default_factory=dict)
+    headline: tuple[str, ...] = ()
     arrays: Mapping[str, list[float]] = field(default_factory=dict)
     seconds: float = 0.0
     num_matvecs: int = 0
@@ -73,46 +62,52 @@ class Record:
         fields = json.loads(line)
         fields["scalars"] = {name: float(value) for name, value in fields["scalars"].items()}
         fields["arrays"] = {name: [float(value) for value in values] for name, values in fields["arrays"].items()}
+        fields["headline"] = tuple(fields["headline"])
         return cls(**fields)
 
 
 def scalar_tags(records: Iterable[Record]) -> dict[str, float]:
     """Tag to value for the finite scalars of one probe, few enough to read.
 
-    Whole model: `curvature/<measurement>_<metric>` (the probe's own: `curvature/<metric>`). Of each block the metrics in
-    `BLOCK_CURVES`: `curvature_<measurement>_<metric>/<block>`, because TensorBoard groups by the first segment and the usual
-    question is *which block*; of the others the minimum, median and maximum over blocks.
+    Whole model: `curvature/<measurement>_<metric>` for the headline, which TensorBoard shows first, `curvature_<measurement>/
+    <metric>` for the others. Of each block the metrics in `BLOCK_CURVES`: `curvature_<measurement>_<metric>/<block>`, because
+    the usual question is *which block*; of the others the minimum, median and maximum over blocks:
+    `curvature_<measurement>_over_blocks/<metric>_{min,median,max}`.
     """
     tags: dict[str, float] = {}
     over_blocks: dict[str, list[float]] = {}
     for record in records:
         for metric, value in record.scalars.items():
-            if not math.isfinite(value):
+            if not math.isfinite(value) or metric.removeprefix("full_").removeprefix("block_diagonal_") in _NO_CURVE:
                 continue
             if record.block is None or metric in BLOCK_CURVES:
                 tags[metric_tag(record, metric)] = value
             else:
-                over_blocks.setdefault(f"curvature/{tag_segment(f'{record.measurement}_{metric}')}", []).append(value)
+                group = f"curvature_{tag_segment(record.measurement)}_over_blocks"
+                over_blocks.setdefault(f"{group}/{tag_segment(metric)}", []).append(value)
     for tag, values in over_blocks.items():
         tags |= {f"{tag}_min": min(values), f"{tag}_median": statistics.median(values), f"{tag}_max": max(values)}
     return tags
 
 
+def headline(records: Iterable[Record]) -> dict[str, float]:
+    """Tag to value of the headline metrics, for progress bars and training logs; non-finite ones are left out."""
+    return {
+        metric_tag(record, metric): record.scalars[metric]
+        for record in records
+        for metric in record.headline
+        if math.isfinite(record.scalars.get(metric, math.nan))
+    }
+
+
 def metric_tag(record: Record, metric: str) -> str:
     """The tag under which one metric of `record` is logged."""
-    name = metric if record.measurement == PROBE else f"{record.measurement}_{metric}"
-    if record.block is None:
-        return f"curvature/{tag_segment(name)}"
-    return f"curvature_{tag_segment(name)}/{tag_segment(record.block)}"
-
-
-def headline(records: Iterable[Record]) -> dict[str, float]:
-    """The few whole-model numbers for progress bars and training logs, under their tags.
-
-    Non-finite and missing ones are left out.
-    """
-    tags = scalar_tags(records)
-    return {tag: tags[tag] for tag in _HEADLINE if tag in tags}
+    measurement, name = tag_segment(record.measurement), tag_segment(metric)
+    if record.block is not None:
+        return f"curvature_{measurement}_{name}/{tag_segment(record.block)}"
+    if metric not in record.headline:
+        return f"curvature_{measurement}/{name}"
+    return f"curvature/{name}" if record.measurement == PROBE else f"curvature/{measurement}_{name}"
 
 
 def tag_segment(name: str) -> str:

@@ -40,8 +40,8 @@ class CurvatureCallback(TrainerCallback):
     float32 without the Trainer's autocast, and logs. The loss is the model's own `.loss` unless `loss_fn` is given: label
     smoothing, `compute_loss_func` and an overridden `compute_loss` are not part of it, and a warning says so.
 
-    Tags: see the measurements; of the probe itself `curvature/probe_seconds`, `curvature/probe_matvecs`,
-    `curvature/probe_gradient_equivalents`, `curvature/probe_rows`, `curvature/failed`, `curvature/non_finite`. TensorBoard gets
+    Tags: see the measurements; of the probe itself `curvature/probe_seconds`, `curvature/failed`, and in `curvature_probe/`
+    `sink_seconds` (of the probe before), `matvecs`, `rows`, `gradient_equivalents`, `non_finite`. TensorBoard gets
     them under these names through the Trainer's own writer, with heat maps, histograms and a table; the other reporters,
     `log_history` and the progress bar get the headline numbers; `curvature.jsonl` in `output_dir` holds everything. The
     Trainer is found when training begins; `attach(trainer)` names it where that is not possible.

@@ -10,7 +10,7 @@ from curvature_callbacks.batches import batch_size, take_rows
 from curvature_callbacks.gram.rows import check_separable
 from curvature_callbacks.linalg.accumulate import dot
 from curvature_callbacks.model.blocks import Blocks
-from curvature_callbacks.model.objective import Objective
+from curvature_callbacks.model.objective import Objective, gradients
 
 TOLERANCE: Final = 1e-4  # a right Gram agrees to 1e-7, a wrong sample axis misses by 0.7
 
@@ -29,15 +29,15 @@ def certificate_errors(
     """
     generator = torch.Generator().manual_seed(seed)
     signs = [_balanced_signs(batch_size(batch), generator) for batch in microbatches]
-    gradients = _signed_gradients(objective, microbatches, signs)
+    found = _signed_gradients(objective, microbatches, signs)
     w = torch.cat(signs).to(torch.float64)
-    return {block: _error(grams[block], w, [gradients[name] for name in names]) for block, names in blocks.items()}
+    return {block: _error(grams[block], w, [found[name] for name in names]) for block, names in blocks.items()}
 
 
-def _error(gram: Tensor, w: Tensor, gradients: list[Tensor]) -> float:
+def _error(gram: Tensor, w: Tensor, signed: list[Tensor]) -> float:
     w = w.to(gram.device)
     predicted = (w @ gram @ w).item()
-    actual = sum(dot(gradient.flatten(), gradient.flatten()).item() for gradient in gradients)
+    actual = sum(dot(gradient.flatten(), gradient.flatten()).item() for gradient in signed)
     scale = max(gram.diagonal().sum().item(), actual)
     return abs(predicted - actual) / scale if scale > 0 else 0.0
 
@@ -52,11 +52,8 @@ def _signed_gradients(objective: Objective, microbatches: Sequence[Any], signs: 
     leaves = objective.leaves()
     totals = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
     for batch, w in zip(microbatches, signs, strict=True):
-        loss = _signed_loss(objective, batch, w, leaves)
-        gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-        for name, gradient in zip(leaves, gradients, strict=True):
-            if gradient is not None:
-                totals[name] += gradient
+        for name, gradient in gradients(_signed_loss(objective, batch, w, leaves), leaves).items():
+            totals[name] += gradient
     return totals
 
 

@@ -8,7 +8,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from curvature_callbacks.batches import batch_size
+from curvature_callbacks.batches import batch_size, take_rows
 from curvature_callbacks.errors import RefusedError
 from curvature_callbacks.gram.capture import Capture
 from curvature_callbacks.gram.certificate import TOLERANCE, certificate_errors
@@ -81,7 +81,7 @@ def block_grams(objective: Objective, microbatches: Sequence[Any], blocks: Block
     signature = _signature(capture)
     errors = None
     if signature not in trust.certified:
-        errors = certificate_errors(objective, microbatches, blocks, summed, seed=seed)
+        errors = _certificate(objective, microbatches, blocks, summed, seed)
         failed = [block for block, error in errors.items() if not error <= TOLERANCE]
         if failed:
             return _without_rules(objective, microbatches, blocks, failed, errors, trust=trust, seed=seed)
@@ -94,6 +94,26 @@ def block_grams(objective: Objective, microbatches: Sequence[Any], blocks: Block
         certificate=errors,
         signature=signature,
     )
+
+
+def finite_samples(grams: Mapping[str, Tensor]) -> Tensor:
+    """(N,) on CPU: whether a sample's gradient is finite in every block."""
+    return torch.stack([K.diagonal() for K in grams.values()]).isfinite().all(0).cpu()
+
+
+def _certificate(
+    objective: Objective, microbatches: Sequence[Any], blocks: Blocks, grams: Mapping[str, Tensor], seed: int
+) -> Mapping[str, float]:
+    """The certificate of the samples with a finite gradient: one bad sample must not hide the others."""
+    usable = finite_samples(grams)
+    if usable.all():
+        return certificate_errors(objective, microbatches, blocks, grams, seed=seed)
+    pieces = torch.split(usable, [batch_size(batch) for batch in microbatches])
+    kept = [take_rows(batch, piece.nonzero()[:, 0]) for batch, piece in zip(microbatches, pieces, strict=True) if piece.any()]
+    if not kept:
+        return dict.fromkeys(blocks, 0.0)
+    inside = {block: K[usable.to(K.device)][:, usable.to(K.device)] for block, K in grams.items()}
+    return certificate_errors(objective, kept, blocks, inside, seed=seed)
 
 
 def parameter_operations(objective: Objective, batch: Any) -> Mapping[str, list[str]]:

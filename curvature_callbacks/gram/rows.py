@@ -9,7 +9,7 @@ from torch import Tensor
 from curvature_callbacks.batches import batch_size, take_rows
 from curvature_callbacks.errors import RefusedError
 from curvature_callbacks.linalg.accumulate import gram
-from curvature_callbacks.model.objective import Objective
+from curvature_callbacks.model.objective import Objective, gradients
 
 _GROUP_BYTES: Final = 1 << 30  # gradients of all samples held at a time
 _COUPLING: Final = 1e-3  # relative disagreement of the sum over rows with the batch, beyond which samples are not separate
@@ -25,9 +25,9 @@ def row_grams(objective: Objective, microbatches: Sequence[Any], names: Sequence
     """
     grams: dict[str, Tensor] = {}
     for group in _groups(objective, names, sum(map(batch_size, microbatches))):
-        gradients = [gradient for batch in microbatches for gradient in _row_gradients(objective, batch, group)]
+        rows = [row for batch in microbatches for row in _row_gradients(objective, batch, group)]
         for position, name in enumerate(group):
-            grams[name] = gram(torch.stack([gradient[position] for gradient in gradients]))
+            grams[name] = gram(torch.stack([row[position] for row in rows]))
     return grams
 
 
@@ -50,8 +50,7 @@ def _row_gradients(objective: Objective, batch: Any, names: Sequence[str]) -> li
     result, total = [], 0.0
     for row in torch.arange(batch_size(batch)):
         loss = objective(take_rows(batch, row[None]), leaves).total
-        gradients = _gradients(loss, list(leaves.values()))
-        result.append([gradient.flatten() for gradient in gradients])
+        result.append([gradient.flatten() for gradient in gradients(loss, leaves).values()])
         total += float(loss.detach())
     check_separable(objective, batch, total)
     return result
@@ -67,10 +66,3 @@ def check_separable(objective: Objective, batch: Any, total: float) -> None:
             "batch-wide loss, a mean over ragged targets) and have no gradients of their own. Pass a loss function that "
             "returns one loss per row."
         )
-
-
-def _gradients(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
-    if not loss.requires_grad:
-        return [torch.zeros_like(leaf) for leaf in leaves]
-    gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
-    return [torch.zeros_like(leaf) if gradient is None else gradient for leaf, gradient in zip(leaves, gradients, strict=True)]

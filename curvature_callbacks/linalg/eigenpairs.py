@@ -1,6 +1,5 @@
 """Eigenpairs: Ritz values with their residuals, and what they say about negative curvature."""
 
-import math
 from dataclasses import dataclass
 from typing import final
 
@@ -22,6 +21,7 @@ class Eigenpairs:
         converged: (k,) bool, `residual <= max(tol |theta|, 10 eps |lambda|_max)`: each pair by its own size, as in ARPACK.
         eigenvectors: (P, k) columns in the operator's dtype and device, or None when not asked for.
         num_matvecs: operator products spent.
+        which: the end or ends asked for.
         reorth_mode: reorthogonalisation used (`full`).
         is_psd: whether the operator is known to be positive semi-definite.
         tol: relative tolerance of `converged`, also the threshold below which a value counts as negative.
@@ -36,6 +36,7 @@ class Eigenpairs:
     converged: Tensor
     eigenvectors: Tensor | None
     num_matvecs: int
+    which: str
     reorth_mode: str
     is_psd: bool
     tol: float
@@ -45,13 +46,15 @@ class Eigenpairs:
     warnings: tuple[str, ...] = ()
 
     def metrics(self) -> dict[str, float]:
-        """Scalars to log; NaN where the run cannot say.
+        """Scalars to log; what the run cannot say is absent.
 
         `lambda_max`, `lambda_min` are the outermost Ritz values returned, converged or not (a Ritz value never lies outside
-        the spectrum), with `residual_lambda_max`, `residual_lambda_min`; `residual_max` is the largest *relative* residual
-        `residual / |theta|` of the pairs and `num_converged` counts them. For indefinite operators `ritz_negative_fraction`,
-        `ritz_negative_mass = sum |theta < 0| / sum |theta|` and `most_negative_eigenvalue` speak of the converged pairs only,
-        with `theta < -tol |lambda|_max` counting as negative.
+        the spectrum, so a negative `lambda_min` proves negative curvature), with `residual_lambda_max` and
+        `residual_lambda_min`; `residual_max` is the largest *relative* residual `residual / |theta|` of the pairs and
+        `num_converged` counts those within tolerance. For indefinite operators, once the smallest pair of a run with
+        `which="SA"` or `"BE"` has converged: `most_negative_eigenvalue` (positive when there is none), and with `"BE"`, over
+        the converged pairs, `ritz_negative_fraction` and `ritz_negative_mass = sum |theta < 0| / sum |theta|`, where negative
+        means `theta < -tol |lambda|_max`.
         """
         if len(self.eigenvalues) == 0:
             return {}
@@ -70,14 +73,16 @@ class Eigenpairs:
         return self.residuals / self.eigenvalues.abs().clamp_min(smallest)
 
     def _negative_curvature(self) -> dict[str, float]:
+        """Nothing unless the negative end is known: the largest pairs alone say 0 for spectra with 47 % negative mass."""
+        if self.which not in ("SA", "BE") or not self.converged[-1]:
+            return {}
+        lowest = {"most_negative_eigenvalue": self.eigenvalues[-1].item()}
+        if self.which == "SA":
+            return lowest
         ritz = self.eigenvalues[self.converged]
-        if len(ritz) == 0:
-            names = ("ritz_negative_fraction", "ritz_negative_mass", "most_negative_eigenvalue")
-            return dict.fromkeys(names, math.nan)
         negative = ritz < -self.tol * self.lambda_abs_max
         total = ritz.abs().sum().item()
-        return {
+        return lowest | {
             "ritz_negative_fraction": negative.double().mean().item(),
             "ritz_negative_mass": ritz[negative].abs().sum().item() / total if total > 0 else 0.0,
-            "most_negative_eigenvalue": ritz.min().item(),
         }

@@ -87,6 +87,7 @@ def lanczos(
         converged=ritz.converged(tol),
         eigenvectors=vectors if return_eigenvectors else None,
         num_matvecs=krylov.num_matvecs,
+        which=which,
         reorth_mode="full",
         is_psd=operator.is_psd,
         tol=tol,
@@ -125,6 +126,8 @@ class _Krylov:
         self.betas = torch.zeros(self.capacity, dtype=torch.float64, device=operator.device)
         self.couplings = torch.zeros(self.capacity, dtype=torch.float64, device=operator.device)
         self.size = 0
+        self.start = 0  # first step of the current segment, after the last deflation
+        self.settled = 0  # steps whose beta was looked at
         self.num_matvecs = 0
         self._place_random(0)
 
@@ -151,13 +154,15 @@ class _Krylov:
         """`(alphas, betas)` on the host; the first vanished beta ends an invariant subspace, where the run restarts."""
         alphas, betas = self.alphas[: self.size].cpu(), self.betas[: self.size].cpu()
         scale = max(alphas.abs().max().item(), betas.max().item())
-        broken = (betas <= _NOISE * torch.finfo(self.basis.dtype).eps * scale).nonzero()
-        if len(broken):
-            j = int(broken[0])
-            self.size = j + 1
+        vanished = betas <= _NOISE * torch.finfo(self.basis.dtype).eps * scale
+        vanished[: self.settled] = False  # deflated at an earlier look
+        if vanished.any():
+            j = int(vanished.nonzero()[0])
+            self.size = self.settled = self.start = j + 1
             self.betas[j] = 0.0
             self._place_random(j + 1)
             return alphas[: j + 1], torch.cat([betas[:j], betas.new_zeros(1)])
+        self.settled = self.size
         return alphas, betas
 
     def ritz_vectors(self, coordinates: Tensor) -> Tensor:
@@ -205,13 +210,40 @@ def _iterate(krylov: _Krylov, k: int, which: Which, tol: float) -> _Ritz:
         if betas[-1] == 0:
             patience = 1  # steps after a vanished beta are lost, so look at each from here on
         ritz = _ritz(alphas, betas, wanted, which, krylov.basis.dtype, exhausted=krylov.size == P)
-        if krylov.finished or (krylov.size > wanted and betas[-1] > 0 and bool(ritz.converged(tol).all())):
+        if krylov.finished:
+            return ritz
+        converged = krylov.size > max(wanted, krylov.start) and bool(ritz.converged(tol).all())
+        if converged and _adds_nothing(alphas, betas, krylov.start, wanted, which, tol, ritz.floor):
             return ritz
 
 
+def _adds_nothing(alphas: Tensor, betas: Tensor, start: int, k: int, which: Which, tol: float, floor: float) -> bool:
+    """Whether the segment since the last deflation, at step `start`, holds no further copy of a wanted eigenvalue.
+
+    One Krylov space sees one copy of a multiple eigenvalue; each restart in the complement sees the next. The wanted pairs of
+    the segments before are final once the outermost values of the current one have converged inside them.
+    """
+    if start < k:
+        return start == 0
+    before = torch.linalg.eigvalsh(_tridiagonal(alphas[:start], betas[:start]))
+    wanted = before[_choose(before, k, which)]  # descending
+    values, vectors = torch.linalg.eigh(_tridiagonal(alphas[start:], betas[start:]))
+    settled = (betas[-1] * vectors[-1]).abs() <= (tol * values.abs()).clamp_min(floor)
+    if which == "LM":
+        outermost = values.abs().argmax()
+        return bool(settled[outermost] & (values[outermost].abs() <= wanted.abs().min() + floor))
+    top = {"LA": k, "SA": 0, "BE": k - k // 2}[which]  # pairs wanted from the upper end
+    none_above = top == 0 or bool(settled[-1] & (values[-1] <= wanted[top - 1] + floor))
+    none_below = top == k or bool(settled[0] & (values[0] >= wanted[top] - floor))
+    return none_above and none_below
+
+
+def _tridiagonal(alphas: Tensor, betas: Tensor) -> Tensor:
+    return torch.diag(alphas) + torch.diag(betas[:-1], 1) + torch.diag(betas[:-1], -1)
+
+
 def _ritz(alphas: Tensor, betas: Tensor, k: int, which: Which, dtype: torch.dtype, *, exhausted: bool) -> _Ritz:
-    T = torch.diag(alphas) + torch.diag(betas[:-1], 1) + torch.diag(betas[:-1], -1)
-    values, vectors = torch.linalg.eigh(T)
+    values, vectors = torch.linalg.eigh(_tridiagonal(alphas, betas))
     scale = values.abs().max().item()
     floor = _NOISE * torch.finfo(dtype).eps * scale
     chosen = _choose(values, min(k, len(values)), which)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from curvature_callbacks.batches import as_microbatches, batch_size, take_rows
 from curvature_callbacks.errors import ConfigurationError, ProbeError, check_choice, check_positive
+from curvature_callbacks.gram.engine import finite_samples
 from curvature_callbacks.linalg.accumulate import gram
 from curvature_callbacks.linalg.spectrum import Spectrum, centred, spectrum_of_gram, union
 from curvature_callbacks.measurements.base import offline_problem
@@ -23,6 +24,13 @@ EigensolveDevice = Literal["auto", "cpu", "cuda"]
 PerSampleGradients = Sequence[Mapping[str, Tensor]]
 
 _NAME: Final = "empirical_fisher"
+_HEADLINE: Final = (
+    "full_condition_number",
+    "full_lambda_max",
+    "full_effective_rank",
+    "full_trace",
+    "block_diagonal_condition_number",
+)
 
 
 @final
@@ -57,9 +65,10 @@ class FisherSpectrum:
     | `curvature_empirical_fisher_lambda_max/<b>` | largest eigenvalue | >= 0 | one direction all samples push along |
     | `curvature_empirical_fisher_effective_rank/<b>` | exp of the entropy | 1..N | many directions |
     | `curvature_empirical_fisher_trace/<b>` | mean squared gradient norm | >= 0 | a large share of the gradient |
-    | `curvature/empirical_fisher_full_<metric>` | the same of the whole Fisher | | |
-    | `curvature/empirical_fisher_block_diagonal_<metric>` | the same of its block-diagonal approximation | | |
-    | `curvature/empirical_fisher_<metric>_{min,median,max}` | all other metrics, over blocks | | |
+    | `curvature/empirical_fisher_full_<metric>` | the same four of the whole Fisher | | |
+    | `curvature/empirical_fisher_block_diagonal_condition_number` | of its block-diagonal approximation | >= 1 | |
+    | `curvature_empirical_fisher/{full,block_diagonal}_<metric>` | all other metrics of both | | |
+    | `curvature_empirical_fisher_over_blocks/<metric>_{min,median,max}` | all other metrics, over blocks | | |
 
     Never compare `condition_number`, `rank` or `effective_rank` between runs of different N: they grow with it.
 
@@ -105,6 +114,7 @@ class FisherSpectrum:
                 for part, spectrum in parts.items()
                 for metric, value in spectrum.metrics(damping=self.damping).items()
             },
+            headline=_HEADLINE,
             arrays={f"{part}_eigenvalues": spectrum.eigenvalues.tolist() for part, spectrum in parts.items()},
             metadata={**spectra.metadata, "damping": self.damping},
         )
@@ -216,7 +226,7 @@ def _spectra(problem: Problem, center: bool, device: EigensolveDevice) -> Fisher
     sizes = {
         block: sum(problem.objective.parameters[name].numel() for name in names) for block, names in problem.blocks.items()
     }
-    usable = (found.num_targets > 0) & _finite(found.grams)
+    usable = (found.num_targets > 0) & finite_samples(found.grams)
     return _of_grams(found.grams, sizes, usable, metadata, center, problem.objective.dtype, device)
 
 
@@ -249,7 +259,7 @@ def _of_gradients(
         "centered": center,
         "dtype": str(dtype).removeprefix("torch."),
     }
-    usable = _finite(grams) if grams else torch.zeros(0, dtype=torch.bool)
+    usable = finite_samples(grams) if grams else torch.zeros(0, dtype=torch.bool)
     return _warned(_of_grams(grams, sizes, usable, metadata, center, dtype, device))
 
 
@@ -295,12 +305,6 @@ def _of_grams(
 def _rows_and_columns(K: Tensor, usable: Tensor) -> Tensor:
     usable = usable.to(K.device)
     return K[usable][:, usable]
-
-
-def _finite(grams: Mapping[str, Tensor]) -> Tensor:
-    """(N,) whether a sample's gradient is finite in every block."""
-    diagonals = torch.stack([K.diagonal() for K in grams.values()])
-    return diagonals.isfinite().all(0).cpu()
 
 
 def _first_rows(microbatches: Sequence[Any], count: int) -> list[Any]:

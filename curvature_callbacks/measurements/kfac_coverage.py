@@ -68,7 +68,11 @@ class KFACCoverage:
         report = _coverage(problem)
         scalars = {"tensors": report.tensors, "elements": report.elements, "gradient_energy": report.gradient_energy}
         record = Record(
-            step=problem.step, measurement=self.name, scalars=scalars, metadata={"uncovered": dict(report.uncovered)}
+            step=problem.step,
+            measurement=self.name,
+            scalars=scalars,
+            headline=tuple(scalars),
+            metadata={"uncovered": dict(report.uncovered)},
         )
         return [record], None
 

@@ -13,12 +13,22 @@ from curvature_callbacks.linalg.symmetry import check_symmetric
 from curvature_callbacks.measurements.base import offline_problem
 from curvature_callbacks.model.losses import Loss
 from curvature_callbacks.model.objective import ParamsFilter
+from curvature_callbacks.operators.second_order import check_second_order
 from curvature_callbacks.problem import Problem
 from curvature_callbacks.record import Record
 
 OperatorName = Literal["hessian"]
 
-_CHECK_PRODUCTS: Final = 3  # what `check_symmetric` spends
+_HEADLINE: Final = (
+    "lambda_max",
+    "lambda_min",
+    "residual_max",
+    "num_converged",
+    "most_negative_eigenvalue",
+    "ritz_negative_mass",
+    "ritz_negative_fraction",
+)
+_CHECK_PRODUCTS: Final = 3  # what the self-check spends
 
 
 @final
@@ -26,8 +36,8 @@ _CHECK_PRODUCTS: Final = 3  # what `check_symmetric` spends
 class TopEigenpairs:
     """Outer eigenpairs of the mean loss's Hessian by Lanczos, both ends, each with its residual.
 
-    Tags (per block instead of `curvature/hessian_<metric>`: `curvature_hessian_lambda_max/<b>`, and
-    `curvature/hessian_<metric>_{min,median,max}` over blocks for the rest):
+    Tags of the whole model; per block `curvature_hessian_lambda_max/<b>`, and the others over blocks as
+    `curvature_hessian_over_blocks/<metric>_{min,median,max}`:
 
     | tag | meaning | range | high means |
     | --- | --- | --- | --- |
@@ -35,12 +45,14 @@ class TopEigenpairs:
     | `curvature/hessian_lambda_min` | smallest Ritz value, an upper bound of the smallest eigenvalue | | |
     | `curvature/hessian_residual_max` | largest `residual / abs(theta)` of the pairs | >= 0 | numbers not to trust |
     | `curvature/hessian_num_converged` | pairs within tolerance | 0..k | |
-    | `curvature/hessian_ritz_negative_mass` | share of `sum abs(theta)` that is negative, converged pairs | 0..1 | a saddle |
+    | `curvature/hessian_most_negative_eigenvalue` | smallest eigenvalue, at probes where it converged | | |
+    | `curvature/hessian_ritz_negative_mass` | negative share of `sum abs(theta)`, converged pairs | 0..1 | a saddle |
     | `curvature/hessian_ritz_negative_fraction` | share of converged pairs that is negative | 0..1 | a saddle |
-    | `curvature/hessian_most_negative_eigenvalue` | smallest converged Ritz value; absent until one has converged | | |
+    | `curvature_hessian/residual_lambda_{max,min}` | absolute residuals of the two ends | >= 0 | |
 
-    The first probe of a run checks that the operator gives the same answer twice and is symmetric, and refuses to go on
-    otherwise: a kernel without a second derivative is silently wrong.
+    The first probe of a run checks that the operator gives the same answer twice, is symmetric and (where the model has
+    custom operations) agrees with finite differences, and refuses to go on otherwise: a kernel without a second derivative
+    is silently wrong.
 
     Args:
         operator: `hessian`.
@@ -78,12 +90,12 @@ class TopEigenpairs:
         """None: the self-check has not run."""
 
     def measure(self, problem: Problem, state: float | None) -> tuple[list[Record], float | None]:
-        """One record for the whole model, and one a block if asked; the state is the asymmetry the self-check measured."""
+        """One record for the whole model, and one a block if asked; the state is the error the self-check measured."""
         whole = problem.hessian()
-        checked = state is None
+        first = state is None
         if state is None:
-            state = check_symmetric(whole, seed=problem.seed)
-        records = [self._record(problem, whole, None, state, _CHECK_PRODUCTS if checked else 0)]
+            state = check_second_order(whole, seed=problem.seed)
+        records = [self._record(problem, whole, None, state, _CHECK_PRODUCTS if first else 0)]
         del whole  # its graph, before the blocks build theirs
         if self.per_block:
             records += [
@@ -98,6 +110,7 @@ class TopEigenpairs:
             measurement=self.name,
             block=block,
             scalars=pairs.metrics(),
+            headline=_HEADLINE,
             arrays={
                 "eigenvalues": pairs.eigenvalues.tolist(),
                 "residuals": pairs.residuals.tolist(),
@@ -182,5 +195,5 @@ def compute_spectrum(
     check_choice("operator", operator, get_args(OperatorName))
     with offline_problem(model, batches, loss=loss, params_filter=params_filter, seed=seed) as problem:
         hessian = problem.hessian()
-        check_symmetric(hessian, seed=seed)
+        check_second_order(hessian, seed=seed)
         return lanczos(hessian, **options)

@@ -124,8 +124,12 @@ class _OwnLoss:
                 "the model returns no `.loss` for the drawn microbatch (keys: " + ", ".join(map(str, batch)) + "): the loss "
                 "cannot be determined. Add `labels` to the batch or pass a loss function."
             )
-        if self._form is None:
-            self._form = _matching_form(model, output, batch)
+        if self._form is not None:
+            return self._form(output, batch)
+        counts = _count_targets(batch, shifted=_is_causal(model))
+        if not counts.any():  # the model's mean is 0 / 0 and tells nothing about the form
+            return SampleLosses(loss.new_zeros(()), counts, None)
+        self._form = _matching_form(model, output, batch)
         return self._form(output, batch)
 
 
@@ -141,7 +145,8 @@ def _matching_form(model: nn.Module, output: Any, batch: Mapping[str, Any]) -> "
 
 
 def _mean_times_targets(loss: Tensor, counts: Tensor) -> SampleLosses:
-    return SampleLosses(loss * counts.sum().to(loss.device), counts, None)
+    total = loss * counts.sum().to(loss.device) if counts.any() else loss.new_zeros(())
+    return SampleLosses(total, counts, None)
 
 
 def _forms(model: nn.Module, logits: Tensor, labels: Tensor) -> list[Callable[[Tensor, Tensor], SampleLosses]]:
@@ -199,10 +204,10 @@ _ELEMENTWISE: Final[Mapping[str, Callable[[Tensor, Tensor], Tensor]]] = {
 
 def _count_targets(batch: Mapping[str, Any], *, shifted: bool) -> Tensor:
     labels = batch.get("labels")
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim < 2:
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim == 0:
         return torch.ones(batch_size(batch), dtype=torch.int64)
-    valid = labels[:, 1:] if shifted else labels
-    return (valid != IGNORED).flatten(1).sum(1)
+    valid = labels[:, 1:] if shifted and labels.ndim > 1 else labels
+    return (valid != IGNORED).reshape(len(labels), -1).sum(1)
 
 
 def _require_pair(batch: Any, loss: str) -> None:

@@ -1,6 +1,6 @@
 """Objective: the loss as a function of the trainable parameters, on aliases that leave the model untouched."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from curvature_callbacks.batches import to_dtype
-from curvature_callbacks.errors import ConfigurationError
+from curvature_callbacks.errors import ConfigurationError, ProbeError
 from curvature_callbacks.model.losses import LossFunction, SampleLosses
 
 ParamsFilter = Callable[[str, nn.Parameter], bool]
@@ -60,6 +60,21 @@ class Objective:
         result: SampleLosses = functional_call(self._module, named, (to_dtype(batch, self.dtype),))
         return result
 
+    def mean(self, microbatches: Sequence[Any], values: Mapping[str, Tensor]) -> Tensor:
+        """The objective `L = sum_i l_i / sum_i n_i` over all microbatches, 0-d.
+
+        Raises:
+            ProbeError: no sample has a valid target, or L is not finite.
+        """
+        losses = [self(batch, values) for batch in microbatches]
+        num_targets = sum(int(loss.num_targets.sum()) for loss in losses)
+        if num_targets == 0:
+            raise ProbeError("no sample of this probe has a valid target: the loss is undefined.")
+        mean = torch.stack([loss.total for loss in losses]).sum() / num_targets
+        if not mean.isfinite():
+            raise ProbeError(f"the loss of this probe is {mean.item()}.")
+        return mean
+
     def _widen(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.dtype) if _is_narrow(tensor.dtype) else tensor
 
@@ -69,6 +84,14 @@ class Objective:
         constants = {name: self._widen(parameter.detach()) for name, parameter in parameters.items()}
         buffers = {name: self._widen(buffer) for name, buffer in model.named_buffers() if _is_narrow(buffer.dtype)}
         return constants | buffers
+
+
+def gradients(loss: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Name to the gradient of `loss`; zero where it does not depend on the leaf. Cost: one backward pass."""
+    if not loss.requires_grad:
+        return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(leaves, found, strict=True))
 
 
 class _LossModule(nn.Module):

@@ -9,6 +9,7 @@ import torch
 from curvature_callbacks._optional import is_available
 from curvature_callbacks.record import BLOCK_CURVES, Record, metric_tag, scalar_tags, tag_segment
 
+_REDRAW: Final = 1.2  # growth after which a heat map is drawn again: each takes 0.1 s, as long as a small probe
 _WORST: Final = 10  # rows of the table of worst blocks
 
 
@@ -17,7 +18,7 @@ class TensorBoardSink:
     """Writes to the user's own `SummaryWriter`; a second writer in its directory would hide the first one's curves.
 
     Scalars as in `record.scalar_tags`; `curvature_<measurement>_<metric>/heat_map`, block against step, for the metrics with a
-    curve a block (needs matplotlib); `curvature_<measurement>_spectrum/<block>`, a histogram of log10 eigenvalues;
+    curve a block (needs matplotlib; drawn again when it has grown by a fifth); `curvature_<measurement>_spectrum/<block>`, a histogram of log10 eigenvalues;
     `curvature/worst_blocks` and `curvature/errors`, text. Non-finite values are not written.
 
     Args:
@@ -27,6 +28,7 @@ class TensorBoardSink:
     def __init__(self, writer: Any) -> None:
         self._writer = writer
         self._maps: dict[str, dict[int, dict[str, float]]] = {}
+        self._drawn: dict[str, int] = {}  # columns of each map when it was drawn last
 
     def write(self, records: Sequence[Record]) -> None:
         """Write one probe."""
@@ -44,7 +46,8 @@ class TensorBoardSink:
     def _write_spectrum(self, record: Record, step: int) -> None:
         for name, eigenvalues in record.arrays.items():
             positive = [math.log10(value) for value in eigenvalues if value > 0]
-            if name.endswith("eigenvalues") and len(positive) == len(eigenvalues) > 1:
+            whole_spectrum = "residuals" not in record.arrays  # a few Ritz values are none
+            if name.endswith("eigenvalues") and whole_spectrum and len(positive) == len(eigenvalues) > 1:
                 part = record.block or name.removesuffix("_eigenvalues")
                 tag = f"curvature_{tag_segment(record.measurement)}_spectrum/{tag_segment(part)}"
                 self._writer.add_histogram(tag, torch.tensor(positive), step)
@@ -62,7 +65,9 @@ class TensorBoardSink:
                         self._maps.setdefault(tag, {}).setdefault(step, {})[record.block] = value
                         touched.add(tag)
         for tag in sorted(touched):
-            self._writer.add_figure(f"{tag}/heat_map", _heat_map(tag, self._maps[tag]), step, close=True)
+            if len(self._maps[tag]) >= _REDRAW * self._drawn.get(tag, 0):
+                self._drawn[tag] = len(self._maps[tag])
+                self._writer.add_figure(f"{tag}/heat_map", _heat_map(self._maps[tag]), step, close=True)
 
     def _write_texts(self, records: Sequence[Record], step: int) -> None:
         ranked = sorted(
@@ -77,7 +82,7 @@ class TensorBoardSink:
 
 
 def _table(records: Sequence[Record]) -> str:
-    header = "| block | " + " | ".join(BLOCK_CURVES) + " |\n|---|" + "---:|" * len(BLOCK_CURVES)
+    header = f"| block ({records[0].measurement}) | " + " | ".join(BLOCK_CURVES) + " |\n|---|" + "---:|" * len(BLOCK_CURVES)
     rows = [
         f"| `{record.block}` | " + " | ".join(f"{record.scalars.get(name, math.nan):.3g}" for name in BLOCK_CURVES) + " |"
         for record in records
@@ -85,20 +90,19 @@ def _table(records: Sequence[Record]) -> str:
     return "\n".join([header, *rows])
 
 
-def _heat_map(title: str, values: dict[int, dict[str, float]]) -> Any:
+def _heat_map(values: dict[int, dict[str, float]]) -> Any:
     """log10 of the values, a row a block and a column a step."""
     from matplotlib.figure import Figure  # not pyplot: its global state belongs to the user
 
     steps = sorted(values)
     blocks = list(dict.fromkeys(block for step in steps for block in values[step]))
     grid = [[math.log10(values[step].get(block, math.nan)) for step in steps] for block in blocks]
-    figure = Figure(figsize=(7, 1.2 + 0.28 * len(blocks)), layout="constrained")
+    figure = Figure(figsize=(5, 1.2 + 0.3 * len(blocks)), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(grid, aspect="auto", interpolation="nearest", cmap="viridis")
     figure.colorbar(image, label="log10")
-    shown = range(0, len(steps), max(1, len(steps) // 8))
+    shown = range(0, len(steps), max(1, len(steps) // 5))
     axes.set_xticks(list(shown), [str(steps[i]) for i in shown])
-    axes.set_yticks(range(len(blocks)), blocks, fontsize=8)
+    axes.set_yticks(range(len(blocks)), blocks, fontsize=11)
     axes.set_xlabel("step")
-    axes.set_title(title)
     return figure

@@ -1,0 +1,87 @@
+"""What both callbacks promise."""
+
+import copy
+import inspect
+import pickle
+import re
+from typing import Any, get_type_hints
+
+import pytest
+
+from curvature_callbacks import CurvatureMonitor
+from curvature_callbacks.lightning import CurvatureCallback as LightningCallback
+from curvature_callbacks.settings import Settings
+from curvature_callbacks.transformers import CurvatureCallback as TransformersCallback
+from tests.training_cases import options, pair_loss
+
+CALLBACKS = [LightningCallback, TransformersCallback]
+
+
+@pytest.fixture(params=CALLBACKS, ids=["lightning", "transformers"])
+def kind(request: Any) -> Any:
+    return request.param
+
+
+def parameters(kind: Any) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(kind).parameters)
+
+
+def test_both_have_the_same_name_and_the_same_arguments() -> None:
+    lightning, transformers = map(parameters, CALLBACKS)
+    assert LightningCallback.__name__ == TransformersCallback.__name__ == "CurvatureCallback"
+    assert list(lightning) == list(transformers)
+    assert {name: one.default for name, one in lightning.items()} == {name: one.default for name, one in transformers.items()}
+    assert {name: str(one.annotation) for name, one in lightning.items()} == {
+        name: str(one.annotation) for name, one in transformers.items()
+    }
+
+
+def test_both_describe_their_arguments_in_the_same_words() -> None:
+    def described(kind: Any) -> dict[str, str]:
+        arguments = re.search(r"Args:\n(.*?)\n\n", inspect.getdoc(kind) or "", re.S).group(1)  # type: ignore[union-attr]
+        return dict(re.findall(r"^ {4}(\w+): (.*)$", arguments, re.M))
+
+    lightning, transformers = map(described, CALLBACKS)
+    assert list(lightning) == list(parameters(LightningCallback))
+    assert {name for name in lightning if lightning[name] != transformers[name]} <= {"every_n_steps", "loss_fn"}
+
+
+class TestCallback:
+    def test_it_needs_no_argument(self, kind: Any) -> None:
+        assert kind().history == []
+
+    def test_every_argument_has_a_type_and_a_default_a_command_line_can_give(self, kind: Any) -> None:
+        hints = get_type_hints(kind.__init__)
+        for name, parameter in parameters(kind).items():
+            assert name in hints
+            assert parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+            assert parameter.default is None or type(parameter.default) in (int, str, float, bool)
+
+    def test_it_takes_every_setting(self, kind: Any) -> None:
+        assert list(parameters(kind)) == list(Settings.__dataclass_fields__)
+
+    def test_defaults_are_those_of_the_monitor(self, kind: Any) -> None:
+        monitor = inspect.signature(CurvatureMonitor).parameters
+        renamed = {"every_n_steps": "when", "loss_fn": "loss"}
+        for name, parameter in parameters(kind).items():
+            assert parameter.default == monitor[renamed.get(name, name)].default, name
+
+    def test_it_pickles_before_training(self, kind: Any) -> None:
+        callback = kind(**options(loss_fn=pair_loss))
+        again = pickle.loads(pickle.dumps(callback))
+        assert again._settings == callback._settings
+        assert again.history == []
+        assert copy.deepcopy(callback)._settings == callback._settings
+
+    def test_it_has_no_method_a_framework_would_overwrite(self, kind: Any) -> None:
+        assert "log" not in vars(kind)
+        assert "log_dict" not in vars(kind)
+        assert "_log_dict" not in vars(kind)
+
+    def test_history_cannot_be_replaced(self, kind: Any) -> None:
+        with pytest.raises(AttributeError):
+            kind().history = []
+
+    def test_its_docstring_tells_cost_errors_and_tags(self, kind: Any) -> None:
+        documentation = inspect.getdoc(kind) or ""
+        assert all(part in documentation for part in ("Args:", "Attributes:", "Raises:", "Cost:", "curvature/probe_seconds"))

@@ -1,0 +1,191 @@
+"""Block Grams and Fisher spectra against one gradient per row in float64."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from curvature_callbacks import compute_fisher_spectrum
+from curvature_callbacks.gram.engine import BlockGrams
+from curvature_callbacks.measurements.base import offline_problem
+from curvature_callbacks.model.blocks import group_blocks
+from tests.cases import CASES, MORE_FAMILIES, SIZES, Case, causal_batch, family, image_batch, masked_batch, seq2seq_batch
+from tests.reference import fisher_eigenvalues, gradients_of, relative_error, sample_gradients, stacked
+
+SWEEP = {"causal": causal_batch, "tokens": masked_batch, "row": image_batch, "seq2seq": seq2seq_batch}
+# Hugging Face norms, rotary embeddings and losses compute in float32 whatever the model's dtype.
+TOLERANCE = 1e-5
+
+
+def grams(case: Case, model: nn.Module, microbatches: list[Any], structure: str = "layer") -> BlockGrams:
+    with offline_problem(model, microbatches, loss=case.loss, params_filter=None, block_structure=structure) as problem:
+        return problem.block_grams
+
+
+def swept(name: str) -> Case:
+    kind = MORE_FAMILIES[name]
+    side = 16 if name == "swin" else 8
+    batch = SWEEP[kind] if kind != "row" else lambda size, length, generator: image_batch(size, length, generator, side=side)
+    return Case(name, "tokens" if kind == "seq2seq" else kind, lambda: family(name), batch)
+
+
+def assert_grams(found: BlockGrams, truth: dict[str, Tensor], model: nn.Module, structure: str, tolerance: float):
+    for block, names in group_blocks(model, list(truth), structure).items():
+        G = stacked(truth, names)
+        # Relative to the whole model: a block without gradient (key biases) is rounding in both.
+        scale = max((G @ G.T).abs().max().item(), 1e-12 * stacked(truth).square().sum().item())
+        assert (found.grams[block].cpu() - G @ G.T).abs().max().item() <= tolerance * scale, block
+
+
+@pytest.mark.parametrize("structure", ["layer", "parameter", "none"])
+@pytest.mark.parametrize("sizes", [(4,), SIZES], ids=["one", "ragged"])
+@pytest.mark.parametrize("name", CASES)
+def test_grams_are_the_products_of_row_gradients(name: str, sizes: tuple[int, ...], structure: str):
+    case = CASES[name]
+    model, microbatches = case.model(), case.microbatches(sizes)
+    found = grams(case, model, microbatches, structure)
+    truth = sample_gradients(model, microbatches, case.kind)
+    assert_grams(found, truth, model, structure, TOLERANCE)
+
+
+@pytest.mark.parametrize("name", MORE_FAMILIES)
+def test_every_hugging_face_family(name: str):
+    case = swept(name)
+    model, microbatches = case.model(), case.microbatches((3, 1, 2))
+    found = grams(case, model, microbatches)
+    assert_grams(found, sample_gradients(model, microbatches, case.kind), model, "layer", TOLERANCE)
+
+
+@pytest.mark.parametrize("centred", [False, True], ids=["raw", "centred"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", CASES)
+def test_spectra_agree_with_the_oracle(name: str, dtype: torch.dtype, centred: bool):
+    case = CASES[name]
+    model, microbatches = case.model(dtype), case.microbatches()
+    spectra = compute_fisher_spectrum(model, microbatches, loss=case.loss, center_gradients=centred)
+    truth = sample_gradients(model, microbatches, case.kind)
+    everything = fisher_eigenvalues(stacked(truth), centred=centred)
+    assert relative_error(spectra.full.eigenvalues, everything) < TOLERANCE
+    for block, names in group_blocks(model, list(truth)).items():
+        own = fisher_eigenvalues(stacked(truth, names), centred=centred)
+        assert (spectra.blocks[block].eigenvalues.max() - own[0]).abs() < TOLERANCE * everything[0]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_full_is_the_sum_of_blocks_and_block_diagonal_their_union(name: str):
+    case = CASES[name]
+    model, microbatches = case.model(), case.microbatches()
+    spectra = compute_fisher_spectrum(model, microbatches, loss=case.loss)
+    truth = stacked(sample_gradients(model, microbatches, case.kind))
+    union = torch.cat([spectrum.eigenvalues for spectrum in spectra.blocks.values()]).sort(descending=True).values
+    kept = spectra.block_diagonal.eigenvalues
+    assert torch.equal(kept, union[: len(kept)])
+    assert sum(spectrum.trace for spectrum in spectra.blocks.values()) == pytest.approx(spectra.full.trace)
+    assert spectra.full.trace == pytest.approx((truth**2).sum(1).mean().item(), rel=TOLERANCE)
+    assert spectra.full.num_params == truth.shape[1] == sum(s.num_params for s in spectra.blocks.values())
+
+
+def test_blocks_do_have_cross_terms():
+    """Else `full` against `block_diagonal` would test nothing."""
+    spectra = compute_fisher_spectrum(CASES["gpt2"].model(), CASES["gpt2"].microbatches())
+    assert spectra.full.eigenvalues[0] > 1.5 * spectra.block_diagonal.eigenvalues[0]
+
+
+def test_a_tied_weight_holds_both_of_its_uses():
+    """The gradient of GPT-2's embedding is the sum of its uses as embedding and as head; their cross terms count."""
+    case = CASES["gpt2"]
+    model, microbatches = case.model(), case.microbatches()
+    truth = sample_gradients(model, microbatches, case.kind)["transformer.wte.weight"]
+    untied = case.model()
+    untied.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    parts = sample_gradients(untied, microbatches, case.kind)
+    without = parts["transformer.wte.weight"] @ parts["transformer.wte.weight"].T
+    without += parts["lm_head.weight"] @ parts["lm_head.weight"].T
+    found = grams(case, model, microbatches, "parameter").grams["transformer.wte.weight"]
+    assert relative_error(found, truth @ truth.T) < TOLERANCE
+    assert relative_error(without, truth @ truth.T) > 0.05
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "t5", "reused", "scaled"])
+def test_what_a_rule_covers_takes_no_fallback(name: str):
+    case = CASES[name]
+    fallback = grams(case, case.model(), case.microbatches()).fallback
+    allowed = {"t5": ("relative_attention_bias",), "scaled": ("gain", "product")}.get(name, ())
+    assert all(any(part in parameter for part in allowed) for parameter in fallback), dict(fallback)
+
+
+def test_what_has_no_rule_is_listed_with_its_reason():
+    case = CASES["convnet"]
+    spectra = compute_fisher_spectrum(case.model(), case.microbatches(), loss=case.loss)
+    fallback = spectra.metadata["fallback"]
+    assert "conv2d" in fallback["conv1.weight"]
+    assert "grouped conv2d" in fallback["layer1.1.conv1.weight"]
+    assert "batch_norm" in fallback["bn1.bias"]
+    assert not any(name.startswith("fc") for name in fallback)
+
+
+@pytest.mark.parametrize("sizes", [(3,), (2, 3, 6)])
+def test_a_sequence_first_layer_is_caught_by_the_certificate(sizes: tuple[int, ...]):
+    """T = 6 is a multiple of every N here: axis 0 passes for samples and only the random signs can tell."""
+    case = CASES["sequence_first"]
+    model, microbatches = case.model(), case.microbatches(sizes)
+    found = grams(case, model, microbatches)
+    assert set(found.fallback) == {"inner.weight", "inner.bias"}
+    assert "certificate" in found.fallback["inner.weight"]
+    assert_grams(found, sample_gradients(model, microbatches, case.kind), model, "layer", 1e-10)
+
+
+def test_a_sample_that_is_not_finite_does_not_blind_the_certificate():
+    case = CASES["sequence_first"]
+    x, y = case.microbatches((3,))[0]
+    x[0] = float("nan")
+    model = case.model()
+    with pytest.warns(UserWarning, match="1 of 3"):
+        spectra = compute_fisher_spectrum(model, (x, y), loss=case.loss)
+    truth = sample_gradients(model, [(x[1:], y[1:])], case.kind)
+    assert relative_error(spectra.full.eigenvalues, fisher_eigenvalues(stacked(truth))) < 1e-10
+
+
+def mean_cross_entropy(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def losses_by_row(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+@pytest.mark.parametrize("loss", [mean_cross_entropy, losses_by_row])
+@pytest.mark.parametrize("name", ["mlp", "convnet", "encoder", "reused", "sequence_first"])
+def test_a_mean_and_losses_by_row_mean_the_same(name: str, loss: Any):
+    case = CASES[name]
+    model, microbatches = case.model(), case.microbatches()
+    spectra = compute_fisher_spectrum(model, microbatches, loss=loss)
+    truth = stacked(sample_gradients(model, microbatches, case.kind))
+    assert relative_error(spectra.full.eigenvalues, fisher_eigenvalues(truth)) < 1e-10
+
+
+@pytest.mark.parametrize(("name", "target"), [("mse", 2.0), ("bce", 1.0)])
+def test_named_losses_are_means_over_the_row(name: str, target: float):
+    model = CASES["mlp"].model()
+    x, _ = CASES["mlp"].microbatches((4,))[0]
+    y = torch.rand(4, 3, dtype=torch.float64) * target
+    spectra = compute_fisher_spectrum(model, (x, y), loss=name)
+    function = {"mse": F.mse_loss, "bce": F.binary_cross_entropy_with_logits}[name]
+    truth = gradients_of(model, [lambda m, i=i: function(m(x[i]), y[i]) for i in range(4)])
+    assert relative_error(spectra.full.eigenvalues, fisher_eigenvalues(stacked(truth))) < 1e-10
+
+
+def test_dense_prediction_sums_over_its_valid_positions():
+    """Cross-entropy of (N, C, H, W) logits: a sample's loss is the sum over pixels that are not ignored."""
+    model = nn.Conv2d(1, 3, 3, padding=1).double()
+    x = torch.randn(3, 1, 4, 4, dtype=torch.float64)
+    y = torch.randint(3, (3, 4, 4))
+    y[0, :2] = -100
+    spectra = compute_fisher_spectrum(model, (x, y), loss="cross_entropy")
+    truth = gradients_of(
+        model, [lambda m, i=i: F.cross_entropy(m(x[i : i + 1]), y[i : i + 1], reduction="sum") for i in range(3)]
+    )
+    assert relative_error(spectra.full.eigenvalues, fisher_eigenvalues(stacked(truth))) < 1e-10
+    assert spectra.metadata["num_targets"] == 3 * 16 - 8

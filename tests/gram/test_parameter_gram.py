@@ -1,0 +1,113 @@
+"""Both forms of the product, chunking and lookups on bare uses."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from curvature_callbacks.gram import parameter_gram as module
+from curvature_callbacks.gram.uses import Elementwise, Lookup, OuterProduct
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def product_use(N: int, T: int, d_in: int, d_out: int, *, transposed: bool = False, seed: int = 0) -> OuterProduct:
+    use = OuterProduct("linear", N, draw(N, T, d_in, seed=seed), transposed=transposed)
+    use.complete(draw(N, T, d_out, seed=seed + 1))
+    return use
+
+
+def product_gradients(N: int, T: int, d_in: int, d_out: int, *, transposed: bool = False, seed: int = 0) -> Tensor:
+    a, b = draw(N, T, d_in, seed=seed), draw(N, T, d_out, seed=seed + 1)
+    weights = [sum(torch.outer(b[i, t], a[i, t]) for t in range(T)) for i in range(N)]
+    return torch.stack([(weight.T if transposed else weight).flatten() for weight in weights])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(3, 1, 20, 30), (3, 2, 20, 30), (4, 9, 3, 2)], ids=["T=1", "factored", "materialised"])
+def test_one_product(shape: tuple[int, int, int, int], transposed: bool):
+    N, _, d_in, d_out = shape
+    size = torch.Size((d_in, d_out) if transposed else (d_out, d_in))
+    G = product_gradients(*shape, transposed=transposed)
+    found = module.parameter_gram([[product_use(*shape, transposed=transposed)]], [N], size)
+    assert torch.allclose(found, G @ G.T)
+
+
+def test_both_forms_are_taken_and_agree(monkeypatch: pytest.MonkeyPatch):
+    shape, calls = (3, 2, 20, 30), []
+    original = module._factored
+    monkeypatch.setattr(module, "_factored", lambda *factors: calls.append(1) or original(*factors))
+    factored = module.parameter_gram([[product_use(*shape)]], [3], torch.Size((30, 20)))
+    monkeypatch.setattr(module, "_PAIRS", 0)
+    materialised = module.parameter_gram([[product_use(*shape)]], [3], torch.Size((30, 20)))
+    assert len(calls) == 1
+    assert torch.allclose(factored, materialised)
+
+
+def test_microbatches_of_different_length_have_cross_terms():
+    parts = [(2, 1, 20, 30), (3, 2, 20, 30)]
+    G = torch.cat([product_gradients(*shape, seed=10 * i) for i, shape in enumerate(parts)])
+    uses = [[product_use(*shape, seed=10 * i)] for i, shape in enumerate(parts)]
+    assert torch.allclose(module.parameter_gram(uses, [2, 3], torch.Size((30, 20))), G @ G.T)
+
+
+@pytest.mark.parametrize("chunk", [1, 200, 1 << 26])
+def test_chunks_of_rows_add_up(chunk: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "_CHUNK_BYTES", chunk)
+    G = product_gradients(4, 9, 3, 7)
+    assert torch.allclose(module.parameter_gram([[product_use(4, 9, 3, 7)]], [4], torch.Size((7, 3))), G @ G.T)
+
+
+@pytest.mark.parametrize("chunk", [1, 1 << 26])
+def test_several_uses_are_added_before_the_product(chunk: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "_CHUNK_BYTES", chunk)
+    G = product_gradients(3, 2, 4, 5) + product_gradients(3, 4, 4, 5, seed=20)
+    uses = [[product_use(3, 2, 4, 5), product_use(3, 4, 4, 5, seed=20)]]
+    assert torch.allclose(module.parameter_gram(uses, [3], torch.Size((5, 4))), G @ G.T)
+
+
+def lookup(N: int, T: int, rows: int, d: int, padding: int | None, seed: int = 0) -> tuple[Lookup, Tensor]:
+    indices = torch.randint(rows, (N, T), generator=torch.Generator().manual_seed(seed))
+    outputs = draw(N, T, d, seed=seed)
+    use = Lookup(N, indices, padding)
+    use.complete(outputs)
+    G = torch.zeros(N, rows, d, dtype=torch.float64)
+    for i in range(N):
+        for t in range(T):
+            if indices[i, t] != padding:
+                G[i, indices[i, t]] += outputs[i, t]
+    return use, G.flatten(1)
+
+
+@pytest.mark.parametrize("chunk", [1, 1 << 26])
+@pytest.mark.parametrize("padding", [None, 2])
+def test_lookups_scatter(padding: int | None, chunk: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "_CHUNK_BYTES", chunk)
+    use, G = lookup(3, 6, 50, 4, padding)
+    assert torch.allclose(module.parameter_gram([[use]], [3], torch.Size((50, 4))), G @ G.T)
+
+
+@pytest.mark.parametrize("chunk", [1, 1 << 26])
+def test_a_table_tied_to_a_head_adds_both(chunk: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "_CHUNK_BYTES", chunk)
+    use, G = lookup(3, 6, 9, 4, None)
+    G = G + product_gradients(3, 6, 4, 9, seed=5)
+    uses = [[use, product_use(3, 6, 4, 9, seed=5)]]
+    assert torch.allclose(module.parameter_gram(uses, [3], torch.Size((9, 4))), G @ G.T)
+    swapped = [[product_use(3, 6, 4, 9, seed=5), use]]
+    assert torch.allclose(module.parameter_gram(swapped, [3], torch.Size((9, 4))), G @ G.T)
+
+
+def test_an_elementwise_use_is_reduced_to_the_parameter():
+    factor, gradient = draw(3, 4, 5), draw(3, 4, 5, seed=1)
+    use = Elementwise("scale", 3, torch.Size((5,)), lambda: factor)
+    use.complete(gradient)
+    assert torch.allclose(use.rows(1, 4), (factor * gradient).sum(1)[:, 1:4])
+
+
+def test_a_microbatch_that_does_not_use_the_parameter_gives_zeros():
+    G = torch.cat([torch.zeros(2, 12, dtype=torch.float64), product_gradients(3, 2, 3, 4)])
+    found = module.parameter_gram([[], [product_use(3, 2, 3, 4)]], [2, 3], torch.Size((4, 3)))
+    assert torch.allclose(found, G @ G.T)
+    assert torch.equal(module.parameter_gram([[], []], [2, 3], torch.Size((4, 3))), torch.zeros(5, 5, dtype=torch.float64))

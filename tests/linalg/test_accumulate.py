@@ -1,0 +1,36 @@
+import pytest
+import torch
+
+from curvature_callbacks.linalg.accumulate import coefficients, dot, gram, norm, subtract_combination
+
+SIZES = (0, 1, 7, (1 << 15) - 1, 1 << 15, (1 << 15) + 1, 100_003)
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_sums_over_chunks_are_whole_sums(size: int):
+    rows = draw(3, size)
+    assert torch.allclose(gram(rows), rows @ rows.T)
+    assert torch.allclose(dot(rows[0], rows[1]), rows[0] @ rows[1])
+    assert torch.allclose(norm(rows[2]), rows[2].norm())
+    assert torch.allclose(coefficients(rows[:2], rows[2]), rows[:2] @ rows[2])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_subtract_combination_is_in_place_and_complete(size: int):
+    rows, weights = draw(3, size), torch.tensor([0.5, -2.0], dtype=torch.float64)
+    expected = rows[2] - weights @ rows[:2]
+    subtract_combination(rows[2], rows[:2], weights)
+    assert torch.allclose(rows[2], expected)
+
+
+def test_float32_sums_over_many_parameters_keep_seven_digits():
+    """All terms positive: a plain float32 sum over this many loses three digits on CPU."""
+    x = draw(3_000_000, dtype=torch.float32).abs() + 1.0
+    exact = (x.double() ** 2).sum()
+    assert dot(x, x).dtype == torch.float64
+    assert abs(dot(x, x) - exact) / exact < 1e-6
+    assert abs(gram(x[None])[0, 0] - exact) / exact < 1e-6

@@ -1,0 +1,127 @@
+"""What arrives in a TensorBoard event file, read back from it."""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
+
+from curvature_callbacks import Record
+from curvature_callbacks.sinks import tensorboard
+from curvature_callbacks.sinks.tensorboard import TensorBoardSink
+
+
+def block(name: str, step: int = 0, *, condition: float = 10.0, eigenvalues: Sequence[float] = (1.0, 0.1)) -> Record:
+    return Record(
+        step=step,
+        measurement="empirical_fisher",
+        block=name,
+        scalars={"condition_number": condition, "lambda_max": 2.0},
+        arrays={"eigenvalues": list(eigenvalues)},
+    )
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Iterator[Any]:
+    """A function that writes probes and gives what is then in the file."""
+    writer = SummaryWriter(str(tmp_path))
+
+    def write(*probes: list[Record]) -> EventAccumulator:
+        sink = TensorBoardSink(writer)
+        for records in probes:
+            sink.write(records)
+        accumulator = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0, "images": 0})
+        accumulator.Reload()
+        return accumulator
+
+    yield write
+    writer.close()
+
+
+def test_scalars_stand_at_the_step_of_their_record(written: Any) -> None:
+    probes = [[Record(step=step, measurement="hessian", scalars={"lambda_max": step + 0.5})] for step in (0, 40, 80)]
+    events = written(*probes).Scalars("curvature/hessian_lambda_max")
+    assert [(event.step, event.value) for event in events] == [(0, 0.5), (40, 40.5), (80, 80.5)]
+
+
+def test_spectra_become_histograms_of_exponents(written: Any) -> None:
+    found = written([block("h.0", eigenvalues=[100.0, 1.0, 0.01])])
+    (event,) = found.Histograms("curvature_empirical_fisher_spectrum/h_00")
+    value = event.histogram_value
+    assert (value.num, value.min, value.max, value.sum) == (3.0, -2.0, 2.0, 0.0)
+
+
+def test_spectra_that_have_no_logarithm_are_left_out(written: Any) -> None:
+    records = [block("zero", eigenvalues=[1.0, 0.0]), block("negative", eigenvalues=[1.0, -1.0])]
+    records += [block("nan", eigenvalues=[1.0, math.nan]), block("inf", eigenvalues=[math.inf, 1.0])]
+    assert written(records).Tags()["histograms"] == []
+
+
+def test_heat_maps_grow_by_a_column_a_probe(written: Any, monkeypatch: Any) -> None:
+    seen = []
+    original = tensorboard._heat_map
+
+    def watched(title: str, values: Any) -> Any:
+        seen.append((title, {step: dict(blocks) for step, blocks in values.items()}))
+        return original(title, values)
+
+    monkeypatch.setattr(tensorboard, "_heat_map", watched)
+    found = written([block("a"), block("b", condition=100.0)], [block("a", step=5), block("b", step=5)])
+    assert [event.step for event in found.Images("curvature_empirical_fisher_condition_number/heat_map")] == [0, 5]
+    grids = [values for title, values in seen if title.endswith("condition_number")]
+    assert grids == [{0: {"a": 10.0, "b": 100.0}}, {0: {"a": 10.0, "b": 100.0}, 5: {"a": 10.0, "b": 10.0}}]
+
+
+def test_the_worst_blocks_come_first_and_there_are_ten(written: Any) -> None:
+    records = [block(f"h.{i}", condition=float(i + 1)) for i in range(12)]
+    (event,) = written(records).Tensors("curvature/worst_blocks/text_summary")
+    table = event.tensor_proto.string_val[0].decode().splitlines()
+    assert len(table) == 2 + 10
+    assert table[2].startswith("| `h.11` | 12 ")
+    assert table[-1].startswith("| `h.2` |")
+
+
+def test_errors_are_told(written: Any) -> None:
+    (event,) = written([Record(step=1, measurement="hessian", error="ProbeError: the loss is nan")]).Tensors(
+        "curvature/errors/text_summary"
+    )
+    assert event.tensor_proto.string_val[0].decode() == "`hessian`: ProbeError: the loss is nan"
+
+
+def test_non_finite_values_are_not_written(written: Any) -> None:
+    records = [Record(step=0, measurement="hessian", scalars={"lambda_max": math.nan, "lambda_min": -math.inf})]
+    tags = written([*records, block("a", condition=math.inf)]).Tags()
+    assert tags["scalars"] == ["curvature_empirical_fisher_lambda_max/a"]
+    assert tags["images"] == ["curvature_empirical_fisher_lambda_max/heat_map"]
+
+
+def test_an_empty_probe_writes_nothing(written: Any) -> None:
+    tags = written([]).Tags()
+    assert not any(tags[kind] for kind in ("scalars", "images", "histograms", "tensors"))
+
+
+def test_without_matplotlib_everything_but_pictures_is_written(written: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(tensorboard, "is_available", lambda package: package != "matplotlib")
+    tags = written([block("a")]).Tags()
+    assert tags["images"] == []
+    assert tags["histograms"]
+    assert tags["scalars"]
+
+
+def test_matplotlibs_global_figures_are_the_users(written: Any) -> None:
+    from matplotlib import pyplot
+
+    own = pyplot.figure()
+    written([block("a")])
+    assert pyplot.get_fignums() == [own.number]
+    pyplot.close(own)
+
+
+def test_writing_uses_no_global_generator(written: Any) -> None:
+    before = torch.get_rng_state()
+    written([block("a"), block("b")])
+    assert torch.equal(before, torch.get_rng_state())

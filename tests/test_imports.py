@@ -1,0 +1,68 @@
+"""Nobody imports a framework they did not ask for."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import curvature_callbacks
+
+OPTIONAL = {"lightning", "pytorch_lightning", "transformers", "accelerate", "tensorboard", "matplotlib", "torchmetrics"}
+EXTRA = {"scipy", "sklearn", "pandas", "wandb"}
+
+
+@cache
+def imported_by(statement: str, *, after: str) -> frozenset[str]:
+    """Top-level modules that `statement` adds to a fresh process that has run `after`."""
+    code = f"""
+import sys
+{after}
+before = {{name.partition(".")[0] for name in sys.modules}}
+{statement}
+print(*({{name.partition(".")[0] for name in sys.modules}} - before))
+"""
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    return frozenset(result.stdout.split())
+
+
+def test_the_package_imports_torch_and_nothing_optional() -> None:
+    added = imported_by("import curvature_callbacks", after="import torch, torch.utils.data")
+    assert "curvature_callbacks" in added
+    assert not added & (OPTIONAL | EXTRA | {"numpy"})
+
+
+@pytest.mark.parametrize(
+    ("adapter", "framework"), [("lightning", "import lightning.pytorch"), ("transformers", "from transformers import Trainer")]
+)
+def test_an_adapter_imports_its_own_framework_only(adapter: str, framework: str) -> None:
+    """What the framework itself drags in (lightning: torchmetrics, which imports transformers if it finds it) is its own."""
+    added = imported_by(f"import curvature_callbacks.{adapter}", after=framework)
+    assert "curvature_callbacks" in added
+    assert not added & (OPTIONAL | EXTRA)
+
+
+def test_all_names_exist_and_are_sorted() -> None:
+    assert curvature_callbacks.__all__ == sorted(curvature_callbacks.__all__)
+    assert all(getattr(curvature_callbacks, name) is not None for name in curvature_callbacks.__all__)
+
+
+@pytest.mark.parametrize("adapter", ["lightning", "transformers"])
+def test_a_missing_framework_is_named_with_the_extra_to_install(adapter: str, monkeypatch: Any) -> None:
+    monkeypatch.delitem(sys.modules, f"curvature_callbacks.{adapter}", raising=False)
+    monkeypatch.setattr("curvature_callbacks._optional.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=rf"pip install 'curvature-callbacks\[{adapter}\]'"):
+        importlib.import_module(f"curvature_callbacks.{adapter}")
+
+
+def test_no_module_imports_numpy_at_the_top() -> None:
+    root = Path(curvature_callbacks.__file__).parent
+    for path in root.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        names = [alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names]
+        names += [node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom)]
+        assert not [name for name in names if name.partition(".")[0] in ("numpy", "scipy", "matplotlib")], path.name

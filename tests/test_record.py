@@ -1,0 +1,120 @@
+"""Records: JSON that loses nothing, tags every logger accepts."""
+
+import json
+import math
+import re
+from typing import Any
+
+import pytest
+
+from curvature_callbacks import Record
+from curvature_callbacks.record import PROBE, headline, metric_tag, scalar_tags, tag_segment
+from tests.training_cases import assert_equal
+
+
+def record(**changes: Any) -> Record:
+    return Record(**({"step": 3, "measurement": "hessian"} | changes))
+
+
+SPECIMENS = {
+    "empty": record(),
+    "full": record(
+        block="h.0",
+        scalars={"lambda_max": 1.5, "tiny": 5e-324, "third": 1 / 3},
+        arrays={"eigenvalues": [1.0, 1e-30, -2.5]},
+        seconds=0.25,
+        num_matvecs=7,
+        metadata={"which": "BE", "uncovered": {"a": "why"}, "list": [1, None, True], "name": "ü\u2028\n"},
+    ),
+    "failed": record(error='RuntimeError: "quoted"\nsecond line\u2028 end'),
+    "non-finite": record(
+        scalars={"a": math.inf, "b": -math.inf, "c": math.nan}, arrays={"eigenvalues": [math.nan, math.inf, -math.inf, 0.0]}
+    ),
+    "empty spectrum": record(arrays={"eigenvalues": []}),
+}
+
+
+@pytest.mark.parametrize("name", SPECIMENS)
+def test_json_round_trip(name: str) -> None:
+    line = SPECIMENS[name].to_json()
+    back = Record.from_json(line)
+    assert "\n" not in line
+    assert back.to_json() == line
+    for field in ("step", "measurement", "block", "scalars", "arrays", "seconds", "num_matvecs", "metadata", "error"):
+        assert_equal(getattr(back, field), getattr(SPECIMENS[name], field), field)
+
+
+@pytest.mark.parametrize("name", SPECIMENS)
+def test_json_is_strict(name: str) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    json.loads(SPECIMENS[name].to_json(), parse_constant=refuse)
+
+
+def test_tuples_and_non_finite_metadata_are_written_too() -> None:
+    line = record(metadata={"pair": (1, 2), "nested": {"error": math.inf}, 3: "key"}).to_json()
+    assert json.loads(line)["metadata"] == {"pair": [1, 2], "nested": {"error": "inf"}, "3": "key"}
+
+
+def test_failed_means_an_error() -> None:
+    assert record(error="").failed
+    assert not record().failed
+
+
+def test_whole_model_values_and_block_curves_have_tags_of_their_own() -> None:
+    records = [
+        record(measurement=PROBE, scalars={"probe_seconds": 0.5}),
+        record(scalars={"lambda_max": 2.0}),
+        record(measurement="empirical_fisher", block="h.3", scalars={"trace": 4.0}),
+    ]
+    assert scalar_tags(records) == {
+        "curvature/probe_seconds": 0.5,
+        "curvature/hessian_lambda_max": 2.0,
+        "curvature_empirical_fisher_trace/h_03": 4.0,
+    }
+
+
+def test_other_block_metrics_are_aggregated() -> None:
+    records = [record(block=f"h.{i}", scalars={"rank": float(value)}) for i, value in enumerate([3, 9, 1, 4])]
+    tags = {"curvature/hessian_rank_min": 1.0, "curvature/hessian_rank_median": 3.5, "curvature/hessian_rank_max": 9.0}
+    assert scalar_tags(records) == tags
+
+
+def test_non_finite_values_have_no_tag() -> None:
+    values = {"lambda_max": math.nan, "rank": math.inf, "trace": -math.inf}
+    assert scalar_tags([record(scalars=values), record(block="b", scalars=values)]) == {}
+    assert scalar_tags([SPECIMENS["failed"], SPECIMENS["empty"]]) == {}
+
+
+def test_headline_is_a_part_of_the_tags_and_small() -> None:
+    records = [
+        record(scalars={"lambda_max": 2.0, "lambda_min": -1.0, "num_converged": 4.0, "residual_max": math.nan}),
+        record(measurement=PROBE, scalars={"failed": 0.0}),
+        record(measurement="empirical_fisher", block="b", scalars={"trace": 1.0}),
+    ]
+    assert headline(records) == {
+        "curvature/hessian_lambda_max": 2.0,
+        "curvature/hessian_lambda_min": -1.0,
+        "curvature/failed": 0.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "segment"),
+    [
+        ("model.layers.3.self_attn", "model_layers_03_self_attn"),
+        ("h.12.mlp", "h_12_mlp"),
+        ("layer1.0", "layer1_00"),
+        ("a/b c:d", "a_b_c_d"),
+        ("0", "00"),
+    ],
+)
+def test_tag_segments_are_what_every_logger_accepts(name: str, segment: str) -> None:
+    assert tag_segment(name) == segment
+    assert re.fullmatch(r"[A-Za-z0-9_]+", tag_segment(name))
+
+
+def test_tags_of_blocks_sort_in_the_order_of_the_model() -> None:
+    tags = [metric_tag(record(block=f"h.{i}"), "trace") for i in range(12)]
+    assert tags == sorted(tags)
