@@ -42,10 +42,11 @@ class CurvatureCallback(Callback):
     `curvature_loss(batch)`, else `training_step` itself with logging muted and torchmetrics put back. Per-row losses
     (`loss_fn` returning shape (N,)) make row-wise fallbacks cheaper and are needed where a mean is not over rows.
 
-    Tags: see the measurements; of the probe itself `curvature/probe_seconds`, `curvature/failed`, and in `curvature_probe/`
-    `sink_seconds` (of the probe before), `matvecs`, `rows`, `gradient_equivalents`, `non_finite`. TensorBoard gets
-    curves, heat maps, histograms and a table, other loggers the scalars, `trainer.callback_metrics` and the progress bar the
-    headline numbers, and `curvature.jsonl` in the run's directory everything.
+    Tags: see the measurements; of the probe itself `curvature/probe_seconds`, `curvature/failed`,
+    `curvature_probe/sink_seconds` (of the probe before), `curvature_probe/matvecs`, `curvature_probe/rows`,
+    `curvature_probe/gradient_equivalents`, `curvature_probe/non_finite`. TensorBoard gets curves, heat maps, histograms and a
+    table, other loggers the scalars, `trainer.callback_metrics` and the progress bar the headline numbers, and
+    `curvature.jsonl` in the run's directory everything.
 
     Args:
         every_n_steps: optimizer steps between probes, counted as `trainer.global_step` counts them; the first batch always

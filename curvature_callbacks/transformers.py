@@ -40,11 +40,12 @@ class CurvatureCallback(TrainerCallback):
     float32 without the Trainer's autocast, and logs. The loss is the model's own `.loss` unless `loss_fn` is given: label
     smoothing, `compute_loss_func` and an overridden `compute_loss` are not part of it, and a warning says so.
 
-    Tags: see the measurements; of the probe itself `curvature/probe_seconds`, `curvature/failed`, and in `curvature_probe/`
-    `sink_seconds` (of the probe before), `matvecs`, `rows`, `gradient_equivalents`, `non_finite`. TensorBoard gets
-    them under these names through the Trainer's own writer, with heat maps, histograms and a table; the other reporters,
-    `log_history` and the progress bar get the headline numbers; `curvature.jsonl` in `output_dir` holds everything. The
-    Trainer is found when training begins; `attach(trainer)` names it where that is not possible.
+    Tags: see the measurements; of the probe itself `curvature/probe_seconds`, `curvature/failed`,
+    `curvature_probe/sink_seconds` (of the probe before), `curvature_probe/matvecs`, `curvature_probe/rows`,
+    `curvature_probe/gradient_equivalents`, `curvature_probe/non_finite`. TensorBoard gets them under these names through the
+    Trainer's own writer, with heat maps, histograms and a table; the other reporters, `log_history` and the progress bar get
+    the headline numbers; `curvature.jsonl` in `output_dir` holds everything. The Trainer is found when training begins;
+    `attach(trainer)` names it where that is not possible.
 
     Args:
         every_n_steps: optimizer steps between probes; the start of training always measures.

@@ -17,9 +17,9 @@ _WORST: Final = 10  # rows of the table of worst blocks
 class TensorBoardSink:
     """Writes to the user's own `SummaryWriter`; a second writer in its directory would hide the first one's curves.
 
-    Scalars as in `record.scalar_tags`; `curvature_<measurement>_<metric>/heat_map`, block against step, for the metrics with a
-    curve a block (needs matplotlib; drawn again when it has grown by a fifth); `curvature_<measurement>_spectrum/<block>`, a histogram of log10 eigenvalues;
-    `curvature/worst_blocks` and `curvature/errors`, text. Non-finite values are not written.
+    Scalars as in `record.scalar_tags`; for the metrics with a curve a block `curvature_<measurement>_<metric>/heat_map`, block
+    against step (needs matplotlib; drawn again when it has grown by a fifth); `curvature_<measurement>_spectrum/<block>`, a
+    histogram of log10 eigenvalues; `curvature/worst_blocks` and `curvature/errors`, text. Non-finite values are not written.
 
     Args:
         writer: `torch.utils.tensorboard.SummaryWriter`, or what has its methods.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from curvature_callbacks import compute_fisher_spectrum
-from curvature_callbacks.gram.engine import BlockGrams
+from curvature_callbacks.gram.engine import BlockGrams, Trust, block_grams
 from curvature_callbacks.measurements.base import offline_problem
 from curvature_callbacks.model.blocks import group_blocks
 from tests.cases import CASES, MORE_FAMILIES, SIZES, Case, causal_batch, family, image_batch, masked_batch, seq2seq_batch
@@ -146,6 +146,17 @@ def test_a_sample_that_is_not_finite_does_not_blind_the_certificate():
         spectra = compute_fisher_spectrum(model, (x, y), loss=case.loss)
     truth = sample_gradients(model, [(x[1:], y[1:])], case.kind)
     assert relative_error(spectra.full.eigenvalues, fisher_eigenvalues(stacked(truth))) < 1e-10
+
+
+def test_a_probe_that_proves_nothing_is_not_trusted_later():
+    """The first probe of a run has a bad sample; the second must not take its word for the layout."""
+    case, trust = CASES["sequence_first"], Trust()
+    model, (bad, good) = case.model(), case.microbatches((3, 3, 1))[:2]
+    bad[0][0] = float("nan")
+    for batch in (bad, good):
+        with offline_problem(model, [batch], loss=case.loss, params_filter=None) as problem:
+            found = block_grams(problem.objective, problem.microbatches, problem.blocks, trust=trust, seed=0)
+    assert_grams(found, sample_gradients(model, [good], case.kind), model, "layer", 1e-10)
 
 
 def mean_cross_entropy(model: nn.Module, batch: Any) -> Tensor:
