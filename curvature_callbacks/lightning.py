@@ -1,15 +1,12 @@
 """The callback for Lightning."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from inspect import signature
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from torch import Tensor, nn, tensor
+from torch import tensor
 
 from curvature_callbacks._optional import is_available, require
-from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.measurements import Measurement
 from curvature_callbacks.model.blocks import BlockStructure
 from curvature_callbacks.model.losses import LossCallable
@@ -20,16 +17,15 @@ from curvature_callbacks.record import Record, headline, scalar_tags
 from curvature_callbacks.settings import Settings
 from curvature_callbacks.sinks import JSONLinesSink, MemorySink, Sink
 from curvature_callbacks.sinks.tensorboard import TensorBoardSink
+from curvature_callbacks.training_step import loss_of
 
 if TYPE_CHECKING or is_available("lightning"):
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.loggers import TensorBoardLogger
-    from lightning.pytorch.utilities.model_helpers import is_overridden
 else:
     require("pytorch_lightning", extra="lightning")
     from pytorch_lightning import Callback, LightningModule, Trainer
     from pytorch_lightning.loggers import TensorBoardLogger
-    from pytorch_lightning.utilities.model_helpers import is_overridden
 
 
 @final
@@ -96,6 +92,7 @@ class CurvatureCallback(Callback):
         self._monitor: CurvatureMonitor | None = None
         self._captured: CapturedProbes | None = None
         self._loaded: dict[str, Any] | None = None
+        self._last_state: dict[str, Any] = {}
 
     @property
     def history(self) -> list[Record]:
@@ -105,7 +102,7 @@ class CurvatureCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the monitor and check everything that can be checked without a batch."""
         self._captured = None
-        loss = _loss(pl_module, self._settings.loss_fn)
+        loss = loss_of(pl_module, self._settings.loss_fn)
         probes: Probes | None = probes_from_loader(
             trainer.train_dataloader,
             prepare=lambda batch: _as_the_loop_does(trainer, pl_module, batch),
@@ -117,6 +114,7 @@ class CurvatureCallback(Callback):
         self._monitor = self._settings.monitor(pl_module, probes=probes, sinks=sinks, loss=loss)
         if self._loaded is not None:
             self._monitor.load_state_dict(self._loaded)
+            self._loaded = None
         self._monitor.check(_logged_step(trainer))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -131,76 +129,21 @@ class CurvatureCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the model and the captured batches."""
+        self._last_state = self.state_dict()
         self._monitor = self._captured = None
 
+    @property
+    def state_key(self) -> str:
+        """Tells the states of several callbacks in one checkpoint apart."""
+        return self._generate_state_key(settings=self._settings.key)
+
     def state_dict(self) -> dict[str, Any]:
-        """What the checkpoint keeps."""
-        return {} if self._monitor is None else self._monitor.state_dict()
+        """What the checkpoint keeps; after training what it kept last."""
+        return self._last_state if self._monitor is None else self._monitor.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Used when training starts."""
         self._loaded = state_dict or None
-
-
-def _loss(pl_module: LightningModule, loss_fn: LossCallable | None) -> LossCallable:
-    if loss_fn is not None:
-        return loss_fn
-    if callable(getattr(pl_module, "curvature_loss", None)):
-        return _curvature_loss
-    advice = (
-        "Pass `loss_fn=lambda module, batch: ...` to the callback or give the module a method `curvature_loss(batch)`: "
-        "either returns the mean loss or one loss per row."
-    )
-    if not pl_module.automatic_optimization:
-        raise ConfigurationError(
-            "the module optimizes manually, so calling its `training_step` for a probe would train it. " + advice
-        )
-    if not is_overridden("training_step", pl_module) or "dataloader_iter" in signature(pl_module.training_step).parameters:
-        raise ConfigurationError("the module has no `training_step(batch, ...)` to take the loss from. " + advice)
-    return _training_step_loss
-
-
-def _curvature_loss(module: Any, batch: Any) -> Tensor:
-    loss: Tensor = module.curvature_loss(batch)
-    return loss
-
-
-def _training_step_loss(module: nn.Module, batch: Any) -> Tensor:
-    step: Any = module.training_step
-    required = [p for p in signature(step).parameters.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-    with _muted(module):
-        output = step(batch, *(0 for _ in required[1:]))  # batch_idx, dataloader_idx
-    loss = output.get("loss") if isinstance(output, dict) else output
-    if not isinstance(loss, Tensor):
-        raise ConfigurationError(
-            f"`training_step` returned {type(output).__name__} without a loss, so the loss cannot be determined: return it, "
-            "pass `loss_fn` to the callback, or give the module a method `curvature_loss(batch)`."
-        )
-    return loss
-
-
-@contextmanager
-def _muted(module: nn.Module) -> Iterator[None]:
-    """`self.log` does nothing and torchmetrics keep their state: a probe is not a training batch."""
-    saved = [(metric, dict(metric.__dict__), metric._copy_state_dict()) for metric in _metrics(module)]
-    names = [name for name in ("log", "log_dict") if name not in module.__dict__]
-    try:
-        for name in names:
-            module.__dict__[name] = lambda *args, **kwargs: None
-        yield
-    finally:
-        for name in names:
-            del module.__dict__[name]
-        for metric, attributes, states in saved:
-            metric.__dict__.update({**attributes, **states})
-
-
-def _metrics(module: nn.Module) -> list[Any]:
-    if not is_available("torchmetrics"):
-        return []
-    from torchmetrics import Metric
-
-    return [child for child in module.modules() if isinstance(child, Metric)]
 
 
 def _as_the_loop_does(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:

@@ -204,7 +204,7 @@ class CurvatureMonitor:
 
     def _measured(self, measurement: Measurement, problem: Problem) -> list[Record]:
         name = measurement.name
-        if self._failures.get(name, 0) >= _MAX_FAILURES:
+        if name in self._switched_off():
             return []
         start = time.perf_counter()
         try:
@@ -217,11 +217,14 @@ class CurvatureMonitor:
         seconds = time.perf_counter() - start
         return [replace(record, seconds=seconds) for record in found]
 
+    def _switched_off(self) -> set[str]:
+        return {name for name, count in self._failures.items() if count >= _MAX_FAILURES}
+
     def _failed(self, name: str, step: int, error: Exception) -> Record:
         cause = f"{type(error).__name__}: {error}"
         if name not in self._warned:
             self._warned.add(name)
-            off = self._failures.get(name, 0) >= _MAX_FAILURES
+            off = name in self._switched_off()
             _logger.warning(
                 "curvature measurement `%s` failed at step %d: %s. Training is not affected; %s. This is said once.",
                 name,
@@ -238,7 +241,7 @@ class CurvatureMonitor:
             "sink_seconds": self._sink_seconds,
             "matvecs": float(sum(record.num_matvecs for record in records)),
             "rows": float(sum(map(batch_size, problem.microbatches))),
-            "failed": float(sum(record.failed for record in records)),
+            "failed": float(len({record.measurement for record in records if record.failed} | self._switched_off())),
             "non_finite": float(sum(not _is_finite(value) for record in records for value in record.scalars.values())),
         }
         if problem.gradient_seconds > 0:
@@ -281,7 +284,7 @@ def checked_measurements(measure: Sequence[Measurement] | None) -> list[Measurem
     """`measure` or the default, each of the right kind and name."""
     chosen = default_measurements() if measure is None else list(measure)
     for measurement in chosen:
-        if not isinstance(measurement, Measurement):
+        if isinstance(measurement, type) or not isinstance(measurement, Measurement):
             raise ConfigurationError(
                 f"`measure` must hold measurements such as FisherSpectrum(), got {measurement!r}: pass an instance with "
                 "`name`, `init` and `measure`."

@@ -6,6 +6,7 @@ import random
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import ModuleType
 from typing import Any, Final, Literal, final
 
 import torch
@@ -16,7 +17,8 @@ from curvature_callbacks.errors import ConfigurationError
 
 Draw = Literal["fresh", "fixed"]
 
-_SEARCH_DEPTH: Final = 4  # how deep in a dataset's attributes generators of its own are looked for
+_SEARCH_OBJECTS: Final = 5000  # objects looked at for generators of a dataset's or collator's own
+_LEAVES: Final = (torch.Tensor, str, bytes, int, float, type, ModuleType, type(None))
 _SEARCH_WIDTH: Final = 64  # containers with more entries hold data, not generators
 
 
@@ -69,8 +71,8 @@ class DatasetProbes(Probes):
         length = len(self._dataset)
         count = min(self._num_microbatches * self._microbatch_size, length)
         indices = random.Random(seed).sample(range(length), count)
-        collate = copy.deepcopy(self._collate)
-        with _undisturbed(self._dataset):
+        collate = _private_copy(self._collate)
+        with _undisturbed(self._dataset, self._collate):
             return [
                 self._prepare(collate(self._rows(indices[start : start + self._microbatch_size])))
                 for start in range(0, count, self._microbatch_size)
@@ -108,8 +110,16 @@ class CapturedProbes(Probes):
         self._microbatch_size = microbatch_size
 
     def offer(self, batch: Any) -> None:
-        """Keep a copy of the first rows of a training batch. Cost: one copy of them."""
-        self._recent.append(detached_copy(split_rows(batch, self._microbatch_size)[0]))
+        """Keep a copy of the first rows of a training batch; one without rows is passed over. Cost: one copy of them.
+
+        Raises:
+            ConfigurationError: the very first batch has no rows to take.
+        """
+        try:
+            self._recent.append(detached_copy(split_rows(batch, self._microbatch_size)[0]))
+        except ConfigurationError:
+            if not self._recent:
+                raise
 
     def draw(self, seed: int) -> list[Any] | None:
         """Those kept, oldest first; None before the first batch."""
@@ -132,11 +142,20 @@ def probes_from_loader(
     return DatasetProbes(dataset, collate, num_microbatches=num_microbatches, microbatch_size=microbatch_size, prepare=prepare)
 
 
-class _undisturbed:  # noqa: N801 - reads as a verb in `with`
-    """Puts the generators found in an object's attributes back as they were."""
+def _private_copy(collate: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
+    """A copy whose counters and caches are its own, or the collator itself where it cannot be copied (a method of something
+    that holds locks or files): its generators are put back in either case."""
+    try:
+        return copy.deepcopy(collate)
+    except (TypeError, ValueError, AttributeError, NotImplementedError, RuntimeError):
+        return collate
 
-    def __init__(self, owner: Any) -> None:
-        self._generators = list(_generators(owner, _SEARCH_DEPTH, set()))
+
+class _undisturbed:  # noqa: N801 - reads as a verb in `with`
+    """Puts the generators that can be reached from the given objects back as they were."""
+
+    def __init__(self, *owners: Any) -> None:
+        self._generators = list(_generators(owners))
 
     def __enter__(self) -> None:
         self._states = [copy.deepcopy(_get_state(generator)) for generator in self._generators]
@@ -146,24 +165,37 @@ class _undisturbed:  # noqa: N801 - reads as a verb in `with`
             _set_state(generator, state)
 
 
-def _generators(value: Any, depth: int, seen: set[int]) -> Iterator[Any]:
-    """Torch, NumPy and Python generators reachable through attributes and small containers."""
-    if depth < 0 or id(value) in seen or isinstance(value, torch.Tensor | str | bytes | int | float | type):
-        return
-    seen.add(id(value))
-    if isinstance(value, torch.Generator | random.Random) or _is_numpy_generator(value):
-        yield value
-        return
-    for child in _children(value):
-        yield from _generators(child, depth - 1, seen)
+def _generators(owners: tuple[Any, ...]) -> Iterator[Any]:
+    """Torch, NumPy and Python generators reachable through attributes, closures and small containers."""
+    waiting, seen = deque(owners), set[int]()
+    while waiting and len(seen) < _SEARCH_OBJECTS:
+        value = waiting.popleft()
+        if id(value) in seen or isinstance(value, _LEAVES):
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Generator | random.Random) or _is_numpy_generator(value):
+            yield value
+        else:
+            waiting.extend(_children(value))
 
 
 def _children(value: Any) -> list[Any]:
     if isinstance(value, Mapping):
         return list(value.values()) if len(value) <= _SEARCH_WIDTH else []
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | set):
         return list(value) if len(value) <= _SEARCH_WIDTH else []
-    return list(getattr(value, "__dict__", {}).values())
+    slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
+    named = [getattr(value, name, None) for name in ("__self__", "func", "args", "keywords", *slots) if hasattr(value, name)]
+    cells = [cell.cell_contents for cell in getattr(value, "__closure__", None) or () if _is_filled(cell)]
+    return [*getattr(value, "__dict__", {}).values(), *named, *cells]
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        _ = cell.cell_contents
+    except ValueError:
+        return False
+    return True
 
 
 def _is_numpy_generator(value: Any) -> bool:

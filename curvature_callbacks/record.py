@@ -28,7 +28,7 @@ class Record:
         measurement: what was measured, with the Fisher type where it is one (`empirical_fisher`, `hessian`, ...).
         block: block name, or None for the whole model.
         scalars: metric name to value; non-finite values are kept here and in JSON, never written as curves.
-        headline: the metrics that belong on the first page, in progress bars and in training logs.
+        headline: the metrics that belong on the first page, in progress bars and in training logs; None for all of them.
         arrays: spectra and the like, each a list of floats.
         seconds: wall time of the measurement this record belongs to (shared by all its blocks).
         num_matvecs: operator products of the measurement this record belongs to.
@@ -40,7 +40,7 @@ class Record:
     measurement: str
     block: str | None = None
     scalars: Mapping[str, float] = field(default_factory=dict)
-    headline: tuple[str, ...] = ()
+    headline: tuple[str, ...] | None = None
     arrays: Mapping[str, list[float]] = field(default_factory=dict)
     seconds: float = 0.0
     num_matvecs: int = 0
@@ -62,7 +62,7 @@ class Record:
         fields = json.loads(line)
         fields["scalars"] = {name: float(value) for name, value in fields["scalars"].items()}
         fields["arrays"] = {name: [float(value) for value in values] for name, values in fields["arrays"].items()}
-        fields["headline"] = tuple(fields["headline"])
+        fields["headline"] = None if fields["headline"] is None else tuple(fields["headline"])
         return cls(**fields)
 
 
@@ -95,8 +95,8 @@ def headline(records: Iterable[Record]) -> dict[str, float]:
     return {
         metric_tag(record, metric): record.scalars[metric]
         for record in records
-        for metric in record.headline
-        if math.isfinite(record.scalars.get(metric, math.nan))
+        for metric in (record.scalars if record.headline is None else record.headline)
+        if record.block is None and math.isfinite(record.scalars.get(metric, math.nan))
     }
 
 
@@ -105,7 +105,7 @@ def metric_tag(record: Record, metric: str) -> str:
     measurement, name = tag_segment(record.measurement), tag_segment(metric)
     if record.block is not None:
         return f"curvature_{measurement}_{name}/{tag_segment(record.block)}"
-    if metric not in record.headline:
+    if record.headline is not None and metric not in record.headline:
         return f"curvature_{measurement}/{name}"
     return f"curvature/{name}" if record.measurement == PROBE else f"curvature/{measurement}_{name}"
 

@@ -46,6 +46,12 @@ class Settings:
         if self.loss_fn is not None and not callable(self.loss_fn):
             raise ConfigurationError(f"`loss_fn` must be a function `(model, batch) -> loss`, got {self.loss_fn!r}.")
 
+    @property
+    def key(self) -> str:
+        """Names the state of this callback in a checkpoint; another schedule or measurement is another state."""
+        names = ",".join(measurement.name for measurement in checked_measurements(self.measure))
+        return f"{names} every {self.every_n_steps} seed {self.seed} {self.draw}"
+
     def captured_probes(self) -> CapturedProbes:
         """A source for training batches that can only be watched go by."""
         return CapturedProbes(num_microbatches=self.num_microbatches, microbatch_size=self.microbatch_size)

@@ -28,8 +28,6 @@ from transformers.integrations.integration_utils import TensorBoardCallback  # n
 
 _logger = logging.getLogger("curvature_callbacks")
 
-_STATE_KEY = "curvature_callbacks"
-
 
 @final
 class CurvatureCallback(TrainerCallback):
@@ -91,6 +89,7 @@ class CurvatureCallback(TrainerCallback):
             seed=seed,
         )
         self._memory = MemorySink()
+        self._attached: Trainer | None = None
         self._trainer: Trainer | None = None
         self._monitor: CurvatureMonitor | None = None
         self._capture_hook: Any = None
@@ -102,7 +101,7 @@ class CurvatureCallback(TrainerCallback):
 
     def attach(self, trainer: Trainer) -> "CurvatureCallback":
         """Name the Trainer, where it cannot be found by itself. Returns the callback."""
-        self._trainer = trainer
+        self._attached = trainer
         return self
 
     def on_train_begin(
@@ -116,7 +115,7 @@ class CurvatureCallback(TrainerCallback):
     ) -> None:
         """Build the monitor, check everything, measure step 0."""
         assert model is not None
-        self._trainer = self._trainer or _calling_trainer(self)
+        self._trainer = self._attached or _calling_trainer(self)
         _report_unmeasured_loss(args, self._trainer, self._settings.loss_fn)
         probes = self._probes(args, model, train_dataloader)
         sinks: list[Sink] = [
@@ -126,8 +125,8 @@ class CurvatureCallback(TrainerCallback):
         ]
         self._monitor = self._settings.monitor(model, probes=probes, sinks=sinks, loss=self._settings.loss_fn)
         saved: Any = state.stateful_callbacks
-        if state.global_step > 0 and _STATE_KEY in saved:
-            self._monitor.load_state_dict(saved[_STATE_KEY])
+        if state.global_step > 0 and self._state_key in saved:
+            self._monitor.load_state_dict(saved[self._state_key])
         self._monitor.check(state.global_step)
         self._step(state, control)
 
@@ -147,12 +146,16 @@ class CurvatureCallback(TrainerCallback):
         writers = (getattr(callback, "tb_writer", None) for callback in callbacks)
         return next((writer for writer in writers if writer is not None), None)
 
+    @property
+    def _state_key(self) -> str:
+        return f"curvature_callbacks: {self._settings.key}"
+
     def _step(self, state: TrainerState, control: TrainerControl) -> None:
         if self._monitor is None:
             return
         records = self._monitor.step(state.global_step)
         saved: Any = state.stateful_callbacks
-        saved[_STATE_KEY] = self._monitor.state_dict()
+        saved[self._state_key] = self._monitor.state_dict()
         if records:
             self._log(headline(records), state, control)
 

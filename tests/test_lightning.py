@@ -88,7 +88,10 @@ class TransferringNet(Net):
         return {"x": batch[0], "y": batch[1]}
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return batch["x"] + 0.1 * torch.rand(6), batch["y"]
+        return batch | {"x": batch["x"] + 0.1 * torch.rand(6)}
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return super().training_step((batch["x"], batch["y"]), batch_idx)
 
 
 CASES["transfer hooks"] = {"net": TransferringNet}
@@ -439,7 +442,7 @@ def test_non_finite_scalars_reach_json_but_no_curve(tmp_path: Path) -> None:
     lightning_trainer(tmp_path, [probing], logger=logger, max_steps=1).fit(Net(), loader())
     row = next(row for _, row in logger.rows if "curvature/checksum_value" in row)
     assert not any("bad" in key or "worse" in key for key in row)
-    assert row["curvature/non_finite"] == 2.0
+    assert row["curvature_probe/non_finite"] == 2.0
     read = next(record for record in read_records(tmp_path / "curvature.jsonl") if record.measurement == "checksum")
     assert read.scalars["bad"] == math.inf
     assert math.isnan(read.scalars["worse"])

@@ -147,10 +147,10 @@ def test_the_probe_tells_about_itself() -> None:
     watching = monitor(probes=[batch(6), batch(4)], measure=[*cheap(), Raising(error=RuntimeError("x"))])
     summary = watching.step(0)[0]
     hessian = next(record for record in watching.history if record.measurement == "hessian")
-    assert summary.scalars["probe_rows"] == 10
+    assert summary.scalars["rows"] == 10
     assert summary.scalars["failed"] == 1
-    assert summary.scalars["probe_matvecs"] == hessian.num_matvecs
-    assert summary.scalars["probe_gradient_equivalents"] > 0
+    assert summary.scalars["matvecs"] == hessian.num_matvecs
+    assert summary.scalars["gradient_equivalents"] > 0
     assert summary.scalars["probe_seconds"] >= hessian.seconds > 0
     assert summary.metadata["blocks"] == ["weight", "bias"] or summary.metadata["blocks"]
 

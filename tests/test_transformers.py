@@ -446,4 +446,4 @@ def test_rows_are_drawn_from_all_of_the_dataset(tmp_path: Path) -> None:
     probing = callback(every_n_steps=1, measure=[Checksum()], num_microbatches=4, microbatch_size=8)
     trainer_for(tmp_path, [probing], data=data, max_steps=1).train()
     assert data.asked == set(range(ROWS))
-    assert {record.scalars["probe_rows"] for record in probing.history if record.measurement == "probe"} == {float(ROWS)}
+    assert {record.scalars["rows"] for record in probing.history if record.measurement == "probe"} == {float(ROWS)}

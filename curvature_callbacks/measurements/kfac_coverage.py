@@ -71,7 +71,6 @@ class KFACCoverage:
             step=problem.step,
             measurement=self.name,
             scalars=scalars,
-            headline=tuple(scalars),
             metadata={"uncovered": dict(report.uncovered)},
         )
         return [record], None

@@ -45,7 +45,7 @@ class TensorBoardSink:
 
     def _write_spectrum(self, record: Record, step: int) -> None:
         for name, eigenvalues in record.arrays.items():
-            positive = [math.log10(value) for value in eigenvalues if value > 0]
+            positive = [math.log10(value) for value in eigenvalues if 0 < value < math.inf]
             whole_spectrum = "residuals" not in record.arrays  # a few Ritz values are none
             if name.endswith("eigenvalues") and whole_spectrum and len(positive) == len(eigenvalues) > 1:
                 part = record.block or name.removesuffix("_eigenvalues")

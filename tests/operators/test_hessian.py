@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from curvature_callbacks import ProbeError, Problem, RefusedError, compute_spectrum
-from curvature_callbacks.linalg.symmetry import check_symmetric
 from curvature_callbacks.measurements.base import offline_problem
 from curvature_callbacks.operators.hessian import HessianOperator
+from curvature_callbacks.operators.second_order import check_second_order
 from tests.cases import CASES, CLASSES, Case, in_general_position
 from tests.reference import case_loss, dense_hessian, finite_difference_hessian, hessian_product, relative_error
 
@@ -305,7 +305,7 @@ def test_such_a_kernel_after_everything_measured_is_refused_too(place: str, loss
     batch = CASES["mlp"].microbatches((4,))[0]
     options: Mapping[str, Any] = {"loss": loss, "params_filter": lambda name, _: name.startswith(prefix)}
     with problem_of(CASES["mlp"], fused(place), [batch], **options) as problem, pytest.raises(RefusedError):
-        check_symmetric(problem.hessian(), seed=0)
+        check_second_order(problem.hessian(), seed=0)
 
 
 @pytest.mark.parametrize(("place", "prefix"), [("first", ""), ("inside", "b")])
@@ -313,5 +313,42 @@ def test_such_a_kernel_before_everything_measured_does_no_harm(place: str, prefi
     model, batch = fused(place), CASES["mlp"].microbatches((4,))[0]
     truth = dense_hessian(model, lambda m: F.cross_entropy(m(batch[0]), batch[1]), names_of(model, (prefix,)))
     with hessian(CASES["mlp"], model, [batch], params_filter=lambda name, _: name.startswith(prefix)) as operator:
-        check_symmetric(operator, seed=0)
+        assert check_second_order(operator, seed=0) < 1e-4
         assert relative_error(dense(operator), truth) < 1e-10
+
+
+class TwiceTanh(torch.autograd.Function):
+    """A custom operation whose backward pass can be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * (1 - ctx.saved_tensors[0].tanh() ** 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_custom_operation_with_a_second_derivative_is_measured(dtype: torch.dtype):
+    model, batch = fused("none").to(dtype), CASES["mlp"].microbatches((4,))[0]
+
+    def loss(m: nn.Module, b: Any) -> Tensor:
+        return F.cross_entropy(TwiceTanh.apply(m(b[0])), b[1], reduction="none")
+
+    truth = dense_hessian(model, lambda m: loss(m, batch).mean(), names_of(model, ("",)))
+    with hessian(CASES["mlp"], model, [batch], loss=loss) as operator:
+        assert check_second_order(operator, seed=0) < 2e-3
+        assert relative_error(dense(operator), truth) < 1e-5
+
+
+@pytest.mark.parametrize(("dtype", "accuracy"), [(torch.float64, 1e-6), (torch.float32, 1e-3)])
+@pytest.mark.parametrize("name", ["gpt2", "mlp"])
+def test_differences_of_the_gradient_agree_with_the_product(name: str, dtype: torch.dtype, accuracy: float):
+    case = CASES[name]
+    if name == "gpt2" and dtype == torch.float64:
+        accuracy = 1e-3  # its loss is computed in float32
+    with hessian(case, case.model(dtype), case.microbatches(SIZES), params_filter=keep(name)) as operator:
+        v = torch.randn(operator.shape[0], generator=torch.Generator().manual_seed(0), dtype=dtype)
+        assert relative_error(operator.difference_product(v), dense_truth(name) @ v.double()) < accuracy
