@@ -1,4 +1,4 @@
-"""Certificate: one more forward and backward pass that proves every block's Gram, the sample axis included."""
+"""Certificate: one more forward and backward pass that proves every parameter's Gram, the sample axis included."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -9,18 +9,20 @@ from torch import Tensor
 from curvature_callbacks.batches import batch_size, take_rows
 from curvature_callbacks.gram.rows import check_separable
 from curvature_callbacks.linalg.accumulate import dot
-from curvature_callbacks.model.blocks import Blocks
 from curvature_callbacks.model.objective import Objective, gradients
 
+_ROUNDING: Final = 1e-8  # share of the squared gradient norm below which a parameter may be rounding: (1000 eps)^2 of float32
 TOLERANCE: Final = 1e-4  # a right Gram agrees to 1e-7, a wrong sample axis misses by 0.7
 
 
 def certificate_errors(
-    objective: Objective, microbatches: Sequence[Any], blocks: Blocks, grams: Mapping[str, Tensor], *, seed: int
+    objective: Objective, microbatches: Sequence[Any], grams: Mapping[str, Tensor], *, seed: int
 ) -> dict[str, float]:
-    """Block to `| w' G G' w - ||grad sum_i w_i l_i||^2 | / tr G G'` for random balanced signs w.
+    """Parameter to `| w' G G' w - ||grad sum_i w_i l_i||^2 | / tr G G'` for random balanced signs w.
 
-    A check on the sum of gradients (w = 1) could not see a wrong sample axis.
+    A check on the sum of gradients (w = 1) could not see a wrong sample axis, and one on whole blocks not that of a parameter
+    with a small share of them. Gradients that are zero but for rounding (key biases: attention does not depend on them) are
+    judged by their share of all parameters.
 
     Raises:
         RefusedError: the loss of the rows does not separate (only where it is known as the batch's mean).
@@ -31,14 +33,14 @@ def certificate_errors(
     signs = [_balanced_signs(batch_size(batch), generator) for batch in microbatches]
     found = _signed_gradients(objective, microbatches, signs)
     w = torch.cat(signs).to(torch.float64)
-    return {block: _error(grams[block], w, [found[name] for name in names]) for block, names in blocks.items()}
+    floor = _ROUNDING * sum(gram.diagonal().sum().item() for gram in grams.values())
+    return {name: _error(gram, w, found[name].flatten(), floor) for name, gram in grams.items()}
 
 
-def _error(gram: Tensor, w: Tensor, signed: list[Tensor]) -> float:
+def _error(gram: Tensor, w: Tensor, signed: Tensor, floor: float) -> float:
     w = w.to(gram.device)
-    predicted = (w @ gram @ w).item()
-    actual = sum(dot(gradient.flatten(), gradient.flatten()).item() for gradient in signed)
-    scale = max(gram.diagonal().sum().item(), actual)
+    predicted, actual = (w @ gram @ w).item(), dot(signed, signed).item()
+    scale = max(gram.diagonal().sum().item(), actual, floor)
     return abs(predicted - actual) / scale if scale > 0 else 0.0
 
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 import torch
@@ -13,7 +13,7 @@ from curvature_callbacks.errors import RefusedError
 from curvature_callbacks.gram.capture import Capture
 from curvature_callbacks.gram.certificate import TOLERANCE, certificate_errors
 from curvature_callbacks.gram.parameter_gram import parameter_gram
-from curvature_callbacks.gram.rows import row_grams
+from curvature_callbacks.gram.rows import finite_rows, row_grams
 from curvature_callbacks.gram.uses import Use
 from curvature_callbacks.model.blocks import Blocks
 from curvature_callbacks.model.objective import Objective
@@ -31,16 +31,14 @@ class BlockGrams:
         num_targets: (N,) valid targets of each sample.
         kinds: parameter to the operations that used it.
         fallback: parameter to why its gradients were taken row by row.
-        certificate: block to the relative error the certificate found; None when it was not run.
-        signature: what the certificate vouches for: operations and their row layout.
+        certificate_error: largest relative error the certificate found over the parameters; None when it was not run.
     """
 
     grams: Mapping[str, Tensor]
     num_targets: Tensor
     kinds: Mapping[str, list[str]]
     fallback: Mapping[str, str]
-    certificate: Mapping[str, float] | None
-    signature: Signature
+    certificate_error: float | None
 
 
 @final
@@ -56,8 +54,8 @@ def block_grams(objective: Objective, microbatches: Sequence[Any], blocks: Block
     """Exact Grams of all blocks, unsubsampled, without the N x P matrix of gradients.
 
     One forward and one backward pass per microbatch record inputs and output gradients of every operation with a rule; the
-    others' parameters take one gradient per row. Grams of a layout not met before are proved by random signs; a block that
-    fails is computed again row by row.
+    others' parameters take one gradient per row. Grams of a layout not met before are proved by random signs, parameter by
+    parameter; one that fails is computed again row by row.
 
     Args:
         objective: the loss of a microbatch.
@@ -65,6 +63,9 @@ def block_grams(objective: Objective, microbatches: Sequence[Any], blocks: Block
         blocks: parameter groups.
         trust: carried from probe to probe, updated here.
         seed: seed of the certificate's signs.
+
+    Returns:
+        The Grams; rows and columns of a sample without a finite gradient are not finite.
 
     Raises:
         RefusedError: samples are coupled, or no path gives a Gram that passes the certificate.
@@ -76,44 +77,28 @@ def block_grams(objective: Objective, microbatches: Sequence[Any], blocks: Block
     capture = _capture(objective, microbatches, trust)
     grams = {name: gram for name, gram in capture.grams.items() if name not in capture.fallback}
     grams |= row_grams(objective, microbatches, list(capture.fallback))
-    N = len(capture.num_targets)
-    summed = {block: _sum(grams, names, N, objective.device) for block, names in blocks.items()}
     signature = _signature(capture)
     errors = None
     if signature not in trust.certified:
-        errors = _certificate(objective, microbatches, blocks, summed, seed)
-        failed = [block for block, error in errors.items() if not error <= TOLERANCE]
-        if failed:
-            return _without_rules(objective, microbatches, blocks, failed, errors, trust=trust, seed=seed)
+        if not finite_samples(grams).all():
+            return _of_finite_rows(objective, microbatches, blocks, capture, trust=trust, seed=seed)
+        errors = certificate_errors(objective, microbatches, grams, seed=seed)
+        if _refuse_failed(errors, trust):
+            return block_grams(objective, microbatches, blocks, trust=trust, seed=seed)
         trust.certified.add(signature)
+    N = len(capture.num_targets)
     return BlockGrams(
-        grams=summed,
+        grams={block: _sum(grams, names, N, objective.device) for block, names in blocks.items()},
         num_targets=capture.num_targets,
         kinds=capture.kinds,
         fallback=capture.fallback,
-        certificate=errors,
-        signature=signature,
+        certificate_error=None if errors is None else max(errors.values()),
     )
 
 
 def finite_samples(grams: Mapping[str, Tensor]) -> Tensor:
-    """(N,) on CPU: whether a sample's gradient is finite in every block."""
-    return torch.stack([K.diagonal() for K in grams.values()]).isfinite().all(0).cpu()
-
-
-def _certificate(
-    objective: Objective, microbatches: Sequence[Any], blocks: Blocks, grams: Mapping[str, Tensor], seed: int
-) -> Mapping[str, float]:
-    """The certificate of the samples with a finite gradient: one bad sample must not hide the others."""
-    usable = finite_samples(grams)
-    if usable.all():
-        return certificate_errors(objective, microbatches, blocks, grams, seed=seed)
-    pieces = torch.split(usable, [batch_size(batch) for batch in microbatches])
-    kept = [take_rows(batch, piece.nonzero()[:, 0]) for batch, piece in zip(microbatches, pieces, strict=True) if piece.any()]
-    if not kept:
-        return dict.fromkeys(blocks, 0.0)
-    inside = {block: K[usable.to(K.device)][:, usable.to(K.device)] for block, K in grams.items()}
-    return certificate_errors(objective, kept, blocks, inside, seed=seed)
+    """(N,) on CPU: whether a sample's gradient is finite in every one of `grams`."""
+    return torch.stack([K.diagonal().cpu() for K in grams.values()]).isfinite().all(0)
 
 
 def parameter_operations(objective: Objective, batch: Any) -> Mapping[str, list[str]]:
@@ -125,26 +110,48 @@ def parameter_operations(objective: Objective, batch: Any) -> Mapping[str, list[
     return capture.kinds
 
 
-def _without_rules(
-    objective: Objective,
-    microbatches: Sequence[Any],
-    blocks: Blocks,
-    failed: Sequence[str],
-    errors: Mapping[str, float],
-    *,
-    trust: Trust,
-    seed: int,
-) -> BlockGrams:
-    """The same again with the failed blocks row by row."""
-    for block in failed:
-        names = [name for name in blocks[block] if name not in trust.refused]
-        if not names:
+def _refuse_failed(errors: Mapping[str, float], trust: Trust) -> bool:
+    """Note the parameters whose certificate failed, so that they are taken row by row from here on; whether there are any."""
+    failed = {name: error for name, error in errors.items() if not error <= TOLERANCE}
+    for name, error in failed.items():
+        if name in trust.refused:
             raise RefusedError(
-                f"block `{block}` fails its certificate (relative error {errors[block]:.1e}) even row by row: its samples "
-                "do not have gradients of their own, or the loss is not a fixed function of the parameters."
+                f"`{name}` fails its certificate (relative error {error:.1e}) even row by row: the samples have no gradients "
+                "of their own, or the loss is not a fixed function of the parameters."
             )
-        trust.refused |= dict.fromkeys(names, f"certificate failed (relative error {errors[block]:.1e})")
-    return block_grams(objective, microbatches, blocks, trust=trust, seed=seed)
+        trust.refused[name] = f"certificate failed (relative error {error:.1e})"
+    return bool(failed)
+
+
+def _of_finite_rows(
+    objective: Objective, microbatches: Sequence[Any], blocks: Blocks, capture: "_Captured", *, trust: Trust, seed: int
+) -> BlockGrams:
+    """The Grams of the rows with a finite gradient, in their places.
+
+    Which rows these are is found row by row: in a layout that is not proved yet one bad row may look like all of them.
+    """
+    usable = torch.cat([finite_rows(objective, batch) for batch in microbatches])
+    if usable.all():  # only the batch overflows: no rule can be relied on
+        trust.refused |= {name: "not finite in the batch" for name in objective.parameters if name not in trust.refused}
+        return block_grams(objective, microbatches, blocks, trust=trust, seed=seed)
+    unknown = torch.full((len(usable), len(usable)), torch.nan, dtype=torch.float64, device=objective.device)
+    pieces = torch.split(usable, [batch_size(batch) for batch in microbatches])
+    kept = [take_rows(batch, piece.nonzero()[:, 0]) for batch, piece in zip(microbatches, pieces, strict=True) if piece.any()]
+    if not kept:
+        return BlockGrams(
+            grams=dict.fromkeys(blocks, unknown),
+            num_targets=capture.num_targets,
+            kinds=capture.kinds,
+            fallback=capture.fallback,
+            certificate_error=None,
+        )
+    inner = block_grams(objective, kept, blocks, trust=trust, seed=seed)
+    place = usable.to(objective.device).nonzero()[:, 0]
+    return replace(
+        inner,
+        grams={block: unknown.index_put((place[:, None], place), K) for block, K in inner.grams.items()},
+        num_targets=capture.num_targets,
+    )
 
 
 @final

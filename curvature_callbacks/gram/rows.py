@@ -31,6 +31,16 @@ def row_grams(objective: Objective, microbatches: Sequence[Any], names: Sequence
     return grams
 
 
+def finite_rows(objective: Objective, batch: Any) -> Tensor:
+    """(N,) whether the gradient of a row's loss is finite. Cost: N gradients of one row."""
+    leaves = objective.leaves()
+    flags = []
+    for row in torch.arange(batch_size(batch)):
+        found = gradients(objective(take_rows(batch, row[None]), leaves).total, leaves)
+        flags.append(all(bool(gradient.isfinite().all()) for gradient in found.values()))
+    return torch.tensor(flags)
+
+
 def _groups(objective: Objective, names: Sequence[str], num_samples: int) -> list[list[str]]:
     groups: list[list[str]] = []
     held = _GROUP_BYTES

@@ -221,7 +221,7 @@ def _spectra(problem: Problem, center: bool, device: EigensolveDevice) -> Fisher
         "step": problem.step,
         "mode": "factors",
         "fallback": dict(found.fallback),
-        "certificate_error": max(found.certificate.values()) if found.certificate else None,
+        "certificate_error": found.certificate_error,
     }
     sizes = {
         block: sum(problem.objective.parameters[name].numel() for name in names) for block, names in problem.blocks.items()

@@ -60,7 +60,7 @@ class TensorBoardSink:
             if record.block is not None:
                 for metric in BLOCK_CURVES:
                     value = record.scalars.get(metric, math.nan)
-                    if value > 0:
+                    if 0 < value < math.inf:
                         tag = metric_tag(record, metric).partition("/")[0]
                         self._maps.setdefault(tag, {}).setdefault(step, {})[record.block] = value
                         touched.add(tag)
