@@ -17,7 +17,8 @@ from curvature_callbacks.linalg.lanczos import lanczos
 from curvature_callbacks.linalg.operator import MatrixOperator, Operator
 from curvature_callbacks.linalg.spectrum import Spectrum
 from curvature_callbacks.measurements import FisherSpectrum, KFACCoverage, Measurement, TopEigenpairs
-from curvature_callbacks.measurements.fisher_spectrum import FisherSpectra, compute_fisher_spectrum
+from curvature_callbacks.measurements.fisher_spectra import FisherSpectra
+from curvature_callbacks.measurements.fisher_spectrum import compute_fisher_spectrum
 from curvature_callbacks.measurements.kfac_coverage import KFACCoverageReport, compute_kfac_coverage
 from curvature_callbacks.measurements.top_eigenpairs import compute_spectrum
 from curvature_callbacks.monitor import CurvatureMonitor

@@ -14,7 +14,7 @@ from curvature_callbacks.batches import batch_size
 from curvature_callbacks.distributed import is_main_process, refuse_sharded_parameters
 from curvature_callbacks.errors import ConfigurationError, RefusedError, check_choice, check_positive
 from curvature_callbacks.gram.engine import Trust
-from curvature_callbacks.measurements import FisherSpectrum, KFACCoverage, Measurement, TopEigenpairs
+from curvature_callbacks.measurements import Measurement, checked_measurements
 from curvature_callbacks.model.blocks import BlockStructure
 from curvature_callbacks.model.isolation import isolated
 from curvature_callbacks.model.losses import Loss
@@ -29,11 +29,6 @@ _logger = logging.getLogger("curvature_callbacks")
 
 _SUMMARY: Final = ("probe_seconds", "failed")  # headline of the probe's own record
 _MAX_FAILURES: Final = 3  # failures in a row after which a measurement is switched off
-
-
-def default_measurements() -> list[Measurement]:
-    """What is measured unless told otherwise."""
-    return [FisherSpectrum(), TopEigenpairs(), KFACCoverage()]
 
 
 @final
@@ -71,6 +66,7 @@ class CurvatureMonitor:
 
     Example:
         >>> import torch
+        >>> from curvature_callbacks import KFACCoverage
         >>> model = torch.nn.Linear(4, 3)
         >>> batch = (torch.randn(8, 4), torch.randint(3, (8,)))
         >>> monitor = CurvatureMonitor(model, probes=[batch], loss="cross_entropy", measure=[KFACCoverage()], when=10)
@@ -278,21 +274,6 @@ class CurvatureMonitor:
 
     def _probe_seed(self, step: int) -> int:
         return stable_seed(self._seed, step if self._draw == "fresh" else "fixed")
-
-
-def checked_measurements(measure: Sequence[Measurement] | None) -> list[Measurement]:
-    """`measure` or the default, each of the right kind and name."""
-    chosen = default_measurements() if measure is None else list(measure)
-    for measurement in chosen:
-        if isinstance(measurement, type) or not isinstance(measurement, Measurement):
-            raise ConfigurationError(
-                f"`measure` must hold measurements such as FisherSpectrum(), got {measurement!r}: pass an instance with "
-                "`name`, `init` and `measure`."
-            )
-    names = [measurement.name for measurement in chosen]
-    if len(set(names)) < len(names):
-        raise ConfigurationError(f"`measure` must hold measurements of different names, got {names}.")
-    return chosen
 
 
 def _as_probes(probes: Any, num_microbatches: int, microbatch_size: int) -> Probes:

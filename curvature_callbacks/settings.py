@@ -7,11 +7,11 @@ from typing import Any, final, get_args
 from torch import nn
 
 from curvature_callbacks.errors import ConfigurationError, check_choice, check_positive
-from curvature_callbacks.measurements import Measurement
+from curvature_callbacks.measurements import Measurement, checked_measurements
 from curvature_callbacks.model.blocks import BlockStructure
 from curvature_callbacks.model.losses import Loss, LossCallable
 from curvature_callbacks.model.objective import ParamsFilter
-from curvature_callbacks.monitor import CurvatureMonitor, checked_measurements
+from curvature_callbacks.monitor import CurvatureMonitor
 from curvature_callbacks.probes import CapturedProbes, Draw, Probes
 from curvature_callbacks.schedules import EveryNSteps
 from curvature_callbacks.sinks import Sink

@@ -77,8 +77,14 @@ def test_whole_model_values_and_block_curves_have_tags_of_their_own() -> None:
 
 def test_other_block_metrics_are_aggregated() -> None:
     records = [record(block=f"h.{i}", scalars={"rank": float(value)}) for i, value in enumerate([3, 9, 1, 4])]
-    tags = {"curvature/hessian_rank_min": 1.0, "curvature/hessian_rank_median": 3.5, "curvature/hessian_rank_max": 9.0}
-    assert scalar_tags(records) == tags
+    group = "curvature_hessian_over_blocks"
+    assert scalar_tags(records) == {f"{group}/rank_min": 1.0, f"{group}/rank_median": 3.5, f"{group}/rank_max": 9.0}
+
+
+def test_what_is_no_headline_has_a_group_of_its_own() -> None:
+    scalars = {"full_trace": 1.0, "full_rank": 2.0, "full_num_samples": 3.0}
+    tags = scalar_tags([record(measurement="empirical_fisher", scalars=scalars, headline=("full_trace",))])
+    assert tags == {"curvature/empirical_fisher_full_trace": 1.0, "curvature_empirical_fisher/full_rank": 2.0}
 
 
 def test_non_finite_values_have_no_tag() -> None:
@@ -89,7 +95,10 @@ def test_non_finite_values_have_no_tag() -> None:
 
 def test_headline_is_a_part_of_the_tags_and_small() -> None:
     records = [
-        record(scalars={"lambda_max": 2.0, "lambda_min": -1.0, "num_converged": 4.0, "residual_max": math.nan}),
+        record(
+            scalars={"lambda_max": 2.0, "lambda_min": -1.0, "other": 4.0, "residual_max": math.nan},
+            headline=("lambda_max", "lambda_min", "residual_max", "absent"),
+        ),
         record(measurement=PROBE, scalars={"failed": 0.0}),
         record(measurement="empirical_fisher", block="b", scalars={"trace": 1.0}),
     ]

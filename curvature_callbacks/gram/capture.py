@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from curvature_callbacks.gram.rules import RULES, kind_without_rule
+from curvature_callbacks.gram.rules import RULES, is_shifted_copy, kind_without_rule
 from curvature_callbacks.gram.uses import Use
 
 _MAKE_LEAF = (Tensor.requires_grad_, Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
@@ -44,6 +44,7 @@ class Capture(TorchFunctionMode):
         self._uses: dict[str, list[Use]] = {}
         self._open: Counter[str] = Counter()
         self._anchors: list[Tensor] = []
+        self._derived: list[Tensor] = []  # kept, so that no other tensor takes their identity
         self.kinds: dict[str, list[str]] = {}
         self.positions: dict[str, list[int]] = {}
         self.unruled = unruled
@@ -62,6 +63,10 @@ class Capture(TorchFunctionMode):
         output = func(*args, **kwargs)
         if not isinstance(output, Tensor) or id(output) in tracked:
             self._refuse_containers(output, kind_without_rule(func, args, kwargs), tracked)
+            return output
+        if is_shifted_copy(func, args) and id(args[0]) in tracked:
+            self._names[id(output)] = self._names[id(args[0])]
+            self._derived.append(output)
             return output
         return self._record(func, output, tracked, args, kwargs)
 

@@ -127,6 +127,13 @@ RULES: Final[dict[Any, Rule]] = {
 }
 
 
+def is_shifted_copy(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether the result is the first argument up to dtype and a constant: the same gradient (Gemma scales by `1 + weight`)."""
+    if func in (Tensor.float, Tensor.double, Tensor.to):
+        return True
+    return RULES.get(func) is _add and len(args) == 2 and isinstance(args[1], int | float)
+
+
 def kind_without_rule(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
     """Name of an operation without a rule here; `conv2d` where K-FAC nevertheless has factors for its parameters."""
     name = str(getattr(func, "__name__", func)).strip("_")

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from curvature_callbacks import compute_fisher_spectrum
 from curvature_callbacks.gram import parameter_gram as module
 from curvature_callbacks.gram.uses import Elementwise, Lookup, OuterProduct
 
@@ -112,3 +113,28 @@ def test_a_microbatch_that_does_not_use_the_parameter_gives_zeros():
     found = module.parameter_gram([[], [product_use(3, 2, 3, 4)]], [2, 3], torch.Size((4, 3)))
     assert torch.allclose(found, G @ G.T)
     assert torch.equal(module.parameter_gram([[], []], [2, 3], torch.Size((4, 3))), torch.zeros(5, 5, dtype=torch.float64))
+
+
+class OnePlus(nn.Module):
+    """Gemma's norm: the scale is `1 + weight`, cast before it is used."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width, generator=torch.Generator().manual_seed(0)) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.rms_norm(x, x.shape[-1:]) * (1.0 + self.weight.to(x.dtype))
+
+
+def test_a_scale_of_one_plus_weight_needs_no_fallback():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), OnePlus(5), nn.Linear(5, 3)).double()
+    x, y = torch.randn(6, 4, dtype=torch.float64), torch.randint(3, (6,))
+    spectra = compute_fisher_spectrum(model, (x, y), loss="cross_entropy")
+    rows = [
+        torch.autograd.grad(nn.functional.cross_entropy(model(x[i : i + 1]), y[i : i + 1]), model[1].weight)[0]
+        for i in range(6)
+    ]
+    dense = sum(torch.outer(g, g) for g in rows) / 6
+    assert spectra.metadata["fallback"] == {}
+    assert torch.allclose(spectra.blocks["1"].eigenvalues, torch.linalg.eigvalsh(dense).flip(0)[: spectra.blocks["1"].rank])

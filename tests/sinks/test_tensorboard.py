@@ -65,15 +65,22 @@ def test_heat_maps_grow_by_a_column_a_probe(written: Any, monkeypatch: Any) -> N
     seen = []
     original = tensorboard._heat_map
 
-    def watched(title: str, values: Any) -> Any:
-        seen.append((title, {step: dict(blocks) for step, blocks in values.items()}))
-        return original(title, values)
+    def watched(values: Any) -> Any:
+        seen.append({step: dict(blocks) for step, blocks in values.items()})
+        return original(values)
 
     monkeypatch.setattr(tensorboard, "_heat_map", watched)
     found = written([block("a"), block("b", condition=100.0)], [block("a", step=5), block("b", step=5)])
     assert [event.step for event in found.Images("curvature_empirical_fisher_condition_number/heat_map")] == [0, 5]
-    grids = [values for title, values in seen if title.endswith("condition_number")]
-    assert grids == [{0: {"a": 10.0, "b": 100.0}}, {0: {"a": 10.0, "b": 100.0}, 5: {"a": 10.0, "b": 10.0}}]
+    assert {0: {"a": 10.0, "b": 100.0}} in seen
+    assert {0: {"a": 10.0, "b": 100.0}, 5: {"a": 10.0, "b": 10.0}} in seen
+
+
+def test_heat_maps_are_drawn_again_when_they_have_grown_by_a_fifth(written: Any) -> None:
+    found = written(*([block("a", step=step)] for step in range(12)))
+    steps = [event.step for event in found.Images("curvature_empirical_fisher_lambda_max/heat_map")]
+    assert len(found.Scalars("curvature_empirical_fisher_lambda_max/a")) == 12
+    assert steps == [0, 1, 2, 3, 4, 5, 7, 9, 11]
 
 
 def test_the_worst_blocks_come_first_and_there_are_ten(written: Any) -> None:
@@ -112,11 +119,16 @@ def test_without_matplotlib_everything_but_pictures_is_written(written: Any, mon
     assert tags["scalars"]
 
 
-def test_matplotlibs_global_figures_are_the_users(written: Any) -> None:
+def test_matplotlibs_global_figures_are_left_to_the_user(written: Any, monkeypatch: Any) -> None:
     from matplotlib import pyplot
 
+    def forbidden(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("pyplot was used")
+
     own = pyplot.figure()
-    written([block("a")])
+    for name in ("figure", "subplots"):
+        monkeypatch.setattr(pyplot, name, forbidden)
+    assert written([block("a")]).Tags()["images"]
     assert pyplot.get_fignums() == [own.number]
     pyplot.close(own)
 
