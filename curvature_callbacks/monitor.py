@@ -217,7 +217,7 @@ class CurvatureMonitor:
         return {name for name, count in self._failures.items() if count >= _MAX_FAILURES}
 
     def _failed(self, name: str, step: int, error: Exception) -> Record:
-        cause = f"{type(error).__name__}: {error}"
+        cause = f"{type(error).__name__}: {error}".rstrip(".")
         if name not in self._warned:
             self._warned.add(name)
             off = name in self._switched_off()

@@ -143,8 +143,10 @@ def probes_from_loader(
 
 
 def _private_copy(collate: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
-    """A copy whose counters and caches are its own, or the collator itself where it cannot be copied (a method of something
-    that holds locks or files): its generators are put back in either case."""
+    """A copy whose counters and caches are its own, or the collator itself where it is a method (of a whole module, say) or
+    holds locks or files: its generators are put back in either case."""
+    if hasattr(collate, "__self__"):
+        return collate
     try:
         return copy.deepcopy(collate)
     except (TypeError, ValueError, AttributeError, NotImplementedError, RuntimeError):

@@ -1,16 +1,18 @@
 """The loss of a LightningModule, from its own `training_step` where nothing else is given, leaving no trace."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from inspect import Parameter, signature
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor, nn
 
 from curvature_callbacks._optional import is_available
 from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.model.losses import LossCallable
+from curvature_callbacks.replicas import replica
 
+_INTERNAL: Final = frozenset(nn.Module().__dict__)  # what torch keeps in a module: parameters, hooks, the training flag
 _ADVICE = (
     "Pass `loss_fn=lambda module, batch: ...` to the callback or give the module a method curvature_loss(batch): either "
     "returns the mean loss or one loss per row."
@@ -65,12 +67,8 @@ def _num_indices(step: Any) -> int:
 
 @contextmanager
 def _without_trace(module: nn.Module) -> Iterator[None]:
-    """A probe is no training batch: nothing is logged, metrics and collected outputs are put back."""
-    with ExitStack() as stack:
-        stack.enter_context(_muted(module))
-        stack.enter_context(_attributes(module))
-        for metric in _metrics(module):
-            stack.enter_context(_metric_state(metric))
+    """A probe is no training batch: nothing is logged, metrics and collected outputs are as before."""
+    with _muted(module), _attributes_set_aside(module):
         yield
 
 
@@ -102,38 +100,24 @@ def _dummy_logger() -> Any:
 
 
 @contextmanager
-def _attributes(module: nn.Module) -> Iterator[None]:
-    """The module's own attributes, and what its lists, dicts and sets hold (outputs collected for the epoch's end)."""
-    internal = nn.Module().__dict__.keys()
-    saved = {name: value for name, value in module.__dict__.items() if name not in internal}
-    contents = [(value, value.copy()) for value in saved.values() if type(value) in (list, dict, set)]
+def _attributes_set_aside(module: nn.Module) -> Iterator[None]:
+    """Every submodule works on replicas of its own attributes: collected outputs, running means, metrics."""
+    memo: dict[int, Any] = {}
+    owners = [*module.modules(), *_modules_in_containers(module)]
+    saved = [(owner, {name: value for name, value in owner.__dict__.items() if name not in _INTERNAL}) for owner in owners]
     try:
+        for owner, attributes in saved:
+            owner.__dict__.update({name: replica(value, memo) for name, value in attributes.items()})
         yield
     finally:
-        for name in [name for name in module.__dict__ if name not in internal and name not in saved]:
-            del module.__dict__[name]
-        module.__dict__.update(saved)
-        for container, content in contents:
-            container.clear()
-            container.extend(content) if isinstance(container, list) else container.update(content)
+        for owner, attributes in saved:
+            for name in [name for name in owner.__dict__ if name not in _INTERNAL and name not in attributes]:
+                del owner.__dict__[name]
+            owner.__dict__.update(attributes)
 
 
-@contextmanager
-def _metric_state(metric: Any) -> Iterator[None]:
-    attributes, states = dict(metric.__dict__), metric._copy_state_dict()
-    try:
-        yield
-    finally:
-        metric.__dict__.update({**attributes, **states})
-
-
-def _metrics(module: nn.Module) -> list[Any]:
-    """torchmetrics among the submodules and in the module's own containers."""
-    if not is_available("torchmetrics"):
-        return []
-    from torchmetrics import Metric
-
+def _modules_in_containers(module: nn.Module) -> list[nn.Module]:
+    """Metrics kept in a plain list or dict, which torch does not register."""
     held = [value for value in module.__dict__.values() if type(value) in (list, dict)]
     values = [item for value in held for item in (value.values() if isinstance(value, dict) else value)]
-    roots = [value for value in (*values, *module.__dict__.values()) if isinstance(value, nn.Module)]
-    return [child for root in (module, *roots) for child in root.modules() if isinstance(child, Metric)]
+    return [child for value in values if isinstance(value, nn.Module) for child in value.modules()]

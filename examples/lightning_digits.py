@@ -101,7 +101,7 @@ def main() -> None:
     train_loader, validation_loader = digits_loaders()
     curvature = CurvatureCallback(
         every_n_steps=options.every,
-        measure=[FisherSpectrum(), TopEigenpairs(k=2, per_block=True, max_matvecs=16), KFACCoverage()],
+        measure=[FisherSpectrum(), TopEigenpairs(k=2, per_block=True, max_matvecs=24), KFACCoverage()],
         num_microbatches=1,
         microbatch_size=64,
         draw="fixed",

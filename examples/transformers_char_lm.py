@@ -64,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--logdir", type=Path, default=Path("runs/transformers_char_lm"))
     parser.add_argument("--max-steps", type=int, default=400)
-    parser.add_argument("--every", type=int, default=25, help="optimizer steps between probes")
+    parser.add_argument("--every", type=int, default=40, help="optimizer steps between probes")
     options = parser.parse_args()
     logging.set_verbosity_error()
     torch.set_num_threads(1)  # layers this small lose more to the second thread's waiting than they gain
@@ -77,7 +77,7 @@ def main() -> None:
     held_out = len(symbols) // 10
     curvature = CurvatureCallback(
         every_n_steps=options.every,
-        measure=[FisherSpectrum(), TopEigenpairs(k=2, per_block=True, max_matvecs=8), KFACCoverage()],
+        measure=[FisherSpectrum(), TopEigenpairs(k=2, per_block=True, max_matvecs=16), KFACCoverage()],
         num_microbatches=1,
         microbatch_size=12,
         draw="fixed",

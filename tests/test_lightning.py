@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+from collections import defaultdict, deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,27 @@ class CollectingNet(Net):
         self.outputs.clear()
 
 
+class RememberingNet(Net):
+    """Remembers losses wherever a module can: nested, in a submodule, in a tensor that changes in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_name: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self.layers.seen = deque(maxlen=100)
+        self.running = torch.zeros(())
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.by_name["loss"].append(loss.detach())
+        self.layers.seen.append(loss.detach())
+        self.running += loss.detach()
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        lists = {"nested": self.by_name["loss"], "in_submodule": list(self.layers.seen)}
+        self.log_dict({name: torch.stack(losses).mean() for name, losses in lists.items()} | {"running": self.running})
+
+
 class DirectlyLoggingNet(Net):
     """Writes to the logger itself rather than through `self.log`."""
 
@@ -202,7 +224,7 @@ class UnregisteredMetricNet(Net):
         self.metrics["accuracy"].reset()
 
 
-@pytest.mark.parametrize("net", [CollectingNet, DirectlyLoggingNet, UnregisteredMetricNet])
+@pytest.mark.parametrize("net", [CollectingNet, RememberingNet, DirectlyLoggingNet, UnregisteredMetricNet])
 def test_side_effects_of_training_step_leave_no_trace(net: type[Net], tmp_path: Path) -> None:
     plain = lightning_run(tmp_path, net=net, max_steps=13)
     probed = lightning_run(tmp_path, callback(), net=net, max_steps=13)

@@ -1,0 +1,75 @@
+"""Replicas of what user code changes in place, so that the original can be put back untouched."""
+
+import copy
+from collections import OrderedDict, defaultdict, deque
+from typing import Any, Final
+
+from torch import Tensor, nn
+
+_ELEMENTS: Final = 1 << 16  # larger tensors and longer containers hold data, not running values
+_DICTS: Final = (dict, defaultdict, OrderedDict)
+
+
+def replica(value: Any, memo: dict[int, Any]) -> Any:
+    """`value` with copies of the containers, small tensors and plain objects in it; anything else is shared.
+
+    A plain object is one whose class says nothing about copying or pickling (an average meter). Data sets, tokenizers,
+    trainers and modules are shared: copying them would be slow or wrong.
+
+    Args:
+        value: any attribute.
+        memo: identity to replica, so that what is shared stays shared.
+
+    Cost: one copy of the small things.
+    """
+    if id(value) not in memo:
+        memo[id(value)] = _replica(value, memo)
+    return memo[id(value)]
+
+
+def _replica(value: Any, memo: dict[int, Any]) -> Any:
+    kind = type(value)
+    if kind is Tensor:
+        return value.detach().clone() if value.numel() <= _ELEMENTS else value
+    if kind in (list, tuple, set, deque, *_DICTS):
+        return _container(value, memo)
+    return _plain_object(value, memo) if _is_plain(value) else value
+
+
+def _container(value: Any, memo: dict[int, Any]) -> Any:
+    if len(value) > _ELEMENTS or isinstance(value, set):
+        return copy.copy(value)
+    if isinstance(value, tuple):
+        return tuple(replica(item, memo) for item in value)
+    result = memo[id(value)] = copy.copy(value)  # before its items: a container may hold itself
+    if isinstance(value, dict):
+        result.update({key: replica(item, memo) for key, item in value.items()})
+    else:
+        result.clear()
+        result.extend(replica(item, memo) for item in value)
+    return result
+
+
+def _plain_object(value: Any, memo: dict[int, Any]) -> Any:
+    result = memo[id(value)] = object.__new__(type(value))
+    result.__dict__.update({name: replica(item, memo) for name, item in value.__dict__.items()})
+    return result
+
+
+def _is_plain(value: Any) -> bool:
+    kind = type(value)
+    if isinstance(value, nn.Module | type) or kind.__module__.partition(".")[0] in (
+        "builtins",
+        "torch",
+        "lightning",
+        "pytorch_lightning",
+    ):
+        return False
+    hooks = ("__copy__", "__deepcopy__", "__getstate__", "__reduce__", "__reduce_ex__", "__new__")
+    own = any(getattr(kind, hook, None) is not getattr(object, hook, None) for hook in hooks)
+    items = getattr(value, "__dict__", None)
+    return items is not None and not own and all(_is_simple(item) for item in items.values())
+
+
+def _is_simple(item: Any) -> bool:
+    return item is None or type(item) in (bool, int, float, str, Tensor, list, tuple, set, deque, *_DICTS)
