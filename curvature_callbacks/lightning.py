@@ -21,11 +21,11 @@ from curvature_callbacks.training_step import loss_of
 
 if TYPE_CHECKING or is_available("lightning"):
     from lightning.pytorch import Callback, LightningModule, Trainer
-    from lightning.pytorch.loggers import TensorBoardLogger
+    from lightning.pytorch.loggers import Logger, TensorBoardLogger
 else:
     require("pytorch_lightning", extra="lightning")
     from pytorch_lightning import Callback, LightningModule, Trainer
-    from pytorch_lightning.loggers import TensorBoardLogger
+    from pytorch_lightning.loggers import Logger, TensorBoardLogger
 
 
 @final
@@ -125,7 +125,7 @@ class CurvatureCallback(Callback):
             self._captured.offer(batch)
         records = self._monitor.step(trainer.global_step, logged_as=_logged_step(trainer))
         if records:
-            _log(trainer, records)
+            _show(trainer, records)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the model and the captured batches."""
@@ -162,17 +162,27 @@ def _sinks(trainer: Trainer) -> list[Sink]:
     directory = trainer.log_dir  # on all ranks: it broadcasts
     if getattr(trainer, "fast_dev_run", False):
         return []
-    writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
     path = Path(directory or trainer.default_root_dir) / "curvature.jsonl"
-    return [JSONLinesSink(path), *(TensorBoardSink(writer) for writer in writers)]
+    return [JSONLinesSink(path), *map(_logger_sink, trainer.loggers)]
 
 
-def _log(trainer: Trainer, records: Sequence[Record]) -> None:
-    """Straight to the loggers: `self.log` from a callback repeats, drops or moves values."""
-    scalars = scalar_tags(records)
-    for logger in trainer.loggers:
-        if not isinstance(logger, TensorBoardLogger):
-            logger.log_metrics(scalars, step=records[0].step)
+def _logger_sink(logger: Logger) -> Sink:
+    return TensorBoardSink(logger.experiment) if isinstance(logger, TensorBoardLogger) else _ScalarSink(logger)
+
+
+@final
+class _ScalarSink:
+    """Scalars straight to a logger: `self.log` from a callback repeats, drops or moves values."""
+
+    def __init__(self, logger: Logger) -> None:
+        self._logger = logger
+
+    def write(self, records: Sequence[Record]) -> None:
+        self._logger.log_metrics(scalar_tags(records), step=records[0].step)
+
+
+def _show(trainer: Trainer, records: Sequence[Record]) -> None:
+    """Headline numbers where other callbacks (ModelCheckpoint) and the progress bar find them."""
     shown = headline(records)
     trainer.callback_metrics.update({tag: tensor(value) for tag, value in shown.items()})
     trainer.progress_bar_metrics.update({tag: value for tag, value in shown.items() if tag.endswith("lambda_max")})

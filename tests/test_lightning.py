@@ -779,3 +779,19 @@ def test_no_hook_is_left_on_the_module(data: Callable[[], Any], tmp_path: Path) 
     assert num_hooks(net) == 0
     assert "log" not in vars(net)
     assert "log_dict" not in vars(net)
+
+
+class BrokenLogger(CSVLogger):
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        if any(name.startswith("curvature") for name in metrics):
+            raise OSError("no space left on device")
+        super().log_metrics(metrics, step)
+
+
+def test_a_logger_that_raises_does_not_stop_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    probing = callback(every_n_steps=2)
+    trainer = lightning_trainer(tmp_path, [probing], max_steps=5, logger=BrokenLogger(str(tmp_path)))
+    trainer.fit(Net(), loader())
+    assert trainer.global_step == 5
+    assert probed_steps(probing.history) == [0, 2, 4]
+    assert len([record for record in caplog.records if "no space left" in record.getMessage()]) == 1
