@@ -52,12 +52,6 @@ def take_rows(batch: Any, rows: Tensor) -> Any:
     return map_tensors(batch, take)
 
 
-def split_rows(batch: Any, size: int) -> list[Any]:
-    """Consecutive pieces of at most `size` rows."""
-    rows = torch.arange(batch_size(batch))
-    return [take_rows(batch, piece) for piece in torch.split(rows, size)]
-
-
 def to_device(batch: Any, device: torch.device) -> Any:
     """`batch` with every tensor on `device`."""
     return map_tensors(batch, lambda tensor: tensor.to(device))

@@ -122,15 +122,18 @@ class CurvatureCallback(Callback):
         if self._monitor is None:
             return
         if self._captured is not None:
-            self._captured.offer(batch)
+            self._monitor.offer(batch)
         records = self._monitor.step(trainer.global_step, logged_as=_logged_step(trainer))
         if records:
             _show(trainer, records)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let go of the model and the captured batches."""
+        self._release()
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the model and the captured batches."""
-        self._last_state = self.state_dict()
-        self._monitor = self._captured = None
+        self._release()
 
     @property
     def state_key(self) -> str:
@@ -144,6 +147,10 @@ class CurvatureCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Used when training starts."""
         self._loaded = state_dict or None
+
+    def _release(self) -> None:
+        self._last_state = self.state_dict()
+        self._monitor = self._captured = None
 
 
 def _as_the_loop_does(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:

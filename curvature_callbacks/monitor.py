@@ -19,7 +19,7 @@ from curvature_callbacks.model.blocks import BlockStructure
 from curvature_callbacks.model.isolation import isolated
 from curvature_callbacks.model.losses import Loss
 from curvature_callbacks.model.objective import ParamsFilter
-from curvature_callbacks.probes import Draw, FixedProbes, Probes, probes_from_loader, stable_seed
+from curvature_callbacks.probes import CapturedProbes, Draw, Probes, as_probes, stable_seed
 from curvature_callbacks.problem import Problem
 from curvature_callbacks.record import PROBE, Record
 from curvature_callbacks.schedules import EveryNSteps, Schedule
@@ -95,7 +95,7 @@ class CurvatureMonitor:
         check_positive("num_microbatches", num_microbatches)
         check_positive("microbatch_size", microbatch_size)
         self._model = model
-        self._probes = _as_probes(probes, num_microbatches, microbatch_size)
+        self._probes = as_probes(probes, num_microbatches=num_microbatches, microbatch_size=microbatch_size)
         self._measure = checked_measurements(measure)
         self._when = when if isinstance(when, Schedule) else EveryNSteps(n=when)
         self._memory = MemorySink()
@@ -170,6 +170,15 @@ class CurvatureMonitor:
         self._hand_on(records)
         return records
 
+    def offer(self, batch: Any) -> None:
+        """Show a training batch to probes that watch the loop (`CapturedProbes`); what cannot be kept is reported once."""
+        if not isinstance(self._probes, CapturedProbes):
+            return
+        try:
+            self._probes.offer(batch)
+        except Exception as error:
+            self._warn("captured batches", "curvature probes could not keep a training batch", error)
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs: the last step seen and the measurements that were switched off."""
         return {"previous": self._previous, "failures": dict(self._failures)}
@@ -240,7 +249,7 @@ class CurvatureMonitor:
             "failed": float(len({record.measurement for record in records if record.failed} | self._switched_off())),
             "non_finite": float(sum(not _is_finite(value) for record in records for value in record.scalars.values())),
         }
-        if problem.gradient_seconds > 0:
+        if self._has_gradient(problem):
             scalars["gradient_equivalents"] = seconds / problem.gradient_seconds
         metadata = {
             "seed": problem.seed,
@@ -252,6 +261,14 @@ class CurvatureMonitor:
             step=problem.step, measurement=PROBE, scalars=scalars, headline=_SUMMARY, seconds=seconds, metadata=metadata
         )
 
+    def _has_gradient(self, problem: Problem) -> bool:
+        """Whether one gradient, the unit of all costs, could be timed."""
+        try:
+            return len(problem.gradients) > 0
+        except Exception as error:  # the measurements have met and reported what is wrong
+            _logger.debug("no gradient to compare the cost of this probe with: %s", error)
+            return False
+
     def _hand_on(self, records: Sequence[Record]) -> None:
         start = time.perf_counter()
         for sink in self._sinks:
@@ -259,35 +276,20 @@ class CurvatureMonitor:
                 sink.write(records)
             except Exception as error:
                 name = type(sink).__name__
-                if name not in self._warned:
-                    self._warned.add(name)
-                    _logger.warning(
-                        "curvature sink `%s` failed: %s: %s. Training is not affected.",
-                        name,
-                        type(error).__name__,
-                        error,
-                    )
+                self._warn(name, f"curvature sink `{name}` failed", error)
         self._sink_seconds = time.perf_counter() - start
+
+    def _warn(self, key: str, what: str, error: Exception) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            cause = f"{type(error).__name__}: {error}".rstrip(".")
+            _logger.warning("%s: %s. Training is not affected. This is said once.", what, cause)
 
     def _problem(self, microbatches: Sequence[Any], seed: int, step: int) -> Problem:
         return Problem(self._model, microbatches, seed=seed, step=step, trust=self._trust, **self._problem_options)
 
     def _probe_seed(self, step: int) -> int:
         return stable_seed(self._seed, step if self._draw == "fresh" else "fixed")
-
-
-def _as_probes(probes: Any, num_microbatches: int, microbatch_size: int) -> Probes:
-    if isinstance(probes, Probes):
-        return probes
-    if isinstance(probes, list | tuple):
-        return FixedProbes(probes)
-    found = probes_from_loader(probes, num_microbatches=num_microbatches, microbatch_size=microbatch_size)
-    if found is None:
-        raise ConfigurationError(
-            "`probes` must be a DataLoader over a map-style dataset, a list of microbatches or a Probes object, got "
-            f"{type(probes).__name__}. For streams use CapturedProbes and offer it the training batches."
-        )
-    return found
 
 
 def _is_finite(value: float) -> bool:

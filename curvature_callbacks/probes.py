@@ -6,13 +6,15 @@ import random
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import ModuleType
+from contextlib import suppress
+from functools import partial
+from types import FunctionType, MethodType, ModuleType
 from typing import Any, Final, Literal, final
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from curvature_callbacks.batches import detached_copy, split_rows
+from curvature_callbacks.batches import batch_size, detached_copy, take_rows
 from curvature_callbacks.errors import ConfigurationError
 
 Draw = Literal["fresh", "fixed"]
@@ -41,7 +43,7 @@ class DatasetProbes(Probes):
     """Rows of a map-style dataset, indexed directly and collated by a copy of the loader's collator.
 
     The loader itself is never iterated: that moves the global generator and, with persistent workers or streams, the order
-    of the training data. Generators the dataset or the collator own are put back as they were.
+    of the training data. Generators and attributes of dataset and collator are put back as they were.
 
     Args:
         dataset: map-style, with `__len__`.
@@ -110,16 +112,9 @@ class CapturedProbes(Probes):
         self._microbatch_size = microbatch_size
 
     def offer(self, batch: Any) -> None:
-        """Keep a copy of the first rows of a training batch; one without rows is passed over. Cost: one copy of them.
-
-        Raises:
-            ConfigurationError: the very first batch has no rows to take.
-        """
-        try:
-            self._recent.append(detached_copy(split_rows(batch, self._microbatch_size)[0]))
-        except ConfigurationError:
-            if not self._recent:
-                raise
+        """Keep a copy of the first rows of a training batch. Cost: that copy."""
+        rows = torch.arange(min(batch_size(batch), self._microbatch_size))
+        self._recent.append(detached_copy(take_rows(batch, rows)))
 
     def draw(self, seed: int) -> list[Any] | None:
         """Those kept, oldest first; None before the first batch."""
@@ -142,10 +137,29 @@ def probes_from_loader(
     return DatasetProbes(dataset, collate, num_microbatches=num_microbatches, microbatch_size=microbatch_size, prepare=prepare)
 
 
+def as_probes(probes: Any, *, num_microbatches: int, microbatch_size: int) -> Probes:
+    """`probes` itself, fixed ones from a list of microbatches, or rows of a loader's dataset.
+
+    Raises:
+        ConfigurationError: none of these.
+    """
+    if isinstance(probes, Probes):
+        return probes
+    if isinstance(probes, list | tuple):
+        return FixedProbes(probes)
+    found = probes_from_loader(probes, num_microbatches=num_microbatches, microbatch_size=microbatch_size)
+    if found is None:
+        raise ConfigurationError(
+            "`probes` must be a DataLoader over a map-style dataset, a list of microbatches or a Probes object, got "
+            f"{type(probes).__name__}. For streams use CapturedProbes and offer it the training batches."
+        )
+    return found
+
+
 def _private_copy(collate: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
     """A copy whose counters and caches are its own, or the collator itself where it is a method (of a whole module, say) or
-    holds locks or files: its generators are put back in either case."""
-    if hasattr(collate, "__self__"):
+    holds locks or files: generators and attributes are put back in either case."""
+    if isinstance(collate, MethodType):
         return collate
     try:
         return copy.deepcopy(collate)
@@ -154,30 +168,39 @@ def _private_copy(collate: Callable[[list[Any]], Any]) -> Callable[[list[Any]], 
 
 
 class _undisturbed:  # noqa: N801 - reads as a verb in `with`
-    """Puts the generators that can be reached from the given objects back as they were."""
+    """Puts generators and attributes of everything that can be reached from the given objects back as they were.
+
+    A data set may open its file at the first access, count or cache: what a probe opened in this process must not be
+    inherited by workers forked later, which would then share one file offset.
+    """
 
     def __init__(self, *owners: Any) -> None:
-        self._generators = list(_generators(owners))
+        self._objects = list(_reachable(owners))
 
     def __enter__(self) -> None:
-        self._states = [copy.deepcopy(_get_state(generator)) for generator in self._generators]
+        generators = [value for value in self._objects if _is_generator(value)]
+        self._states = [(generator, copy.deepcopy(_get_state(generator))) for generator in generators]
+        self._attributes = [(found, dict(found)) for value in self._objects if (found := _attributes(value)) is not None]
 
     def __exit__(self, *_: object) -> None:
-        for generator, state in zip(self._generators, self._states, strict=True):
+        for generator, state in self._states:
             _set_state(generator, state)
+        for found, saved in self._attributes:
+            if found.keys() != saved.keys() or any(found[name] is not value for name, value in saved.items()):
+                found.clear()
+                found.update(saved)
 
 
-def _generators(owners: tuple[Any, ...]) -> Iterator[Any]:
-    """Torch, NumPy and Python generators reachable through attributes, closures and small containers."""
+def _reachable(owners: tuple[Any, ...]) -> Iterator[Any]:
+    """Objects reachable through attributes, closures and small containers, never through user-defined attribute access."""
     waiting, seen = deque(owners), set[int]()
     while waiting and len(seen) < _SEARCH_OBJECTS:
         value = waiting.popleft()
         if id(value) in seen or isinstance(value, _LEAVES):
             continue
         seen.add(id(value))
-        if isinstance(value, torch.Generator | random.Random) or _is_numpy_generator(value):
-            yield value
-        else:
+        yield value
+        if not _is_generator(value):
             waiting.extend(_children(value))
 
 
@@ -186,10 +209,30 @@ def _children(value: Any) -> list[Any]:
         return list(value.values()) if len(value) <= _SEARCH_WIDTH else []
     if isinstance(value, list | tuple | set):
         return list(value) if len(value) <= _SEARCH_WIDTH else []
-    slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
-    named = [getattr(value, name, None) for name in ("__self__", "func", "args", "keywords", *slots) if hasattr(value, name)]
-    cells = [cell.cell_contents for cell in getattr(value, "__closure__", None) or () if _is_filled(cell)]
-    return [*getattr(value, "__dict__", {}).values(), *named, *cells]
+    if isinstance(value, partial):
+        return [value.func, value.args, value.keywords]
+    if isinstance(value, MethodType):
+        return [value.__self__]
+    if isinstance(value, FunctionType):
+        return [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+    return [*(_attributes(value) or {}).values(), *_slots(value)]
+
+
+def _attributes(value: Any) -> dict[str, Any] | None:
+    try:
+        found = object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return None
+    return found if type(found) is dict else None
+
+
+def _slots(value: Any) -> list[Any]:
+    found = []
+    for kind in type(value).__mro__:
+        for name in vars(kind).get("__slots__", ()):
+            with suppress(AttributeError):  # declared and not set
+                found.append(object.__getattribute__(value, name))
+    return found
 
 
 def _is_filled(cell: Any) -> bool:
@@ -198,6 +241,10 @@ def _is_filled(cell: Any) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _is_generator(value: Any) -> bool:
+    return isinstance(value, torch.Generator | random.Random) or _is_numpy_generator(value)
 
 
 def _is_numpy_generator(value: Any) -> bool:

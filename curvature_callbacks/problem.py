@@ -86,13 +86,17 @@ class Problem:
     @cached_property
     def gradients(self) -> Mapping[str, Tensor]:
         """Name to the gradient of the mean loss. Cost: one gradient, whose time is kept as the unit of all others."""
+        self._synchronise()
         start = time.perf_counter()
         leaves = self.objective.leaves()
         found = gradients(self.objective.mean(self.microbatches, leaves), leaves)
-        if self.objective.device.type == "cuda":
-            torch.cuda.synchronize(self.objective.device)
+        self._synchronise()
         self.gradient_seconds = time.perf_counter() - start
         return found
+
+    def _synchronise(self) -> None:
+        if self.objective.device.type == "cuda":
+            torch.cuda.synchronize(self.objective.device)
 
     def hessian(self, names: Iterable[str] | None = None) -> HessianOperator:
         """The Hessian of the mean loss, restricted to the named parameters.

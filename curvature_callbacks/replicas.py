@@ -1,13 +1,14 @@
 """Replicas of what user code changes in place, so that the original can be put back untouched."""
 
 import copy
-from collections import OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from typing import Any, Final
 
 from torch import Tensor, nn
 
-_ELEMENTS: Final = 1 << 16  # larger tensors and longer containers hold data, not running values
-_DICTS: Final = (dict, defaultdict, OrderedDict)
+_ELEMENTS: Final = 1 << 22  # larger tensors and arrays hold data, not running values
+_ITEMS: Final = 1 << 16  # so do longer containers
+_DICTS: Final = (dict, defaultdict, OrderedDict, Counter)
 
 
 def replica(value: Any, memo: dict[int, Any]) -> Any:
@@ -31,19 +32,22 @@ def _replica(value: Any, memo: dict[int, Any]) -> Any:
     kind = type(value)
     if kind is Tensor:
         return value.detach().clone() if value.numel() <= _ELEMENTS else value
+    if _is_array(kind):
+        return value.copy() if value.size <= _ELEMENTS else value
     if kind in (list, tuple, set, deque, *_DICTS):
         return _container(value, memo)
     return _plain_object(value, memo) if _is_plain(value) else value
 
 
 def _container(value: Any, memo: dict[int, Any]) -> Any:
-    if len(value) > _ELEMENTS or isinstance(value, set):
+    if len(value) > _ITEMS or isinstance(value, set):
         return copy.copy(value)
     if isinstance(value, tuple):
         return tuple(replica(item, memo) for item in value)
     result = memo[id(value)] = copy.copy(value)  # before its items: a container may hold itself
     if isinstance(value, dict):
-        result.update({key: replica(item, memo) for key, item in value.items()})
+        for key, item in value.items():
+            result[key] = replica(item, memo)
     else:
         result.clear()
         result.extend(replica(item, memo) for item in value)
@@ -72,4 +76,9 @@ def _is_plain(value: Any) -> bool:
 
 
 def _is_simple(item: Any) -> bool:
-    return item is None or type(item) in (bool, int, float, str, Tensor, list, tuple, set, deque, *_DICTS)
+    kind = type(item)
+    return item is None or kind in (bool, int, float, str, Tensor, list, tuple, set, deque, *_DICTS) or _is_array(kind)
+
+
+def _is_array(kind: type) -> bool:
+    return kind.__module__ == "numpy" and kind.__name__ == "ndarray"

@@ -15,7 +15,7 @@ from curvature_callbacks.model.blocks import BlockStructure
 from curvature_callbacks.model.losses import LossCallable
 from curvature_callbacks.model.objective import ParamsFilter
 from curvature_callbacks.monitor import CurvatureMonitor
-from curvature_callbacks.probes import CapturedProbes, Draw, Probes, probes_from_loader
+from curvature_callbacks.probes import Draw, Probes, probes_from_loader
 from curvature_callbacks.record import Record, headline
 from curvature_callbacks.settings import Settings
 from curvature_callbacks.sinks import JSONLinesSink, MemorySink, Sink
@@ -115,6 +115,7 @@ class CurvatureCallback(TrainerCallback):
     ) -> None:
         """Build the monitor, check everything, measure step 0."""
         assert model is not None
+        self._remove_hook()  # left by a run that ended with an exception, of which callbacks are told nothing
         self._trainer = self._attached or _calling_trainer(self)
         _report_unmeasured_loss(args, self._trainer, self._settings.loss_fn)
         probes = self._probes(args, model, train_dataloader)
@@ -122,17 +123,18 @@ class CurvatureCallback(TrainerCallback):
             self._memory,
             JSONLinesSink(Path(args.output_dir or ".") / "curvature.jsonl"),
             _TrainerTensorBoard(self),
+            _TrainerLog(self._trainer, state),
         ]
         self._monitor = self._settings.monitor(model, probes=probes, sinks=sinks, loss=self._settings.loss_fn)
         saved: Any = state.stateful_callbacks
         if state.global_step > 0 and self._state_key in saved:
             self._monitor.load_state_dict(saved[self._state_key])
         self._monitor.check(state.global_step)
-        self._step(state, control)
+        self._step(state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Probe if due: gradients are freed, the parameters are those after `global_step` steps."""
-        self._step(state, control)
+        self._step(state)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Let go of the model and the captured batches."""
@@ -150,28 +152,12 @@ class CurvatureCallback(TrainerCallback):
     def _state_key(self) -> str:
         return f"curvature_callbacks: {self._settings.key}"
 
-    def _step(self, state: TrainerState, control: TrainerControl) -> None:
+    def _step(self, state: TrainerState) -> None:
         if self._monitor is None:
             return
-        records = self._monitor.step(state.global_step)
+        self._monitor.step(state.global_step)
         saved: Any = state.stateful_callbacks
         saved[self._state_key] = self._monitor.state_dict()
-        if records:
-            self._log(headline(records), state, control)
-
-    def _log(self, values: dict[str, float], state: TrainerState, control: TrainerControl) -> None:
-        """Through the Trainer to every reporter but TensorBoard, which has the same values under their own names."""
-        if self._trainer is None:
-            state.log_history.append({**values, "step": state.global_step})
-            return
-        handler, should_log = self._trainer.callback_handler, control.should_log
-        callbacks = handler.callbacks
-        try:
-            handler.callbacks = [callback for callback in callbacks if not isinstance(callback, TensorBoardCallback)]
-            Trainer.log(self._trainer, values)  # the base method: TRL's overrides flush their own metrics here
-        finally:
-            handler.callbacks = callbacks
-            control.should_log = should_log  # logging clears it, and with it the Trainer's own loss at this step
 
     def _probes(self, args: TrainingArguments, model: nn.Module, loader: Any) -> Probes:
         probes = probes_from_loader(loader, **self._settings.probe_sizes())
@@ -182,10 +168,13 @@ class CurvatureCallback(TrainerCallback):
                 "the training data is a stream and label smoothing takes the labels away before the model sees them, so the "
                 "loss of a captured batch cannot be determined: pass `loss_fn`, or use a map-style dataset."
             )
-        self._remove_hook()
-        captured = self._settings.captured_probes()
-        self._capture_hook = model.register_forward_pre_hook(_capture_into(captured), with_kwargs=True)
-        return captured
+        self._capture_hook = model.register_forward_pre_hook(self._offer, with_kwargs=True)
+        return self._settings.captured_probes()
+
+    def _offer(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook that keeps training batches; a probe runs in evaluation mode and is not one."""
+        if module.training and self._monitor is not None:
+            self._monitor.offer({name: value for name, value in kwargs.items() if name != "num_items_in_batch"})
 
     def _remove_hook(self) -> None:
         if self._capture_hook is not None:
@@ -211,14 +200,27 @@ class _TrainerTensorBoard:
             self._sink.write(self._waiting.pop(0))
 
 
-def _capture_into(captured: CapturedProbes) -> Any:
-    """A forward pre-hook that keeps training batches; a probe runs in evaluation mode and is not one."""
+@final
+class _TrainerLog:
+    """Headline numbers through the Trainer to `log_history` and every reporter but TensorBoard, which has them already."""
 
-    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if module.training:
-            captured.offer({name: value for name, value in kwargs.items() if name != "num_items_in_batch"})
+    def __init__(self, trainer: Trainer | None, state: TrainerState) -> None:
+        self._trainer = trainer
+        self._state = state
 
-    return hook
+    def write(self, records: Sequence[Record]) -> None:
+        values = headline(records)
+        if self._trainer is None:
+            self._state.log_history.append({**values, "step": self._state.global_step})
+            return
+        handler, control = self._trainer.callback_handler, self._trainer.control
+        callbacks, flags = handler.callbacks, dict(vars(control))
+        try:
+            handler.callbacks = [callback for callback in callbacks if not isinstance(callback, TensorBoardCallback)]
+            Trainer.log(self._trainer, values)  # the base method: TRL's overrides flush their own metrics here
+        finally:
+            handler.callbacks = callbacks
+            vars(control).update(flags)  # logging clears `should_log`, and with it the Trainer's own loss at this step
 
 
 def _calling_trainer(callback: TrainerCallback) -> Trainer | None:

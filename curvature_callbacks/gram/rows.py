@@ -66,6 +66,14 @@ def _row_gradients(objective: Objective, batch: Any, names: Sequence[str]) -> li
     return result
 
 
+def check_halves(objective: Objective, batch: Any) -> None:
+    """`check_separable` for the two halves of a batch. Cost: two forward passes over it."""
+    with torch.no_grad():
+        halves = torch.arange(batch_size(batch)).tensor_split(2)
+        total = sum(float(objective(take_rows(batch, rows)).total) for rows in halves)
+    check_separable(objective, batch, total)
+
+
 def check_separable(objective: Objective, batch: Any, total: float) -> None:
     """Raise a `RefusedError` unless `total`, summed over parts of `batch`, is the batch's own `sum_i l_i`."""
     with torch.no_grad():

@@ -48,25 +48,33 @@ class Eigenpairs:
     def metrics(self) -> dict[str, float]:
         """Scalars to log; what the run cannot say is absent.
 
-        `lambda_max`, `lambda_min` are the outermost Ritz values returned, converged or not (a Ritz value never lies outside
-        the spectrum, so a negative `lambda_min` proves negative curvature), with `residual_lambda_max` and
-        `residual_lambda_min`; `residual_max` is the largest *relative* residual `residual / |theta|` of the pairs and
-        `num_converged` counts those within tolerance. For indefinite operators, once the smallest pair of a run with
-        `which="SA"` or `"BE"` has converged: `most_negative_eigenvalue` (positive when there is none), and with `"BE"`, over
+        `lambda_max`, `lambda_min` are the outermost Ritz values, converged or not (a Ritz value never lies outside the
+        spectrum, so a negative `lambda_min` proves negative curvature), with `residual_lambda_max` and
+        `residual_lambda_min`, each where its end was asked for; `residual_max` is the largest *relative* residual
+        `residual / |theta|` of the pairs and `num_converged` counts those within tolerance. For indefinite operators, once
+        the smallest pair has converged: `most_negative_eigenvalue` (positive when there is none), and with both ends, over
         the converged pairs, `ritz_negative_fraction` and `ritz_negative_mass = sum |theta < 0| / sum |theta|`, where negative
         means `theta < -tol |lambda|_max`.
         """
         if len(self.eigenvalues) == 0:
             return {}
-        values = {
-            "lambda_max": self.eigenvalues[0].item(),
-            "residual_lambda_max": self.residuals[0].item(),
-            "lambda_min": self.eigenvalues[-1].item(),
-            "residual_lambda_min": self.residuals[-1].item(),
-            "residual_max": self._relative_residuals().max().item(),
-            "num_converged": float(self.converged.sum()),
-        }
+        values = {"residual_max": self._relative_residuals().max().item(), "num_converged": float(self.converged.sum())}
+        if self._has_upper_end:
+            values |= {"lambda_max": self.eigenvalues[0].item(), "residual_lambda_max": self.residuals[0].item()}
+        if self._has_lower_end:
+            values |= {"lambda_min": self.eigenvalues[-1].item(), "residual_lambda_min": self.residuals[-1].item()}
         return values if self.is_psd else values | self._negative_curvature()
+
+    @property
+    def _has_upper_end(self) -> bool:
+        """Whether the first pair is the largest; among the largest in magnitude a positive one is."""
+        return self.which in ("LA", "BE") or (self.which == "LM" and self.eigenvalues[0].item() > 0)
+
+    @property
+    def _has_lower_end(self) -> bool:
+        """Whether the last pair is the smallest; of a single pair at both ends it is the largest."""
+        both = self.which == "BE" and len(self.eigenvalues) > 1
+        return both or self.which == "SA" or (self.which == "LM" and self.eigenvalues[-1].item() < 0)
 
     def _relative_residuals(self) -> Tensor:
         smallest = torch.finfo(torch.float64).tiny
@@ -74,10 +82,10 @@ class Eigenpairs:
 
     def _negative_curvature(self) -> dict[str, float]:
         """Nothing unless the negative end is known: the largest pairs alone say 0 for spectra with 47 % negative mass."""
-        if self.which not in ("SA", "BE") or not self.converged[-1]:
+        if not self._has_lower_end or not self.converged[-1]:
             return {}
         lowest = {"most_negative_eigenvalue": self.eigenvalues[-1].item()}
-        if self.which == "SA":
+        if self.which != "BE":
             return lowest
         ritz = self.eigenvalues[self.converged]
         negative = ritz < -self.tol * self.lambda_abs_max

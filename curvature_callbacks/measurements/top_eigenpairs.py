@@ -11,6 +11,7 @@ from curvature_callbacks.linalg.lanczos import Which, lanczos
 from curvature_callbacks.linalg.operator import Operator
 from curvature_callbacks.linalg.symmetry import check_symmetric
 from curvature_callbacks.measurements.base import offline_problem
+from curvature_callbacks.model.isolation import isolated
 from curvature_callbacks.model.losses import Loss
 from curvature_callbacks.model.objective import ParamsFilter
 from curvature_callbacks.operators.second_order import check_second_order
@@ -149,7 +150,8 @@ def compute_spectrum(
     Args:
         model: the module; left as found.
         batches: a microbatch or a list of them, see `compute_fisher_spectrum`.
-        operator: `hessian`, or any operator object (then `model`, `batches` and `loss` only serve isolation).
+        operator: `hessian`, or any operator object (its products run isolated from `model`; `batches`, `loss` and
+            `params_filter` are not used).
         loss: see `compute_fisher_spectrum`.
         params_filter: `(name, parameter) -> bool`; the Hessian's diagonal block of these parameters.
         k: pairs.
@@ -190,8 +192,9 @@ def compute_spectrum(
     if not isinstance(operator, str):
         if not isinstance(operator, Operator):
             raise ConfigurationError("`operator` must be 'hessian' or have shape, dtype, device, is_psd and matmat.")
-        check_symmetric(operator, seed=seed)
-        return lanczos(operator, **options)
+        with isolated(model, seed=seed):
+            check_symmetric(operator, seed=seed)
+            return lanczos(operator, **options)
     check_choice("operator", operator, get_args(OperatorName))
     with offline_problem(model, batches, loss=loss, params_filter=params_filter, seed=seed) as problem:
         hessian = problem.hessian()
