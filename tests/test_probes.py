@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 
 from curvature_callbacks import CapturedProbes, ConfigurationError, DatasetProbes, FixedProbes, Probes
 from curvature_callbacks.probes import probes_from_loader, stable_seed
@@ -260,3 +260,27 @@ def test_fixed_probes_are_what_was_given() -> None:
 @pytest.mark.parametrize("probes", [numbered(), FixedProbes([torch.ones(1)]), CapturedProbes(**SIZES)])
 def test_all_are_probes(probes: Any) -> None:
     assert isinstance(probes, Probes)
+
+
+class LazyFile(Dataset[Any]):
+    """Opens its file at the first access and counts, as data sets over archives do."""
+
+    def __init__(self) -> None:
+        self.handle: Any = None
+        self.reads = 0
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        self.handle = self.handle or object()
+        self.reads += 1
+        return torch.tensor([float(index)])
+
+
+@pytest.mark.parametrize("wrap", [lambda data: data, lambda data: Subset(data, range(8))], ids=["bare", "subset"])
+def test_what_a_data_set_opened_for_a_draw_is_not_left_open(wrap: Any) -> None:
+    data = LazyFile()
+    probes = DatasetProbes(wrap(data), torch.stack, num_microbatches=2, microbatch_size=3)
+    assert sum(map(len, probes.draw(0))) == 6
+    assert (data.handle, data.reads) == (None, 0)

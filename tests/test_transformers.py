@@ -447,3 +447,18 @@ def test_rows_are_drawn_from_all_of_the_dataset(tmp_path: Path) -> None:
     trainer_for(tmp_path, [probing], data=data, max_steps=1).train()
     assert data.asked == set(range(ROWS))
     assert {record.scalars["rows"] for record in probing.history if record.measurement == "probe"} == {float(ROWS)}
+
+
+class Strict(TrainerCallback):
+    """A user's callback that expects a loss in every log."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        _ = logs["loss"] if "train_runtime" not in logs else None
+
+
+def test_a_reporter_that_raises_on_our_row_does_not_stop_training(tmp_path: Path, caplog: Any) -> None:
+    probing = callback(every_n_steps=2, measure=[Checksum()])
+    trainer = trainer_for(tmp_path, [probing, Strict()], max_steps=4)
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert len([record for record in caplog.records if "KeyError" in record.getMessage()]) == 1

@@ -13,7 +13,7 @@ from curvature_callbacks.errors import RefusedError
 from curvature_callbacks.gram.capture import Capture
 from curvature_callbacks.gram.certificate import TOLERANCE, certificate_errors
 from curvature_callbacks.gram.parameter_gram import parameter_gram
-from curvature_callbacks.gram.rows import check_halves, finite_rows, row_grams
+from curvature_callbacks.gram.rows import check_rows, finite_rows, row_grams
 from curvature_callbacks.gram.uses import Use
 from curvature_callbacks.model.blocks import Blocks
 from curvature_callbacks.model.objective import Objective
@@ -193,7 +193,7 @@ def _pass(objective: Objective, batch: Any, completed: Any, sizes: list[int], re
     with capture:
         losses = objective(batch, values)
     if losses.per_sample is None and size > 1:
-        check_halves(objective, batch)
+        check_rows(objective, batch)
     sizes.append(size)
     capture.backward(losses.total)
     result.num_targets = torch.cat([result.num_targets, losses.num_targets.cpu()])

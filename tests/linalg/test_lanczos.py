@@ -208,7 +208,8 @@ def test_negative_curvature_is_absent_until_the_lowest_pair_has_converged():
 
 
 @pytest.mark.parametrize(
-    ("which", "said"), [("LA", set()), ("LM", set()), ("SA", {"most_negative_eigenvalue"}), ("BE", NEGATIVE)]
+    ("which", "said"),
+    [("LA", set()), ("LM", {"most_negative_eigenvalue"}), ("SA", {"most_negative_eigenvalue"}), ("BE", NEGATIVE)],
 )
 def test_negative_curvature_is_said_only_of_an_end_that_was_looked_at(which: str, said: set[str]):
     metrics = lanczos(Counted(symmetric(SPECTRA["many_zeros"])), k=4, which=which).metrics()
@@ -277,3 +278,14 @@ def test_asymmetry_is_measured():
 def test_matrix_operator_wants_a_square_float_matrix(matrix: Tensor):
     with pytest.raises(ValueError, match="`matrix`"):
         MatrixOperator(matrix)
+
+
+@pytest.mark.parametrize(
+    ("k", "which", "ends"),
+    [(1, "BE", {"lambda_max"}), (2, "SA", {"lambda_min"}), (2, "LA", {"lambda_max"}), (2, "BE", {"lambda_max", "lambda_min"})],
+)
+def test_an_end_is_named_only_when_it_was_asked_for(k: int, which: str, ends: set[str]):
+    A = torch.diag(torch.arange(-5.0, 8.0, dtype=torch.float64))
+    metrics = lanczos(MatrixOperator(A), k=k, which=which).metrics()
+    assert {"lambda_max", "lambda_min"} & set(metrics) == ends
+    assert all(metrics[end] == pytest.approx({"lambda_max": 7.0, "lambda_min": -5.0}[end]) for end in ends)

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from curvature_callbacks import ConfigurationError, FisherSpectra, FisherSpectrum, RefusedError, compute_fisher_spectrum
+from curvature_callbacks import (
+    ConfigurationError,
+    FisherSpectra,
+    FisherSpectrum,
+    Problem,
+    RefusedError,
+    compute_fisher_spectrum,
+)
+from curvature_callbacks.gram.engine import Trust
 from tests.cases import CASES, VOCABULARY, in_general_position
 from tests.reference import fisher_eigenvalues, relative_error, rows, sample_gradients, spectrum_metrics, stacked
 
@@ -389,3 +397,23 @@ def test_dropout_is_off_and_the_mode_comes_back():
     truth = stacked(sample_gradients(model, [batch], "pair"))
     assert relative_error(spectra.full.eigenvalues, fisher_eigenvalues(truth)) < 1e-12
     assert all(module.training for module in model.modules())
+
+
+def test_a_mean_over_ragged_rows_is_refused_also_after_an_even_batch():
+    """The mean over all tokens of a batch is no mean over rows once lengths differ."""
+
+    def mean_over_tokens(model: Any, batch: Any) -> Any:
+        losses = torch.nn.functional.mse_loss(model(batch[0]), batch[0], reduction="none").mean(-1)
+        return (losses * batch[1]).sum() / batch[1].sum()
+
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(3, 3), torch.randn(4, 5, 3)
+    even, ragged = torch.ones(4, 5), torch.tensor([[1.0] * n + [0.0] * (5 - n) for n in (5, 1, 2, 4)])
+    trust = Trust()
+    for mask in (even, ragged):
+        problem = Problem(model, [(x, mask)], loss=mean_over_tokens, trust=trust)
+        if mask is even:
+            assert problem.block_grams.certificate_error < 1e-4
+        else:
+            with pytest.raises(RefusedError, match="coupled"):
+                _ = problem.block_grams
