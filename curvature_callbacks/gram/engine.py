@@ -70,7 +70,7 @@ def block_grams(objective: Objective, microbatches: Sequence[Any], blocks: Block
     Raises:
         RefusedError: samples are coupled, or no path gives a Gram that passes the certificate.
 
-    Cost: 1.2 to 1.8 gradients once certified (GPT-2 shapes, N = 8 to 64, T = 128 to 32, one CPU thread), one more when not; N
+    Cost: 1.3 to 1.8 gradients once certified (GPT-2 shapes, N = 8 to 64, T = 128 to 32, one CPU thread), one more when not; N
     single-row gradients for parameters without a rule. Memory: inputs and output gradients of all microbatches but the last,
     plus 64 MiB.
     """

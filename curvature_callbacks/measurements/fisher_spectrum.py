@@ -156,7 +156,7 @@ def compute_fisher_spectrum(
         ConfigurationError: an unknown choice, an undeterminable loss, no trainable parameter, no valid target.
         RefusedError: samples are coupled, so that they have no gradients of their own.
 
-    Cost: 1.2 to 1.8 gradients of the same rows (GPT-2 shapes, N = 8 to 64, T = 128 to 32, one CPU thread) and one more for the
+    Cost: 1.3 to 1.8 gradients of the same rows (GPT-2 shapes, N = 8 to 64, T = 128 to 32, one CPU thread) and one more for the
     certificate; parameters without a capture rule (convolutions, fused experts) take N single-row gradients, listed in
     `metadata["fallback"]`. Memory: inputs and output gradients of all microbatches but the last, plus 64 MiB.
 

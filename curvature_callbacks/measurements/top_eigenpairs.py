@@ -63,7 +63,7 @@ class TopEigenpairs:
         max_matvecs: most products to spend a probe (and block).
         per_block: one run for each block's own diagonal block of the Hessian as well as for the whole model.
 
-    Cost: 2 gradients and 2.1 to 2.6 a product, at most `max_matvecs` of them; memory `max_matvecs + 1` vectors of size P.
+    Cost: 2 gradients and 2.1 to 2.8 a product, at most `max_matvecs` of them; memory `max_matvecs + 1` vectors of size P.
     """
 
     operator: OperatorName = "hessian"
@@ -169,7 +169,7 @@ def compute_spectrum(
         ConfigurationError: a bad choice, an undeterminable loss, no trainable parameter, no valid target.
         RefusedError: a kernel in the model cannot be differentiated twice.
 
-    Cost: 2 gradients, three products for the self-check, then 2.1 to 2.6 gradients a product on transformers; memory
+    Cost: 2 gradients, three products for the self-check, then 2.1 to 2.8 gradients a product on transformers; memory
     `max_matvecs + 1` vectors of size P and about 2.5 times a gradient's activations.
 
     Example:

@@ -30,7 +30,7 @@ class HessianOperator:
     Raises:
         ProbeError: the loss is not finite, or no target is valid.
 
-    Cost: about 2 gradients to build, 2.1 to 2.6 gradients a product on transformers; memory about 2.5 times a gradient's, for
+    Cost: about 2 gradients to build, 2.1 to 2.8 gradients a product on transformers; memory about 2.5 times a gradient's, for
     all microbatches together.
     """
 
