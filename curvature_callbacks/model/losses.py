@@ -102,7 +102,7 @@ class _TargetLoss:
         logits = getattr(output, "logits", output)
         if self.name == "cross_entropy":
             return _cross_entropy(logits.movedim(1, -1) if logits.ndim > 2 else logits, targets)
-        return _row_means(_ELEMENTWISE[self.name](logits, targets.to(logits.dtype).reshape(logits.shape)))
+        return _squared_errors(logits, targets) if self.name == "mse" else _binary_cross_entropies(logits, targets)
 
 
 @final
@@ -194,12 +194,6 @@ def _squared_errors(logits: Tensor, labels: Tensor) -> SampleLosses:
 
 def _binary_cross_entropies(logits: Tensor, labels: Tensor) -> SampleLosses:
     return _row_means(F.binary_cross_entropy_with_logits(logits, labels.to(logits).reshape(logits.shape), reduction="none"))
-
-
-_ELEMENTWISE: Final[Mapping[str, Callable[[Tensor, Tensor], Tensor]]] = {
-    "mse": lambda logits, targets: F.mse_loss(logits, targets, reduction="none"),
-    "bce": lambda logits, targets: F.binary_cross_entropy_with_logits(logits, targets, reduction="none"),
-}
 
 
 def _count_targets(batch: Mapping[str, Any], *, shifted: bool) -> Tensor:
