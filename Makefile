@@ -2,9 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+PEERS := .venv/.peers
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint bench bench-fisher bench-gpu clean
 
 demo: $(READY)
 	$(BIN)/python examples/lightning_digits.py --logdir runs/demo/lightning_digits
@@ -28,6 +29,13 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/probe.py --out benchmarks/results/probe.json
 
+bench-fisher: $(PEERS)
+	$(BIN)/python benchmarks/fisher.py --out benchmarks/results/fisher.json
+
+bench-gpu: $(PEERS)
+	$(BIN)/python benchmarks/probe.py --device cuda --out benchmarks/results/probe_cuda.json
+	$(BIN)/python benchmarks/fisher.py --device cuda --out benchmarks/results/fisher_cuda.json
+
 clean:
 	rm -rf .venv runs
 
@@ -35,4 +43,8 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[all]" --group dev
+	@touch $@
+
+$(PEERS): $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --group bench
 	@touch $@

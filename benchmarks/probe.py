@@ -21,7 +21,7 @@ import transformers
 from torch import nn
 
 import curvature_callbacks as cc
-from curvature_callbacks.gram.engine import Trust
+from curvature_callbacks.gram.trust import Trust
 from curvature_callbacks.model.isolation import isolated
 from curvature_callbacks.problem import Problem
 

@@ -16,11 +16,18 @@ from curvature_callbacks.linalg.eigenpairs import Eigenpairs
 from curvature_callbacks.linalg.lanczos import lanczos
 from curvature_callbacks.linalg.operator import MatrixOperator, Operator
 from curvature_callbacks.linalg.spectrum import Spectrum
-from curvature_callbacks.measurements import FisherSpectrum, KFACCoverage, Measurement, TopEigenpairs
+from curvature_callbacks.measurements import (
+    FisherSpectrum,
+    GradientNoise,
+    KFACCoverage,
+    KFACQuality,
+    Measurement,
+    TopEigenpairs,
+)
 from curvature_callbacks.measurements.fisher_spectra import FisherSpectra
 from curvature_callbacks.measurements.fisher_spectrum import compute_fisher_spectrum
 from curvature_callbacks.measurements.kfac_coverage import KFACCoverageReport, compute_kfac_coverage
-from curvature_callbacks.measurements.top_eigenpairs import compute_spectrum
+from curvature_callbacks.measurements.spectrum import compute_spectrum
 from curvature_callbacks.monitor import CurvatureMonitor
 from curvature_callbacks.probes import CapturedProbes, DatasetProbes, FixedProbes, Probes
 from curvature_callbacks.problem import Problem
@@ -40,9 +47,11 @@ __all__ = [
     "FisherSpectra",
     "FisherSpectrum",
     "FixedProbes",
+    "GradientNoise",
     "JSONLinesSink",
     "KFACCoverage",
     "KFACCoverageReport",
+    "KFACQuality",
     "MatrixOperator",
     "Measurement",
     "MemorySink",

@@ -9,7 +9,7 @@ from torch import tensor
 from curvature_callbacks._optional import is_available, require
 from curvature_callbacks.measurements import Measurement
 from curvature_callbacks.model.blocks import BlockStructure
-from curvature_callbacks.model.losses import LossCallable
+from curvature_callbacks.model.losses import Loss
 from curvature_callbacks.model.objective import ParamsFilter
 from curvature_callbacks.monitor import CurvatureMonitor
 from curvature_callbacks.probes import CapturedProbes, Draw, Probes, probes_from_loader
@@ -51,9 +51,10 @@ class CurvatureCallback(Callback):
         num_microbatches: microbatches a probe.
         microbatch_size: rows of each.
         draw: `fresh` rows at every probe or `fixed` ones.
-        loss_fn: `(module, batch) -> scalar mean | (N,) per-sample losses`.
+        loss_fn: `(module, batch) -> scalar mean | (N,) per-sample losses`, or `cross_entropy`, `mse` or `bce` where batches are
+            `(inputs, targets)`: types of Fisher that need single targets or the likelihood have them from a named loss.
         params_filter: `(name, parameter) -> bool`, which trainable parameters to measure.
-        block_structure: `layer`, `parameter` or `none`.
+        block_structure: `layer`, `component`, `module`, `parameter`, `none`, `{block: [names]}` or a function: `group_blocks`.
         seed: with the step it determines every draw.
 
     Attributes:
@@ -72,7 +73,7 @@ class CurvatureCallback(Callback):
         num_microbatches: int = 4,
         microbatch_size: int = 8,
         draw: Draw = "fresh",
-        loss_fn: LossCallable | None = None,
+        loss_fn: Loss = None,
         params_filter: ParamsFilter | None = None,
         block_structure: BlockStructure = "layer",
         seed: int = 0,

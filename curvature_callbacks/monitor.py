@@ -12,10 +12,11 @@ from torch.utils.data import DataLoader
 
 from curvature_callbacks.batches import batch_size
 from curvature_callbacks.distributed import is_main_process, refuse_sharded_parameters
-from curvature_callbacks.errors import ConfigurationError, RefusedError, check_choice, check_positive
-from curvature_callbacks.gram.engine import Trust
-from curvature_callbacks.measurements import Measurement, checked_measurements
-from curvature_callbacks.model.blocks import BlockStructure
+from curvature_callbacks.errors import ConfigurationError, check_choice, check_positive
+from curvature_callbacks.failures import Failures
+from curvature_callbacks.gram.trust import Trust
+from curvature_callbacks.measurements import Measurement, OfFisher, OfKronecker, checked_measurements
+from curvature_callbacks.model.blocks import BlockStructure, check_block_structure, group_blocks
 from curvature_callbacks.model.isolation import isolated
 from curvature_callbacks.model.losses import Loss
 from curvature_callbacks.model.objective import ParamsFilter
@@ -24,11 +25,11 @@ from curvature_callbacks.problem import Problem
 from curvature_callbacks.record import PROBE, Record
 from curvature_callbacks.schedules import EveryNSteps, Schedule
 from curvature_callbacks.sinks import MemorySink, Sink
+from curvature_callbacks.states import States
 
 _logger = logging.getLogger("curvature_callbacks")
 
 _SUMMARY: Final = ("probe_seconds", "failed")  # headline of the probe's own record
-_MAX_FAILURES: Final = 3  # failures in a row after which a measurement is switched off
 
 
 @final
@@ -50,7 +51,7 @@ class CurvatureMonitor:
         loss: None for the model's own `.loss` (mapping batches); `cross_entropy`, `mse` or `bce` for `(inputs, targets)`; or
             `(model, batch) -> scalar mean | (N,) per-sample losses`.
         params_filter: `(name, parameter) -> bool`, which trainable parameters to measure.
-        block_structure: `layer`, `parameter` or `none`.
+        block_structure: `layer`, `component`, `module`, `parameter`, `none`, `{block: [names]}` or a function: `group_blocks`.
         draw: `fresh` rows at every probe or `fixed` ones.
         num_microbatches: microbatches a probe, when `probes` is a loader.
         microbatch_size: rows of each.
@@ -91,7 +92,7 @@ class CurvatureMonitor:
         seed: int = 0,
     ) -> None:
         check_choice("draw", draw, get_args(Draw))
-        check_choice("block_structure", block_structure, get_args(BlockStructure))
+        check_block_structure(block_structure)
         check_positive("num_microbatches", num_microbatches)
         check_positive("microbatch_size", microbatch_size)
         self._model = model
@@ -108,9 +109,8 @@ class CurvatureMonitor:
         self._draw = draw
         self._seed = seed
         self._trust = Trust()
-        self._states: dict[str, Any] = {}
-        self._failures: dict[str, int] = {}
-        self._warned: set[str] = set()
+        self._states = States()
+        self._failures = Failures()
         self._previous: int | None = None
         self._sink_seconds = 0.0  # what the sinks took at the previous probe
         self._checked = False
@@ -129,15 +129,20 @@ class CurvatureMonitor:
         Cost: one draw and two forward passes over it.
         """
         refuse_sharded_parameters(self._model)
-        if not any(parameter.requires_grad for parameter in self._model.parameters()):
+        trainable = {name: value for name, value in self._model.named_parameters() if value.requires_grad}
+        if not trainable:
             raise ConfigurationError("the model has no trainable parameter: nothing to measure.")
+        keep = self._problem_options["params_filter"]
+        names = [name for name, value in trainable.items() if keep is None or keep(name, value)]
+        group_blocks(self._model, names, self._problem_options["block_structure"])
         seed = self._probe_seed(step)
         self._checked = True
         try:
             with isolated(self._model, seed=seed):
                 microbatches = self._probes.draw(seed)
                 if microbatches is not None:
-                    self._problem(microbatches, seed, step).check()
+                    kinds = [one.fisher_type for one in self._measure if isinstance(one, OfFisher)]
+                    self._problem(microbatches, seed, step).check(kinds)
         except ConfigurationError:
             raise
         except torch.OutOfMemoryError as error:  # the probe will meet it, record it and report it
@@ -177,16 +182,17 @@ class CurvatureMonitor:
         try:
             self._probes.offer(batch)
         except Exception as error:
-            self._warn("captured batches", "curvature probes could not keep a training batch", error)
+            self._failures.say("captured batches", "curvature probes could not keep a training batch", error)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs: the last step seen and the measurements that were switched off."""
-        return {"previous": self._previous, "failures": dict(self._failures)}
+        """What a checkpoint needs: the last step seen, the failures in a row, and the states that are plain data."""
+        return {"previous": self._previous, "failures": dict(self._failures.counts), "states": self._states.plain()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`."""
         self._previous = state["previous"]
-        self._failures = dict(state["failures"])
+        self._failures.load(state["failures"])
+        self._states.load(state.get("states", {}))  # which the first checkpoints did not have
 
     def _probe(self, step: int) -> list[Record]:
         start = time.perf_counter()
@@ -202,42 +208,24 @@ class CurvatureMonitor:
                     records += self._measured(measurement, problem)
                 summary = self._summary(problem, records, time.perf_counter() - start)
         except Exception as error:
-            failed = self._failed(PROBE, step, error)
+            failed = self._failures.recorded(PROBE, step, error)
             scalars = {"failed": 1.0, "probe_seconds": time.perf_counter() - start}
             summary = replace(failed, scalars=scalars, headline=_SUMMARY)
         return [summary, *records]
 
     def _measured(self, measurement: Measurement, problem: Problem) -> list[Record]:
         name = measurement.name
-        if name in self._switched_off():
+        if name in self._failures.switched_off:
             return []
         start = time.perf_counter()
         try:
             state = self._states[name] if name in self._states else measurement.init(problem)
             found, self._states[name] = measurement.measure(problem, state)
         except Exception as error:
-            self._failures[name] = _MAX_FAILURES if isinstance(error, RefusedError) else self._failures.get(name, 0) + 1
-            return [self._failed(name, problem.step, error)]
-        self._failures[name] = 0
+            return [self._failures.failed(name, problem.step, error)]
+        self._failures.succeeded(name)
         seconds = time.perf_counter() - start
         return [replace(record, seconds=seconds) for record in found]
-
-    def _switched_off(self) -> set[str]:
-        return {name for name, count in self._failures.items() if count >= _MAX_FAILURES}
-
-    def _failed(self, name: str, step: int, error: Exception) -> Record:
-        cause = f"{type(error).__name__}: {error}".rstrip(".")
-        if name not in self._warned:
-            self._warned.add(name)
-            off = name in self._switched_off()
-            _logger.warning(
-                "curvature measurement `%s` failed at step %d: %s. Training is not affected; %s. This is said once.",
-                name,
-                step,
-                cause,
-                "it is switched off" if off else "it is tried again at the next probe",
-            )
-        return Record(step=step, measurement=name, error=cause)
 
     def _summary(self, problem: Problem, records: Sequence[Record], seconds: float) -> Record:
         """The probe about itself."""
@@ -246,7 +234,7 @@ class CurvatureMonitor:
             "sink_seconds": self._sink_seconds,
             "matvecs": float(sum(record.num_matvecs for record in records)),
             "rows": float(sum(map(batch_size, problem.microbatches))),
-            "failed": float(len({record.measurement for record in records if record.failed} | self._switched_off())),
+            "failed": float(len({record.measurement for record in records if record.failed} | self._failures.switched_off)),
             "non_finite": float(sum(not _is_finite(value) for record in records for value in record.scalars.values())),
         }
         if self._has_gradient(problem):
@@ -276,17 +264,15 @@ class CurvatureMonitor:
                 sink.write(records)
             except Exception as error:
                 name = type(sink).__name__
-                self._warn(name, f"curvature sink `{name}` failed", error)
+                self._failures.say(name, f"curvature sink `{name}` failed", error)
         self._sink_seconds = time.perf_counter() - start
 
-    def _warn(self, key: str, what: str, error: Exception) -> None:
-        if key not in self._warned:
-            self._warned.add(key)
-            cause = f"{type(error).__name__}: {error}".rstrip(".")
-            _logger.warning("%s: %s. Training is not affected. This is said once.", what, cause)
-
     def _problem(self, microbatches: Sequence[Any], seed: int, step: int) -> Problem:
-        return Problem(self._model, microbatches, seed=seed, step=step, trust=self._trust, **self._problem_options)
+        active = [one for one in self._measure if one.name not in self._failures.switched_off]
+        sharing = {one.fisher_type: one.sharing for one in reversed(active) if isinstance(one, OfKronecker)}
+        return Problem(
+            self._model, microbatches, seed=seed, step=step, trust=self._trust, sharing=sharing, **self._problem_options
+        )
 
     def _probe_seed(self, step: int) -> int:
         return stable_seed(self._seed, step if self._draw == "fresh" else "fixed")

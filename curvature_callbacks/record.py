@@ -14,6 +14,7 @@ BLOCK_CURVES: Final = (
     "lambda_max",
     "effective_rank",
     "trace",
+    "kfac_cosine",
 )  # one curve a block; others aggregated
 _NO_CURVE: Final = ("num_samples",)  # constant over a run: in the JSON-lines file only
 

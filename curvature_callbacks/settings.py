@@ -8,8 +8,8 @@ from torch import nn
 
 from curvature_callbacks.errors import ConfigurationError, check_choice, check_positive
 from curvature_callbacks.measurements import Measurement, checked_measurements
-from curvature_callbacks.model.blocks import BlockStructure
-from curvature_callbacks.model.losses import Loss, LossCallable
+from curvature_callbacks.model.blocks import BlockStructure, check_block_structure
+from curvature_callbacks.model.losses import Loss, TargetLossName
 from curvature_callbacks.model.objective import ParamsFilter
 from curvature_callbacks.monitor import CurvatureMonitor
 from curvature_callbacks.probes import CapturedProbes, Draw, Probes
@@ -31,7 +31,7 @@ class Settings:
     num_microbatches: int
     microbatch_size: int
     draw: Draw
-    loss_fn: LossCallable | None
+    loss_fn: Loss
     params_filter: ParamsFilter | None
     block_structure: BlockStructure
     seed: int
@@ -41,10 +41,14 @@ class Settings:
         check_positive("num_microbatches", self.num_microbatches)
         check_positive("microbatch_size", self.microbatch_size)
         check_choice("draw", self.draw, get_args(Draw))
-        check_choice("block_structure", self.block_structure, get_args(BlockStructure))
+        check_block_structure(self.block_structure)
         checked_measurements(self.measure)
-        if self.loss_fn is not None and not callable(self.loss_fn):
-            raise ConfigurationError(f"`loss_fn` must be a function `(model, batch) -> loss`, got {self.loss_fn!r}.")
+        names = get_args(TargetLossName)
+        if self.loss_fn is not None and not callable(self.loss_fn) and self.loss_fn not in names:
+            raise ConfigurationError(
+                f"`loss_fn` must be a function `(model, batch) -> loss` or one of {', '.join(map(repr, names))}, got "
+                f"{self.loss_fn!r}."
+            )
 
     @property
     def key(self) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from curvature_callbacks._optional import is_available
 from curvature_callbacks.errors import ConfigurationError
-from curvature_callbacks.model.losses import LossCallable
+from curvature_callbacks.model.losses import Loss
 from curvature_callbacks.replicas import replica
 
 _INTERNAL: Final = frozenset(nn.Module().__dict__)  # what torch keeps in a module: parameters, hooks, the training flag
@@ -19,7 +19,7 @@ _ADVICE = (
 )
 
 
-def loss_of(module: Any, loss_fn: LossCallable | None) -> LossCallable:
+def loss_of(module: Any, loss_fn: Loss) -> Loss:
     """`loss_fn`, else the module's `curvature_loss(batch)`, else its `training_step`.
 
     Raises:

@@ -191,10 +191,43 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", GROUPED | {"num_local_experts": 3, "num_experts_per_tok": 2}),
     "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", EXPERTS | {"num_experts": 3}),
     "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", GROUPED | {"num_local_experts": 3, "num_experts_per_tok": 2}),
+    "deepseek_v3": (
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        TEXT
+        | {
+            "num_key_value_heads": 2,
+            "moe_intermediate_size": 6,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 6,
+            "kv_lora_rank": 4,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 4,
+            "v_head_dim": 4,
+        },
+    ),
     "mamba": (
         "MambaForCausalLM",
         "MambaConfig",
         {"vocab_size": VOCABULARY, "hidden_size": 8, "num_hidden_layers": 2, "state_size": 3, "time_step_rank": 2},
+    ),
+    "mamba2": (
+        "Mamba2ForCausalLM",
+        "Mamba2Config",
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 8,
+            "num_hidden_layers": 2,
+            "state_size": 3,
+            "num_heads": 4,
+            "head_dim": 4,
+            "n_groups": 1,
+            "chunk_size": 4,
+        },
     ),
     "resnet": ("ResNetForImageClassification", "ResNetConfig", RESNET | {"layer_type": "basic", "hidden_act": "gelu"}),
     "convnext": (
@@ -381,7 +414,8 @@ CASES = {
 
 # The rest of the families, for the sweep over Hugging Face: what each takes.
 MORE_FAMILIES = {
-    **dict.fromkeys(("qwen2", "mistral", "gemma2", "gemma3", "phi", "phi3", "mamba", "qwen3_moe", "gpt_oss"), "causal"),
+    **dict.fromkeys(("qwen2", "mistral", "gemma2", "gemma3", "phi", "phi3", "mamba", "mamba2"), "causal"),
+    **dict.fromkeys(("qwen3_moe", "gpt_oss", "deepseek_v3"), "causal"),
     **dict.fromkeys(("roberta", "distilbert", "deberta", "deberta_v2", "modernbert"), "tokens"),
     **dict.fromkeys(("dinov2", "clip_vision", "swin", "convnext"), "row"),
     "bart": "seq2seq",

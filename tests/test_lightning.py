@@ -569,10 +569,14 @@ def assert_refused(tmp_path: Path, net: CountingNet, probing: CurvatureCallback,
         ({"num_microbatches": -1}, "`num_microbatches`"),
         ({"microbatch_size": "8"}, "`microbatch_size`"),
         ({"draw": "sometimes"}, "`draw` must be one of 'fresh', 'fixed', got 'sometimes'"),
-        ({"block_structure": "layers"}, "`block_structure` must be one of 'layer', 'parameter', 'none'"),
+        (
+            {"block_structure": "layers"},
+            "`block_structure` must be one of 'layer', 'component', 'module', 'parameter', 'none', a mapping",
+        ),
+        ({"block_structure": {"head": "fc"}}, "`block_structure` must map block 'head' to a list"),
         ({"measure": [FisherSpectrum]}, "`measure` must hold measurements.*pass an instance"),
         ({"measure": [TopEigenpairs(), TopEigenpairs(k=2)]}, "`measure` must hold measurements of different names"),
-        ({"loss_fn": "mse"}, "`loss_fn` must be a function"),
+        ({"loss_fn": "l2"}, "`loss_fn` must be a function .* or one of 'cross_entropy', 'mse', 'bce', got 'l2'"),
     ],
 )
 def test_a_bad_argument_is_refused_at_construction(changes: dict[str, Any], match: str) -> None:

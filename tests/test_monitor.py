@@ -1,7 +1,10 @@
 """CurvatureMonitor by itself: what it raises, what it swallows, what it hands on."""
 
+import io
+import json
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -15,14 +18,19 @@ from curvature_callbacks import (
     ConfigurationError,
     CurvatureMonitor,
     FisherSpectrum,
+    GradientNoise,
     JSONLinesSink,
+    KFACQuality,
+    Measurement,
     MemorySink,
     ProbeError,
     Probes,
     Record,
     RefusedError,
     TopEigenpairs,
+    problem,
 )
+from curvature_callbacks.gram.engine import GramOptions, block_grams
 from tests.training_cases import Checksum, Raising, Rows, Stream, assert_equal, cheap, loader, probed_steps, reports
 
 
@@ -34,6 +42,11 @@ def batch(num_rows: int = 6) -> Any:
 def monitor(model: nn.Module | None = None, **changes: Any) -> CurvatureMonitor:
     usual = {"probes": [batch()], "loss": "cross_entropy", "measure": [Checksum()], "when": 1}
     return CurvatureMonitor(nn.Linear(6, 3) if model is None else model, **(usual | changes))
+
+
+def row_losses(model: nn.Module, rows: Any) -> torch.Tensor:
+    """All that is known of this loss is its value."""
+    return F.cross_entropy(model(rows[0]), rows[1], reduction="none")
 
 
 def outcomes(watching: CurvatureMonitor, name: str) -> list[tuple[int, str | None]]:
@@ -81,11 +94,61 @@ def test_state_goes_on_where_it_was() -> None:
 
 
 def test_state_is_plain_data() -> None:
-    import json
-
-    watching = monitor(measure=[Raising(error=RefusedError("x"))])
+    watching = monitor(measure=[Raising(error=RefusedError("x")), Remembering(), GradientNoise(), *cheap()])
     watching.step(0)
-    assert json.loads(json.dumps(watching.state_dict())) == watching.state_dict()
+    state = watching.state_dict()
+    assert type(state["states"]["gradient_noise"]["whole"]["weight"]) is float
+    assert "remembering" not in state["states"]  # a tensor
+    assert_equal(torch.load(io.BytesIO(saved(state)), weights_only=True), state)
+    again = json.loads(json.dumps(state))
+    assert again["states"]["gradient_noise"] == state["states"]["gradient_noise"]
+    assert again["failures"] == state["failures"] == {"raising": 3} | dict.fromkeys(state["states"], 0) | {"remembering": 0}
+
+
+def saved(state: Any) -> bytes:
+    stream = io.BytesIO()
+    torch.save(state, stream)
+    return stream.getvalue()
+
+
+def noise(watching: CurvatureMonitor) -> list[dict[str, float]]:
+    return [dict(record.scalars) for record in watching.history if record.measurement == "gradient_noise"]
+
+
+def test_averages_go_on_after_a_checkpoint() -> None:
+    model, probes = nn.Linear(6, 3), loader()
+    measure: list[Measurement] = [GradientNoise(), *cheap()]
+    through, first, second = (monitor(model, probes=probes, measure=measure) for _ in range(3))
+    for step in range(4):
+        through.step(step)
+    first.step(0)
+    first.step(1)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    second.step(2)
+    second.step(3)
+    assert noise(first) + noise(second) == noise(through)
+
+
+def test_a_checkpoint_without_states_begins_them_anew() -> None:
+    watching, fresh = monitor(measure=[GradientNoise()]), monitor(measure=[GradientNoise()])
+    watching.load_state_dict({"previous": 0, "failures": {}})
+    watching._model = fresh._model
+    watching.step(1)
+    fresh.step(1)
+    assert noise(watching) == noise(fresh) != []
+
+
+@dataclass(frozen=True)
+class Remembering:
+    """Its state is a tensor."""
+
+    name: str = "remembering"
+
+    def init(self, problem: Any) -> torch.Tensor:
+        return torch.zeros(1)
+
+    def measure(self, problem: Any, state: torch.Tensor) -> Any:
+        return [Record(step=problem.step, measurement=self.name, scalars={"one": 1.0})], state
 
 
 # ----------------------------------------------------------------------------------------------------------------- draws
@@ -163,6 +226,91 @@ def test_metadata_is_json_able() -> None:
     ]
 
 
+# ------------------------------------------------------------------------------------------------- what measurements share
+
+
+class Counter:
+    """Counts the forward passes of a model and the backward passes that reach its output."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.forwards = self.backwards = 0
+        model.register_forward_hook(self._forward)
+
+    def _forward(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        self.forwards += 1
+        if output.requires_grad:
+            output.register_hook(self._backward)
+
+    def _backward(self, gradient: torch.Tensor) -> None:
+        self.backwards += 1
+
+
+def passes(*measure: Measurement) -> tuple[int, int]:
+    """Forward and backward passes of the second probe, whose layout is certified, but for the gradient it compares with."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    watching, counter = monitor(model, measure=measure), Counter(model)
+    watching.step(0)
+    counter.forwards = counter.backwards = 0
+    records = watching.step(1)
+    assert not any(record.failed for record in records)
+    assert {record.measurement for record in records} == {"probe", *(one.name for one in measure)}
+    return counter.forwards - 1, counter.backwards - 1
+
+
+OF_ONE_PASS = {
+    "empirical": [FisherSpectrum(), KFACQuality()],
+    "reduce": [FisherSpectrum(center_gradients=True), KFACQuality(sharing="reduce")],
+    "all": [FisherSpectrum(), GradientNoise(), KFACQuality()],
+    "sampled": [FisherSpectrum(fisher="sampled"), KFACQuality(fisher="sampled")],
+    "deterministic": [FisherSpectrum(deterministic=True), KFACQuality()],
+}
+
+
+@pytest.mark.parametrize("name", OF_ONE_PASS)
+def test_fisher_and_kronecker_factors_come_from_one_pass(name: str) -> None:
+    assert passes(*OF_ONE_PASS[name]) == (1, 1)
+
+
+@pytest.mark.parametrize("name", OF_ONE_PASS.keys() - {"deterministic"})
+def test_in_either_order(name: str) -> None:
+    assert passes(*reversed(OF_ONE_PASS[name])) == (1, 1)
+
+
+def test_other_numbers_take_another_pass() -> None:
+    assert passes(FisherSpectrum(), KFACQuality(fisher="sampled")) == (2, 2)
+    assert passes(KFACQuality(), FisherSpectrum(deterministic=True)) == (2, 2)
+    assert passes(FisherSpectrum(), KFACQuality(), KFACQuality(sharing="reduce")) == (2, 2)
+    assert passes(FisherSpectrum(max_params_per_block=4), KFACQuality()) == (2, 2)
+
+
+def test_what_is_switched_off_asks_for_no_factors(monkeypatch: Any) -> None:
+    asked: list[Any] = []
+
+    def noted(*args: Any, options: GramOptions, **kwargs: Any) -> Any:
+        asked.append(options.sharing)
+        return block_grams(*args, options=options, **kwargs)
+
+    monkeypatch.setattr(problem, "block_grams", noted)
+    watching = monitor(measure=[FisherSpectrum(), KFACQuality()])
+    watching.load_state_dict({"previous": None, "failures": {"kfac_empirical_expand": 3}})
+    watching.step(0)
+    assert asked == [None]
+
+
+def test_factors_that_do_not_fit_leave_the_grams(monkeypatch: Any) -> None:
+    def out_of_memory(*args: Any, options: GramOptions, **kwargs: Any) -> Any:
+        if options.sharing is not None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return block_grams(*args, options=options, **kwargs)
+
+    monkeypatch.setattr(problem, "block_grams", out_of_memory)
+    for measure in ([FisherSpectrum(), KFACQuality()], [KFACQuality(), FisherSpectrum()]):
+        watching = monitor(measure=measure)
+        watching.step(0)
+        assert set(outcomes(watching, "empirical_fisher")) == {(0, None)}
+        assert outcomes(watching, "kfac_empirical_expand") == [(0, "OutOfMemoryError: CUDA out of memory")]
+
+
 # ------------------------------------------------------------------------------------------------------- misconfiguration
 
 
@@ -189,7 +337,7 @@ def test_a_bad_argument_is_refused_at_construction(changes: dict[str, Any], matc
 @pytest.mark.parametrize(
     ("build", "match"),
     [
-        (lambda: TopEigenpairs(operator="hesian"), "`operator` must be one of 'hessian', got 'hesian'"),  # type: ignore[arg-type]
+        (lambda: TopEigenpairs(operator="hesian"), "one of 'hessian', 'empirical_fisher', got 'hesian'"),  # type: ignore[arg-type]
         (lambda: TopEigenpairs(which="XX"), "`which` must be one of .*'BE'.*got 'XX'"),  # type: ignore[arg-type]
         (lambda: TopEigenpairs(k=0), "`k` must be an integer of at least 1"),
         (lambda: TopEigenpairs(k=4, max_matvecs=3), "`max_matvecs` must be at least `k`=4, got 3"),
@@ -222,10 +370,24 @@ class Normed(nn.Module):
         ({"loss": "cross_entropie"}, "`loss` must be one of 'cross_entropy', 'mse', 'bce'"),
         ({"loss": None}, "the loss of a tuple batch cannot be determined"),
         ({"probes": [batch()[0]]}, r"needs `\(inputs, targets\)` batches"),
+        ({"loss": row_losses, "measure": [FisherSpectrum(fisher="sampled")]}, "labels can only be drawn where the likelihood"),
+        ({"loss": row_losses, "measure": [KFACQuality(sample_unit="token")]}, "single targets"),
         ({"model": nn.Linear(5, 3)}, "the loss of a first probe could not be computed.*RuntimeError"),
         ({"model": Normed(), "probes": [(torch.tensor([0, 1]), torch.tensor([0, 1]))]}, "`embedding` has `max_norm`"),
     ],
-    ids=["frozen", "filtered", "ignored", "no batch", "loss name", "no loss", "no targets", "shapes", "max_norm"],
+    ids=[
+        "frozen",
+        "filtered",
+        "ignored",
+        "no batch",
+        "loss name",
+        "no loss",
+        "no targets",
+        "likelihood",
+        "single targets",
+        "shapes",
+        "max_norm",
+    ],
 )
 def test_what_cannot_be_measured_is_refused_by_check_and_by_the_first_step(changes: dict[str, Any], match: str) -> None:
     for first in (CurvatureMonitor.check, lambda watching: watching.step(0)):

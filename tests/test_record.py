@@ -67,11 +67,13 @@ def test_whole_model_values_and_block_curves_have_tags_of_their_own() -> None:
         record(measurement=PROBE, scalars={"probe_seconds": 0.5}),
         record(scalars={"lambda_max": 2.0}),
         record(measurement="empirical_fisher", block="h.3", scalars={"trace": 4.0}),
+        record(measurement="kfac_empirical_expand", block="h.3.mlp", scalars={"kfac_cosine": 0.5}),
     ]
     assert scalar_tags(records) == {
         "curvature/probe_seconds": 0.5,
         "curvature/hessian_lambda_max": 2.0,
         "curvature_empirical_fisher_trace/h_03": 4.0,
+        "curvature_kfac_empirical_expand_kfac_cosine/h_03_mlp": 0.5,
     }
 
 

@@ -1,5 +1,6 @@
 """Certificate: one more forward and backward pass that proves every parameter's Gram, the sample axis included."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -10,19 +11,36 @@ from curvature_callbacks.batches import batch_size, take_rows
 from curvature_callbacks.gram.rows import check_separable
 from curvature_callbacks.linalg.accumulate import dot
 from curvature_callbacks.model.objective import Objective, gradients
+from curvature_callbacks.model.surrogates import Surrogate
 
 _ROUNDING: Final = 1e-8  # share of the squared gradient norm below which a parameter may be rounding: (1000 eps)^2 of float32
+_PASSES: Final = 4  # backward passes of a microbatch that are proved; all go through the same uses
 TOLERANCE: Final = 1e-4  # a right Gram agrees to 1e-7, a wrong sample axis misses by 0.7
 
 
 def certificate_errors(
-    objective: Objective, microbatches: Sequence[Any], grams: Mapping[str, Tensor], *, seed: int
+    objective: Objective,
+    microbatches: Sequence[Any],
+    grams: Mapping[str, Tensor],
+    surrogates: Sequence[Sequence[Surrogate | None]],
+    rows: Mapping[str, Tensor],
+    *,
+    seed: int,
 ) -> dict[str, float]:
-    """Parameter to `| w' G G' w - ||grad sum_i w_i l_i||^2 | / tr G G'` for random balanced signs w.
+    """Parameter to `| w' G G' w - ||grad sum_s w_s l_s||^2 | / sum_s w_s^2 g_s.g_s` for random w.
 
-    A check on the sum of gradients (w = 1) could not see a wrong sample axis, and one on whole blocks not that of a parameter
+    w is normal, or balanced signs where only the means of batches are known. A check on the sum of gradients (w = 1) could not see a wrong sample axis, and one on whole blocks not that of a parameter
     with a small share of them. Gradients that are zero but for rounding (key biases: attention does not depend on them) are
     judged by their share of all parameters.
+
+    Args:
+        objective: the loss.
+        microbatches: of the probe.
+        grams: parameter to its (S, S) Gram.
+        surrogates: for each microbatch what its backward passes differentiate; None for the sum of losses. Of more than four
+            the first four are proved.
+        rows: parameter to the rows counted in its Gram, scaled up to all, where these are not all.
+        seed: of the signs.
 
     Raises:
         RefusedError: the loss of the rows does not separate (only where it is known as the batch's mean).
@@ -30,40 +48,73 @@ def certificate_errors(
     Cost: one gradient (two of half the batch where the loss is only known as a mean); memory P.
     """
     generator = torch.Generator().manual_seed(seed)
-    signs = [_balanced_signs(batch_size(batch), generator) for batch in microbatches]
-    found = _signed_gradients(objective, microbatches, signs)
-    w = torch.cat(signs).to(torch.float64)
+    signs = [
+        [_random(batch_size(batch), generator, used=number < _PASSES) for number in range(len(chosen))]
+        for batch, chosen in zip(microbatches, surrogates, strict=True)
+    ]
+    found = _signed_gradients(objective, microbatches, surrogates, signs)
+    w = torch.cat([one for batch in signs for one in batch]).to(torch.float64)
     floor = _ROUNDING * sum(gram.diagonal().sum().item() for gram in grams.values())
-    return {name: _error(gram, w, found[name].flatten(), floor) for name, gram in grams.items()}
+    return {name: _error(gram, w, _counted(found[name], rows.get(name)), floor) for name, gram in grams.items()}
+
+
+def _counted(gradient: Tensor, rows: Tensor | None) -> Tensor:
+    if rows is None:
+        return gradient.flatten()
+    return gradient[rows].flatten() * math.sqrt(len(gradient) / len(rows))
 
 
 def _error(gram: Tensor, w: Tensor, signed: Tensor, floor: float) -> float:
     w = w.to(gram.device)
     predicted, actual = (w @ gram @ w).item(), dot(signed, signed).item()
-    scale = max(gram.diagonal().sum().item(), actual, floor)
+    proved = (gram.diagonal() * w.square()).sum().item()
+    scale = max(proved, actual, floor)
     return abs(predicted - actual) / scale if scale > 0 else 0.0
 
 
-def _balanced_signs(size: int, generator: torch.Generator) -> Tensor:
-    signs = torch.ones(size)
-    signs[torch.randperm(size, generator=generator)[: size // 2]] = -1.0
+def _random(size: int, generator: torch.Generator, *, used: bool) -> Tensor:
+    """Normal numbers, whose sizes differ, so that samples that changed places are seen; zero for a pass that is not proved."""
+    return torch.randn(size, generator=generator) if used else torch.zeros(size)
+
+
+def _signs_of(w: Tensor) -> Tensor:
+    """+1 for the larger half of the entries and -1 for the others."""
+    signs = torch.ones_like(w)
+    signs[w.argsort()[: len(w) // 2]] = -1.0
     return signs
 
 
-def _signed_gradients(objective: Objective, microbatches: Sequence[Any], signs: Sequence[Tensor]) -> dict[str, Tensor]:
+def _signed_gradients(
+    objective: Objective,
+    microbatches: Sequence[Any],
+    surrogates: Sequence[Sequence[Surrogate | None]],
+    signs: Sequence[Sequence[Tensor]],
+) -> dict[str, Tensor]:
     leaves = objective.leaves()
     totals = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-    for batch, w in zip(microbatches, signs, strict=True):
-        for name, gradient in gradients(_signed_loss(objective, batch, w, leaves), leaves).items():
+    for batch, chosen, w in zip(microbatches, surrogates, signs, strict=True):
+        for name, gradient in gradients(_signed_loss(objective, batch, chosen, w, leaves), leaves).items():
             totals[name] += gradient
     return totals
 
 
-def _signed_loss(objective: Objective, batch: Any, w: Tensor, leaves: Mapping[str, Tensor]) -> Tensor:
-    """`sum_i w_i l_i`, by halves of the batch where single losses are unknown."""
+def _signed_loss(
+    objective: Objective, batch: Any, chosen: Sequence[Surrogate | None], signs: Sequence[Tensor], leaves: Mapping[str, Tensor]
+) -> Tensor:
+    """`sum_s w_s l_s`, by halves of the batch where single losses are unknown."""
     losses = objective(batch, leaves)
-    if losses.per_sample is not None:
-        return losses.per_sample @ w.to(losses.per_sample)
+    if chosen[0] is None and losses.per_sample is None:
+        signs[0].copy_(_signs_of(signs[0]))
+        return _signed_halves(objective, batch, signs[0], leaves)
+    total = losses.total.new_zeros(())
+    for surrogate, w in zip(chosen[:_PASSES], signs, strict=False):
+        values = losses.per_sample if surrogate is None else surrogate(losses)
+        assert values is not None
+        total = total + values @ w.to(values)
+    return total
+
+
+def _signed_halves(objective: Objective, batch: Any, w: Tensor, leaves: Mapping[str, Tensor]) -> Tensor:
     halves = [(sign, rows) for sign in (1.0, -1.0) if len(rows := (w == sign).nonzero()[:, 0])]
     parts = [(sign, objective(take_rows(batch, rows), leaves).total) for sign, rows in halves]
     check_separable(objective, batch, sum(float(part.detach()) for _, part in parts))

@@ -1,224 +1,221 @@
 """Block Grams: `G_b G_b'` of the per-sample gradients of every block, for all samples of a probe."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from curvature_callbacks.batches import batch_size, take_rows
-from curvature_callbacks.errors import RefusedError
 from curvature_callbacks.gram.capture import Capture
-from curvature_callbacks.gram.certificate import TOLERANCE, certificate_errors
-from curvature_callbacks.gram.parameter_gram import parameter_gram
-from curvature_callbacks.gram.rows import check_rows, finite_rows, row_grams
-from curvature_callbacks.gram.uses import Use
+from curvature_callbacks.gram.certificate import certificate_errors
+from curvature_callbacks.gram.collect import Collector
+from curvature_callbacks.gram.kronecker import LayerKronecker
+from curvature_callbacks.gram.passes import Passed, run_passes
+from curvature_callbacks.gram.positions import Sharing
+from curvature_callbacks.gram.rows import check_apart, finite_rows, row_grams
+from curvature_callbacks.gram.storage import MemoryBudget, Storage, memory_budget
+from curvature_callbacks.gram.subsample import chosen_rows
+from curvature_callbacks.gram.trust import Trust, signature
 from curvature_callbacks.model.blocks import Blocks
 from curvature_callbacks.model.objective import Objective
+from curvature_callbacks.model.surrogates import FisherType
 
-Signature = frozenset[tuple[str, tuple[str, ...], tuple[int, ...]]]
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GramOptions:
+    """What to compute.
+
+    Attributes:
+        kind: type of Fisher.
+        max_params_per_block: count a random part of each larger block only, its Gram scaled up to all of it.
+        sharing: compute Kronecker factors too, with this treatment of positions.
+        budget: bytes for the factors of earlier passes; default see `memory_budget`.
+    """
+
+    kind: FisherType = FisherType()
+    max_params_per_block: int | None = None
+    sharing: Sharing | None = None
+    budget: MemoryBudget | None = None
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BlockGrams:
-    """Grams of one probe.
+    """Grams of one probe over S pseudo-samples; S = N rows for the empirical Fisher over sequences.
 
     Attributes:
-        grams: block to (N, N) float64, unscaled, `K_ij = g_i . g_j` with `g_i` the gradient of the sample's *summed* loss.
-        num_targets: (N,) valid targets of each sample.
+        grams: block to (S, S) float64, unscaled, `K_st = g~_s . g~_t`, see `FisherType`.
+        samples: (S,) int64, the row of the probe each pseudo-sample belongs to.
+        weights: (S,) float64, `g~_s = sqrt(weights_s) g_s` in the mean gradient.
+        num_targets: (N,) valid targets of each row.
         kinds: parameter to the operations that used it.
         fallback: parameter to why its gradients were taken row by row.
         certificate_error: largest relative error the certificate found over the parameters; None when it was not run.
+        kronecker: weight to its layer's Kronecker factors; empty unless asked for.
+        mode: where factors waited, see `Storage.mode`.
     """
 
     grams: Mapping[str, Tensor]
+    samples: Tensor
+    weights: Tensor
     num_targets: Tensor
     kinds: Mapping[str, list[str]]
     fallback: Mapping[str, str]
     certificate_error: float | None
+    kronecker: Mapping[str, LayerKronecker]
+    mode: str
 
 
-@final
-@dataclass(slots=True, kw_only=True)
-class Trust:
-    """What earlier probes of a run proved: certified signatures, and parameters whose rule failed."""
+def block_grams(
+    objective: Objective,
+    microbatches: Sequence[Any],
+    blocks: Blocks,
+    *,
+    trust: Trust,
+    seed: int,
+    options: GramOptions = GramOptions(),
+) -> BlockGrams:
+    """Exact Grams of all blocks without the S x P matrix of gradients.
 
-    certified: set[Signature] = field(default_factory=set)
-    refused: dict[str, str] = field(default_factory=dict)
-
-
-def block_grams(objective: Objective, microbatches: Sequence[Any], blocks: Blocks, *, trust: Trust, seed: int) -> BlockGrams:
-    """Exact Grams of all blocks, unsubsampled, without the N x P matrix of gradients.
-
-    One forward and one backward pass per microbatch record inputs and output gradients of every operation with a rule; the
-    others' parameters take one gradient per row. Grams of a layout not met before are proved by random signs, parameter by
-    parameter; one that fails is computed again row by row.
+    One forward pass per microbatch and one backward pass per surrogate record inputs and output gradients of every operation
+    with a rule; the others' parameters take one gradient per row. Grams of a layout not met before are proved by random
+    signs, parameter by parameter; one that fails is read sequence-first, then computed again row by row.
 
     Args:
         objective: the loss of a microbatch.
         microbatches: what N spans; cross terms between them are exact.
         blocks: parameter groups.
         trust: carried from probe to probe, updated here.
-        seed: seed of the certificate's signs.
+        seed: seed of draws, of the certificate's signs and of subsampled parameters.
+        options: what to compute.
 
     Returns:
-        The Grams; rows and columns of a sample without a finite gradient are not finite.
+        The Grams. Rows and columns of a row without a finite gradient are not finite, or left out where S is not N.
 
     Raises:
         RefusedError: samples are coupled, or no path gives a Gram that passes the certificate.
 
-    Cost: 1.3 to 1.8 gradients once certified (GPT-2 shapes, N = 8 to 64, T = 128 to 32, one CPU thread), one more when not; N
-    single-row gradients for parameters without a rule. Memory: inputs and output gradients of all microbatches but the last,
-    plus 64 MiB.
+    Cost: see `compute_fisher_spectrum`; one gradient more where the layout is not certified yet; N single-row gradients for
+    parameters without a rule. Memory: factors of all passes but the last within the budget, plus 32 MiB.
     """
-    capture = _capture(objective, microbatches, trust)
-    grams = {name: gram for name, gram in capture.grams.items() if name not in capture.fallback}
-    grams |= row_grams(objective, microbatches, list(capture.fallback))
-    signature = _signature(capture)
-    errors = None
-    if signature not in trust.certified:
+    passed = Passed(dict(trust.refused))
+    rows = chosen_rows(objective.parameters, blocks, options.max_params_per_block, seed=seed)
+    collector = Collector(passed, rows, options.kind, options.sharing, trust.scratch)
+    storage = Storage(options.budget or memory_budget(objective.device), factors_wanted=options.sharing is not None)
+    run_passes(objective, microbatches, collector.consume, passed, options.kind, trust, seed=seed, storage=storage)
+    trust.scratch.forget()
+    fallback = {name: reason for name, reason in passed.unruled.items() if name in objective.parameters}
+    grams = {name: gram for name, gram in collector.grams.items() if name not in fallback}
+    grams |= row_grams(objective, microbatches, list(fallback), passed.surrogates)
+    layout = signature(passed.kinds, passed.positions)
+    errors: dict[str, float] = {}
+    if layout not in trust.certified:
         if not finite_samples(grams).all():
-            return _of_finite_rows(objective, microbatches, blocks, capture, trust=trust, seed=seed)
-        errors = certificate_errors(objective, microbatches, grams, seed=seed)
-        if _refuse_failed(errors, trust):
-            return block_grams(objective, microbatches, blocks, trust=trust, seed=seed)
-        trust.certified.add(signature)
-    N = len(capture.num_targets)
+            return _of_finite_rows(objective, microbatches, blocks, fallback, trust=trust, seed=seed, options=options)
+        for batch in microbatches:
+            check_apart(objective, batch)
+        rows = {name: rows[name] for name in rows if name not in fallback}
+        errors = certificate_errors(objective, microbatches, grams, passed.surrogates, rows, seed=seed)
+        if trust.judge(errors, fallback):
+            return block_grams(objective, microbatches, blocks, trust=trust, seed=seed, options=options)
+        trust.certified.add(layout)
+    samples, weights, active = _pseudo_samples(passed)
+    found = {block: _sum(grams, names, objective.device) for block, names in blocks.items()}
     return BlockGrams(
-        grams={block: _sum(grams, names, N, objective.device) for block, names in blocks.items()},
-        num_targets=capture.num_targets,
-        kinds=capture.kinds,
-        fallback=capture.fallback,
-        certificate_error=None if errors is None else max(errors.values()),
+        grams={block: _picked(K, active) for block, K in found.items()},
+        samples=samples[active],
+        weights=weights[active],
+        num_targets=torch.cat(passed.num_targets),
+        kinds=passed.kinds,
+        fallback=fallback,
+        certificate_error=max(errors.values(), default=None),
+        kronecker={
+            name: replace(layer, gram=_picked(layer.gram, active)) for name, layer in collector.kronecker(grams).items()
+        },
+        mode=passed.mode,
     )
 
 
 def finite_samples(grams: Mapping[str, Tensor]) -> Tensor:
-    """(N,) on CPU: whether a sample's gradient is finite in every one of `grams`."""
+    """(S,) on CPU: whether a sample's gradient is finite in every one of `grams`."""
     return torch.stack([K.diagonal().cpu() for K in grams.values()]).isfinite().all(0)
 
 
 def parameter_operations(objective: Objective, batch: Any) -> Mapping[str, list[str]]:
     """Parameter to the operations that use it, from one forward pass. Cost: that pass."""
     values = {name: parameter.detach() for name, parameter in objective.parameters.items()}
-    capture = Capture(values, batch_size(batch), lambda name, uses: None, unruled={})
+    capture = Capture(values, batch_size(batch), unruled={}, constants=objective.constants())
     with capture:
         objective(batch, values)
     return capture.kinds
 
 
-def _refuse_failed(errors: Mapping[str, float], trust: Trust) -> bool:
-    """Note the parameters whose certificate failed, so that they are taken row by row from here on; whether there are any."""
-    failed = {name: error for name, error in errors.items() if not error <= TOLERANCE}
-    for name, error in failed.items():
-        if name in trust.refused:
-            raise RefusedError(
-                f"`{name}` fails its certificate (relative error {error:.1e}) even row by row: the samples have no gradients "
-                "of their own, or the loss is not a fixed function of the parameters."
-            )
-        trust.refused[name] = f"certificate failed (relative error {error:.1e})"
-    return bool(failed)
+def _pseudo_samples(passed: Passed) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, weight and presence of every row of every backward pass, on the CPU."""
+    samples, weights, active, start = [], [], [], 0
+    for targets, chosen in zip(passed.num_targets, passed.surrogates, strict=True):
+        for surrogate in chosen:
+            samples.append(torch.arange(start, start + len(targets)))
+            ones = torch.ones(len(targets), dtype=torch.float64)
+            weights.append(ones if surrogate is None else surrogate.weights.cpu())
+            active.append(ones.bool() if surrogate is None else surrogate.active.cpu())
+        start += len(targets)
+    return torch.cat(samples), torch.cat(weights), torch.cat(active)
+
+
+def _picked(K: Tensor, active: Tensor) -> Tensor:
+    if active.all():
+        return K
+    active = active.to(K.device)
+    return K[active][:, active]
+
+
+def _sum(grams: Mapping[str, Tensor], names: Sequence[str], device: torch.device) -> Tensor:
+    return torch.stack([grams[name].to(device) for name in names]).sum(0)
 
 
 def _of_finite_rows(
-    objective: Objective, microbatches: Sequence[Any], blocks: Blocks, capture: "_Captured", *, trust: Trust, seed: int
+    objective: Objective,
+    microbatches: Sequence[Any],
+    blocks: Blocks,
+    fallback: Mapping[str, str],
+    *,
+    trust: Trust,
+    seed: int,
+    options: GramOptions,
 ) -> BlockGrams:
-    """The Grams of the rows with a finite gradient, in their places.
+    """The Grams of the rows with a finite gradient, in their places where pseudo-samples are rows.
 
     Which rows these are is found row by row: in a layout that is not proved yet one bad row may look like all of them.
     """
     usable = torch.cat([finite_rows(objective, batch) for batch in microbatches])
     if usable.all():  # only the batch overflows: no rule can be relied on
         trust.refused |= {name: "not finite in the batch" for name in objective.parameters if name not in trust.refused}
-        return block_grams(objective, microbatches, blocks, trust=trust, seed=seed)
+        return block_grams(objective, microbatches, blocks, trust=trust, seed=seed, options=options)
     unknown = torch.full((len(usable), len(usable)), torch.nan, dtype=torch.float64, device=objective.device)
     pieces = torch.split(usable, [batch_size(batch) for batch in microbatches])
     kept = [take_rows(batch, piece.nonzero()[:, 0]) for batch, piece in zip(microbatches, pieces, strict=True) if piece.any()]
+    place = usable.nonzero()[:, 0]
     if not kept:
         return BlockGrams(
             grams=dict.fromkeys(blocks, unknown),
-            num_targets=capture.num_targets,
-            kinds=capture.kinds,
-            fallback=capture.fallback,
+            samples=torch.arange(len(usable)),
+            weights=torch.ones(len(usable), dtype=torch.float64),
+            num_targets=torch.zeros(len(usable), dtype=torch.int64),
+            kinds={},
+            fallback=fallback,
             certificate_error=None,
+            kronecker={},
+            mode="one pass",
         )
-    inner = block_grams(objective, kept, blocks, trust=trust, seed=seed)
-    place = usable.to(objective.device).nonzero()[:, 0]
-    return replace(
-        inner,
-        grams={block: unknown.index_put((place[:, None], place), K) for block, K in inner.grams.items()},
-        num_targets=capture.num_targets,
-    )
-
-
-@final
-@dataclass(slots=True)
-class _Captured:
-    """What the hooked passes over all microbatches gave."""
-
-    grams: dict[str, Tensor]
-    num_targets: Tensor
-    kinds: dict[str, list[str]]
-    positions: dict[str, list[int]]
-    fallback: dict[str, str]
-
-
-def _capture(objective: Objective, microbatches: Sequence[Any], trust: Trust) -> _Captured:
-    uses: dict[str, list[list[Use]]] = {name: [] for name in objective.parameters}
-    result = _Captured({}, torch.empty(0, dtype=torch.int64), {}, {}, dict(trust.refused))
-    sizes: list[int] = []
-    for index, batch in enumerate(microbatches):
-        last = index == len(microbatches) - 1
-
-        def completed(name: str, found: list[Use], *, index: int = index, last: bool = last) -> None:
-            uses[name] += [[] for _ in range(index - len(uses[name]))] + [found]
-            if last:
-                result.grams[name] = parameter_gram(uses.pop(name), sizes, objective.parameters[name].shape)
-
-        _pass(objective, batch, completed, sizes, result)
-    for name, found in uses.items():  # used by no microbatch's loss, or not by the last one
-        padded = found + [[] for _ in range(len(sizes) - len(found))]
-        result.grams[name] = parameter_gram(padded, sizes, objective.parameters[name].shape)
-    return result
-
-
-def _pass(objective: Objective, batch: Any, completed: Any, sizes: list[int], result: _Captured) -> None:
-    """One microbatch: forward under the capture, then the activation gradients."""
-    size = batch_size(batch)
-    values = {name: parameter.detach() for name, parameter in objective.parameters.items()}
-    capture = Capture(values, size, completed, unruled=result.fallback)
-    with capture:
-        losses = objective(batch, values)
-    if losses.per_sample is None and size > 1:
-        check_rows(objective, batch)
-    sizes.append(size)
-    capture.backward(losses.total)
-    result.num_targets = torch.cat([result.num_targets, losses.num_targets.cpu()])
-    for name, kinds in capture.kinds.items():
-        result.kinds.setdefault(name, []).extend(kinds)
-    for name, positions in capture.positions.items():
-        result.positions.setdefault(name, []).extend(positions)
-
-
-def _sum(grams: Mapping[str, Tensor], names: Sequence[str], N: int, device: torch.device) -> Tensor:
-    total = torch.zeros(N, N, dtype=torch.float64, device=device)
-    for name in names:
-        total += grams[name].to(device)
-    return total
-
-
-def _signature(captured: _Captured) -> Signature:
-    """Operations with the row layout of each: sample by sample (1), the usual (sample, position) pairs (0), or other."""
-    flattened = Counter(count for counts in captured.positions.values() for count in counts if count > 1)
-    usual = flattened.most_common(1)[0][0] if flattened else 0
-    return frozenset(
-        (name, tuple(sorted(set(kinds))), _layout(captured.positions.get(name, []), usual))
-        for name, kinds in captured.kinds.items()
-    )
-
-
-def _layout(positions: Sequence[int], usual: int) -> tuple[int, ...]:
-    return tuple(sorted({0 if count == usual else count for count in positions}))
+    inner = block_grams(objective, kept, blocks, trust=trust, seed=seed, options=options)
+    targets = torch.zeros(len(usable), dtype=torch.int64).index_put((place,), inner.num_targets)
+    if len(inner.samples) != len(place):
+        return replace(inner, samples=place[inner.samples], num_targets=targets)
+    there = place[inner.samples].to(objective.device)
+    grams = {block: unknown.index_put((there[:, None], there), K) for block, K in inner.grams.items()}
+    weights = torch.ones(len(usable), dtype=torch.float64)
+    return replace(inner, grams=grams, samples=torch.arange(len(usable)), weights=weights, num_targets=targets)

@@ -10,24 +10,44 @@ from curvature_callbacks.batches import batch_size, take_rows
 from curvature_callbacks.errors import RefusedError
 from curvature_callbacks.linalg.accumulate import gram
 from curvature_callbacks.model.objective import Objective, gradients
+from curvature_callbacks.model.surrogates import Surrogate
 
-_GROUP_BYTES: Final = 1 << 30  # gradients of all samples held at a time
+Part = tuple[str, int, int]  # elements start:stop of a flattened parameter
+
+_GROUP_BYTES: Final = 1 << 28  # gradients of all samples held at a time
 _COUPLING: Final = 1e-3  # relative disagreement of the sum over rows with the batch, beyond which samples are not separate
 
 
-def row_grams(objective: Objective, microbatches: Sequence[Any], names: Sequence[str]) -> dict[str, Tensor]:
-    """Name to the Gram (N, N) float64 of that parameter's per-sample gradients, by one gradient a row.
+def row_grams(
+    objective: Objective,
+    microbatches: Sequence[Any],
+    names: Sequence[str],
+    surrogates: Sequence[Sequence[Surrogate | None]],
+) -> dict[str, Tensor]:
+    """Name to the Gram (S, S) float64 of that parameter's per-sample gradients, by one forward pass a row.
+
+    Args:
+        objective: the loss.
+        microbatches: of the probe.
+        names: parameters.
+        surrogates: for each microbatch what its backward passes differentiate; None for the sum of losses.
 
     Raises:
         RefusedError: the losses of single rows do not add up to the loss of the batch.
 
-    Cost: N gradients of one row each, once per 1 GiB of `N x P`; extra memory up to 1 GiB (or one parameter).
+    Cost: N gradients of one row (and a further backward pass for each further surrogate), once per 256 MiB of `S x P`; extra
+    memory 256 MiB.
     """
     grams: dict[str, Tensor] = {}
-    for group in _groups(objective, names, sum(map(batch_size, microbatches))):
-        rows = [row for batch in microbatches for row in _row_gradients(objective, batch, group)]
-        for position, name in enumerate(group):
-            grams[name] = gram(torch.stack([row[position] for row in rows]))
+    samples = sum(batch_size(batch) * len(chosen) for batch, chosen in zip(microbatches, surrogates, strict=True))
+    for group in _groups(objective, names, samples):
+        found = [
+            _pass_major(_row_gradients(objective, batch, group, chosen), len(chosen))
+            for batch, chosen in zip(microbatches, surrogates, strict=True)
+        ]
+        for place, (name, _, _) in enumerate(group):
+            K = gram(torch.cat([torch.stack([row[place] for row in rows]) for rows in found]))
+            grams[name] = grams[name] + K if name in grams else K
     return grams
 
 
@@ -41,29 +61,44 @@ def finite_rows(objective: Objective, batch: Any) -> Tensor:
     return torch.tensor(flags)
 
 
-def _groups(objective: Objective, names: Sequence[str], num_samples: int) -> list[list[str]]:
-    groups: list[list[str]] = []
+def _groups(objective: Objective, names: Sequence[str], num_samples: int) -> list[list[Part]]:
+    """Parts of the parameters whose gradients for all samples fit in memory together."""
+    groups: list[list[Part]] = []
     held = _GROUP_BYTES
     for name in names:
         parameter = objective.parameters[name]
-        size = num_samples * parameter.numel() * parameter.element_size()
-        if not groups or held + size > _GROUP_BYTES:
-            groups.append([])
-            held = 0
-        groups[-1].append(name)
-        held += size
+        width = max(1, _GROUP_BYTES // (num_samples * parameter.element_size()))
+        for start in range(0, parameter.numel(), width):
+            stop = min(start + width, parameter.numel())
+            size = num_samples * (stop - start) * parameter.element_size()
+            if not groups or held + size > _GROUP_BYTES:
+                groups.append([])
+                held = 0
+            groups[-1].append((name, start, stop))
+            held += size
     return groups
 
 
-def _row_gradients(objective: Objective, batch: Any, names: Sequence[str]) -> list[list[Tensor]]:
-    leaves = objective.leaves(names)
+def _row_gradients(
+    objective: Objective, batch: Any, group: Sequence[Part], chosen: Sequence[Surrogate | None]
+) -> list[list[Tensor]]:
+    """For each row and surrogate the gradients of the group's parts."""
+    leaves = objective.leaves(dict.fromkeys(name for name, _, _ in group))
     result, total = [], 0.0
     for row in torch.arange(batch_size(batch)):
-        loss = objective(take_rows(batch, row[None]), leaves).total
-        result.append([gradient.flatten() for gradient in gradients(loss, leaves).values()])
-        total += float(loss.detach())
+        losses = objective(take_rows(batch, row[None]), leaves)
+        total += float(losses.total.detach())
+        for number, surrogate in enumerate(chosen):
+            loss = losses.total if surrogate is None else surrogate.rows(row[None])(losses).sum()
+            found = gradients(loss, leaves, again=number < len(chosen) - 1)
+            result.append([found[name].flatten()[start:stop].clone() for name, start, stop in group])
     check_separable(objective, batch, total)
     return result
+
+
+def _pass_major(rows: list[list[Tensor]], num_passes: int) -> list[list[Tensor]]:
+    """Sorted by backward pass, then row, as the hooked passes give them."""
+    return [rows[index] for number in range(num_passes) for index in range(number, len(rows), num_passes)]
 
 
 def check_rows(objective: Objective, batch: Any) -> None:
@@ -75,6 +110,28 @@ def check_rows(objective: Objective, batch: Any) -> None:
         rows = torch.arange(batch_size(batch))
         total = sum(float(objective(take_rows(batch, row[None])).total) for row in rows)
     check_separable(objective, batch, total)
+
+
+def check_apart(objective: Objective, batch: Any) -> None:
+    """Raise a `RefusedError` unless every row has the same loss among half of its companions.
+
+    Random signs cannot see what rows take from each other without a gradient (a batch mean that is subtracted).
+
+    Cost: two forward passes over the batch.
+    """
+    size = batch_size(batch)
+    with torch.no_grad():
+        whole = objective(batch).per_sample
+        if whole is None or size < 2:
+            return
+        for rows in (torch.arange(0, size, 2), torch.arange(1, size, 2)):
+            half = objective(take_rows(batch, rows)).per_sample
+            among_all = whole[rows.to(whole.device)]
+            if half is None or bool(((half - among_all).abs() > _COUPLING * (among_all.abs() + whole.abs().mean())).any()):
+                raise RefusedError(
+                    "the loss of a row depends on the other rows of its batch: samples are coupled (batch statistics, a "
+                    "contrastive loss) and have no gradients of their own."
+                )
 
 
 def check_separable(objective: Objective, batch: Any, total: float) -> None:

@@ -1,49 +1,110 @@
 """Rules: which operation makes which use of its parameters.
 
-A rule has the signature of its operation, so that Python binds positional and keyword arguments alike. It returns the uses it
-can vouch for; a tracked parameter left out takes the exact per-sample fallback.
+A rule has the signature of its operation, so that Python binds positional and keyword arguments alike. It returns the taps it
+can vouch for; a tracked parameter left out is spread over the samples or takes the exact fallback row by row.
 """
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, final
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from curvature_callbacks.gram.uses import Elementwise, Lookup, OuterProduct, Use
+from curvature_callbacks.gram.convolution import convolution_rule
+from curvature_callbacks.gram.elementwise import Elementwise
+from curvature_callbacks.gram.layout import Layout, LayoutOf
+from curvature_callbacks.gram.norms import NORM_RULES
+from curvature_callbacks.gram.uses import Lookup, OuterProduct, Tap
 
-Uses = list[tuple[Tensor, Use]]
-Rule = Callable[..., Uses]
+Taps = list[tuple[Tensor, Tap]]
+Rule = Callable[..., Taps]
 
 
-def holds_samples(tensor: Tensor, num_samples: int) -> bool:
-    """Whether axis 0 can be the sample, or (sample, position) pairs with a sample's positions together."""
-    return tensor.ndim > 0 and tensor.shape[0] > 0 and tensor.shape[0] % num_samples == 0
-
-
-def _linear(N: int, output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Uses:
-    if not holds_samples(input, N) or (input.ndim == 1 and N > 1):
+def _linear(layout_of: LayoutOf, output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Taps:
+    layout = layout_of(output)
+    if layout is None or (input.ndim == 1 and layout.num_samples > 1):
         return []
-    uses: Uses = [(weight, OuterProduct("linear", N, input, transposed=False))]
-    return uses + _biases(N, bias)
+    taps: Taps = [(weight, OuterProduct("linear", layout, input, transposed=False))]
+    return taps + _biases(layout, bias)
 
 
-def _addmm(N: int, output: Tensor, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Uses:
+def _addmm(
+    layout_of: LayoutOf, output: Tensor, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: Any = 1, alpha: Any = 1
+) -> Taps:
     """Hugging Face's Conv1D: `bias + x @ weight` with weight (d_in, d_out)."""
-    if not holds_samples(mat1, N) or beta != 1 or alpha != 1 or input.ndim != 1:
+    layout = layout_of(output)
+    if layout is None or beta != 1 or alpha != 1 or input.ndim != 1:
         return []
-    uses: Uses = [(mat2, OuterProduct("conv1d", N, mat1, transposed=True))]
-    return uses + _biases(N, input)
+    taps: Taps = [(mat2, OuterProduct("transposed linear", layout, mat1, transposed=True))]
+    return taps + _biases(layout, input)
 
 
-def _biases(N: int, bias: Tensor | None, kind: str = "bias") -> Uses:
-    return [] if bias is None else [(bias, Elementwise(kind, N, bias.shape))]
+def _matmul(layout_of: LayoutOf, output: Tensor, input: Tensor, other: Tensor) -> Taps:
+    """`x @ parameter` with a vector or matrix; `matrix @ x` with a batch of matrices, the sample before their axes."""
+    layout = layout_of(output)
+    if layout is None or output.ndim == 0:
+        return []
+    taps: Taps = []
+    if other.ndim == 1 and input.ndim > 1:
+        taps.append((other, _VectorProduct(layout, input)))
+    if other.ndim == 2 and input.ndim > 1:
+        taps.append((other, OuterProduct("matmul", layout, input, transposed=True)))
+    if input.ndim == 2 and other.ndim > 2:
+        taps.append((input, _LeftProduct(layout, other)))
+    return taps
+
+
+@final
+class _VectorProduct(Tap):
+    """`x @ v` for a vector, which is a matrix with one column."""
+
+    kind = "matmul"
+
+    def __init__(self, layout: Layout, inputs: Tensor) -> None:
+        self.num_samples = layout.num_samples
+        self._layout = layout
+        self._inputs = inputs
+
+    def completed(self, gradient: Tensor) -> OuterProduct:
+        """With the column."""
+        return OuterProduct(self.kind, self._layout, self._inputs, transposed=True).completed(gradient.unsqueeze(-1))
+
+
+@final
+class _LeftProduct(Tap):
+    """`W @ x` for x (R, ..., d_in, T): the transposed activations through a linear layer."""
+
+    kind = "matmul"
+
+    def __init__(self, layout: Layout, inputs: Tensor) -> None:
+        self.num_samples = layout.num_samples
+        self._layout = layout
+        self._inputs = inputs
+
+    def completed(self, gradient: Tensor) -> OuterProduct:
+        """With the columns as positions."""
+        return OuterProduct(self.kind, self._layout, self._inputs.mT, transposed=False).completed(gradient.mT)
+
+
+def _bilinear(
+    layout_of: LayoutOf, output: Tensor, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Taps:
+    layout = layout_of(output)
+    if layout is None or output.ndim < 2:
+        return []
+    pairs = (input1.unsqueeze(-1) * input2.unsqueeze(-2)).flatten(-2)
+    taps: Taps = [(weight, OuterProduct("bilinear", layout, pairs, transposed=False))]
+    return taps + _biases(layout, bias)
+
+
+def _biases(layout: Layout, bias: Tensor | None) -> Taps:
+    return [] if bias is None else [(bias, Elementwise("bias", layout, bias.shape))]
 
 
 def _embedding(
-    N: int,
+    layout_of: LayoutOf,
     output: Tensor,
     input: Tensor,
     weight: Tensor,
@@ -52,90 +113,82 @@ def _embedding(
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
-) -> Uses:
-    if not holds_samples(input, N) or scale_grad_by_freq:
+) -> Taps:
+    layout = layout_of(output)
+    if layout is None or scale_grad_by_freq or input.ndim == 0:
         return []
     row = None if padding_idx is None else padding_idx % weight.shape[0]
-    return [(weight, Lookup(N, input, row))]
+    return [(weight, Lookup(layout, input, row))]
 
 
-def _layer_norm(
-    N: int,
-    output: Tensor,
-    input: Tensor,
-    normalized_shape: list[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Uses:
-    scale = _scales(N, input, weight, lambda: F.layer_norm(input, normalized_shape, None, None, eps))
-    return scale + (_biases(N, bias, "shift") if scale or weight is None else [])
-
-
-def _rms_norm(
-    N: int,
-    output: Tensor,
-    input: Tensor,
-    normalized_shape: list[int],
-    weight: Tensor | None = None,
-    eps: float | None = None,
-) -> Uses:
-    return _scales(N, input, weight, lambda: F.rms_norm(input, normalized_shape, None, eps))
-
-
-def _scales(N: int, input: Tensor, weight: Tensor | None, normalised: Callable[[], Tensor]) -> Uses:
-    if weight is None or not _leaves_samples_apart(N, input, weight):
-        return []
-    return [(weight, Elementwise("scale", N, weight.shape, normalised))]
-
-
-def _multiply(N: int, output: Tensor, input: Any, other: Any) -> Uses:
+def _multiply(layout_of: LayoutOf, output: Tensor, input: Any, other: Any) -> Taps:
     """`weight * x` in either order: the scale of every Hugging Face RMSNorm, LayerScale."""
+    layout = layout_of(output)
     return [
-        (parameter, Elementwise("scale", N, parameter.shape, partial(torch.Tensor.detach, factor)))
+        (parameter, Elementwise("scale", layout, parameter.shape, partial(torch.Tensor.detach, factor)))
         for parameter, factor in ((input, other), (other, input))
-        if isinstance(parameter, Tensor) and isinstance(factor, Tensor) and _leaves_samples_apart(N, output, parameter)
+        if layout and isinstance(factor, Tensor) and _leaves_samples_apart(layout, output, parameter)
     ]
 
 
-def _add(N: int, output: Tensor, input: Any, other: Any, *, alpha: Any = 1) -> Uses:
+def _add(layout_of: LayoutOf, output: Tensor, input: Any, other: Any, *, alpha: Any = 1) -> Taps:
     """`x + parameter` in either order: position embeddings, biases kept outside their layer."""
-    if alpha != 1:
-        return []
+    layout = layout_of(output)
     return [
-        (parameter, Elementwise("shift", N, parameter.shape))
+        (parameter, Elementwise("shift", layout, parameter.shape))
         for parameter in (input, other)
-        if isinstance(parameter, Tensor) and _leaves_samples_apart(N, output, parameter)
+        if layout and alpha == 1 and _leaves_samples_apart(layout, output, parameter)
     ]
 
 
-def _leaves_samples_apart(N: int, output: Tensor, parameter: Tensor) -> bool:
-    """Whether `parameter` is broadcast along axis 0 of `output`, which holds the samples."""
-    if not holds_samples(output, N):
+def _prelu(layout_of: LayoutOf, output: Tensor, input: Tensor, weight: Tensor) -> Taps:
+    layout = layout_of(output)
+    if layout is None:
+        return []
+    aligned = (len(weight), *(1,) * (input.ndim - 2)) if weight.numel() > 1 else (1,)
+    return [(weight, Elementwise("scale", layout, weight.shape, partial(torch.clamp_max, input, 0.0), aligned=aligned))]
+
+
+def _leaves_samples_apart(layout: Layout, output: Tensor, parameter: Any) -> bool:
+    """Whether `parameter` is a tensor broadcast along the axis of `output` that holds the samples."""
+    if not isinstance(parameter, Tensor):
         return False
-    return parameter.ndim < output.ndim or (parameter.ndim == output.ndim and parameter.shape[0] == 1)
+    if parameter.ndim < output.ndim:
+        axis = 1 if layout.samples_on_second_axis(output) else 0
+        return parameter.ndim < output.ndim - axis or parameter.shape[0] == 1
+    return parameter.ndim == output.ndim and parameter.shape[1 if layout.samples_on_second_axis(output) else 0] == 1
 
 
 RULES: Final[dict[Any, Rule]] = {
     F.linear: _linear,
     torch.addmm: _addmm,
     F.embedding: _embedding,
-    F.layer_norm: _layer_norm,
-    F.rms_norm: _rms_norm,
+    F.bilinear: _bilinear,
+    F.prelu: _prelu,
+    F.conv1d: convolution_rule(1),
+    F.conv2d: convolution_rule(2),
+    F.conv3d: convolution_rule(3),
+    **NORM_RULES,
+    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm), _matmul),
     **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _multiply),
-    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), _add),
+    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__), _add),
 }
 
 
-def is_shifted_copy(func: Any, args: tuple[Any, ...]) -> bool:
-    """Whether the result is the first argument up to dtype and a constant: the same gradient (Gemma scales by `1 + weight`)."""
-    if func in (Tensor.float, Tensor.double, Tensor.to):
-        return True
-    return RULES.get(func) is _add and len(args) == 2 and isinstance(args[1], int | float)
+_IN_PLACE: Final = frozenset(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "pow", "matmul"))
+
+
+def is_indexing(func: Any) -> bool:
+    """Whether the operation is `tensor[index]`."""
+    return bool(func is Tensor.__getitem__)
+
+
+def is_in_place(func: Any) -> bool:
+    """Whether the operation changes its first operand."""
+    name = str(getattr(func, "__name__", ""))
+    return (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
 
 
 def kind_without_rule(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-    """Name of an operation without a rule here; `conv2d` where K-FAC nevertheless has factors for its parameters."""
-    name = str(getattr(func, "__name__", func)).strip("_")
-    groups = kwargs.get("groups", args[6] if len(args) > 6 else 1)
-    return f"grouped {name}" if name.startswith("conv") and groups != 1 else name
+    """Name of an operation without a rule here."""
+    return str(getattr(func, "__name__", func)).strip("_")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 _CHUNK: Final = 1 << 12  # columns on a CPU: the trace of a 1.3 M weight's Gram was off by 1e-5 with 32k, 9e-7 with 4k
+_ROWS: Final = 32  # least rows of a block of a Gram: below that a product loses more speed than symmetry saves
 _ACCELERATOR_CHUNK: Final = 1 << 22  # accelerators sum in trees; few launches matter more there (not measured)
 
 
@@ -25,8 +26,48 @@ def norm(x: Tensor) -> Tensor:
 
 
 def gram(rows: Tensor) -> Tensor:
-    """`rows @ rows.T` for `rows` (N, P), as an (N, N) float64 tensor on their device."""
-    return _total(rows[:, part] @ rows[:, part].T for part in _chunks(rows))
+    """`rows @ rows.T` for `rows` (N, P), as an (N, N) float64 tensor on their device.
+
+    One batched product over the chunks (0.6 to 0.9 of the time of a loop on a CPU); for many rows block row by block row, the
+    blocks below the diagonal mirrored.
+    """
+    N, P = rows.shape
+    step = _step(rows)
+    if P <= step:
+        return _product(rows).to(torch.float64)
+    num_chunks = P // step
+    total = torch.zeros(N, N, dtype=torch.float64, device=rows.device)
+    chunks = rows[:, : num_chunks * step].reshape(N, num_chunks, step).transpose(0, 1)
+    _add_products(total, chunks)
+    if P % step:
+        total += _product(rows[:, num_chunks * step :])
+    return total
+
+
+def _product(rows: Tensor) -> Tensor:
+    """`rows @ rows.T` in their dtype."""
+    N = len(rows)
+    if N <= 2 * _ROWS:
+        return rows @ rows.T
+    result = rows.new_empty(N, N)
+    height = max(_ROWS, N // 4)
+    for start in range(0, N, height):
+        stop = min(start + height, N)
+        block = rows[start:stop] @ rows[start:].T
+        result[start:stop, start:] = block
+        result[stop:, start:stop] = block[:, stop - start :].T
+    return result
+
+
+def _add_products(total: Tensor, chunks: Tensor) -> None:
+    """`total += sum_c chunks_c @ chunks_c.T` for `chunks` (c, N, columns)."""
+    N = chunks.shape[1]
+    height = max(_ROWS, N // 4)
+    for start in range(0, N, height):
+        stop = min(start + height, N)
+        block = torch.bmm(chunks[:, start:stop], chunks[:, start:].mT).sum(0, dtype=torch.float64)
+        total[start:stop, start:] += block
+        total[stop:, start:stop] += block[:, stop - start :].T
 
 
 def coefficients(basis: Tensor, x: Tensor) -> Tensor:
@@ -43,9 +84,13 @@ def subtract_combination(x: Tensor, basis: Tensor, weights: Tensor) -> None:
 
 def _chunks(tensor: Tensor) -> Iterator[slice]:
     """Pieces of the last axis; one empty piece of an empty axis."""
-    step = _CHUNK if tensor.device.type == "cpu" else _ACCELERATOR_CHUNK
+    step = _step(tensor)
     for start in range(0, max(tensor.shape[-1], 1), step):
         yield slice(start, start + step)
+
+
+def _step(tensor: Tensor) -> int:
+    return _CHUNK if tensor.device.type == "cpu" else _ACCELERATOR_CHUNK
 
 
 def _total(parts: Iterator[Tensor]) -> Tensor:

@@ -22,11 +22,13 @@ class Eigenpairs:
         eigenvectors: (P, k) columns in the operator's dtype and device, or None when not asked for.
         num_matvecs: operator products spent.
         which: the end or ends asked for.
-        reorth_mode: reorthogonalisation used (`full`).
+        reorth_mode: reorthogonalisation used: `full`, or `gram` for pairs from a Gram rather than a Krylov space (residuals
+            are then true ones).
         is_psd: whether the operator is known to be positive semi-definite.
         tol: relative tolerance of `converged`, also the threshold below which a value counts as negative.
         lambda_abs_max: largest `|theta|` the run saw.
-        asymmetry: largest `|q_{j-1}' A q_j - beta_{j-1}| / lambda_abs_max`; rounding level for a symmetric operator.
+        asymmetry: largest `|q_{j-1}' A q_j - beta_{j-1}| / lambda_abs_max`, of a Gram `|K_ij - K_ji| / max |K|`; rounding
+            level for a symmetric operator.
         seconds: wall time.
         warnings: what a reader of the numbers should know, in sentences.
     """
@@ -51,14 +53,17 @@ class Eigenpairs:
         `lambda_max`, `lambda_min` are the outermost Ritz values, converged or not (a Ritz value never lies outside the
         spectrum, so a negative `lambda_min` proves negative curvature), with `residual_lambda_max` and
         `residual_lambda_min`, each where its end was asked for; `residual_max` is the largest *relative* residual
-        `residual / |theta|` of the pairs and `num_converged` counts those within tolerance. For indefinite operators, once
-        the smallest pair has converged: `most_negative_eigenvalue` (positive when there is none), and with both ends, over
-        the converged pairs, `ritz_negative_fraction` and `ritz_negative_mass = sum |theta < 0| / sum |theta|`, where negative
-        means `theta < -tol |lambda|_max`.
+        `residual / |theta|` of the pairs that are not zero to rounding (zeros have none) and `num_converged` counts all those
+        within tolerance. For indefinite operators, once the smallest pair has converged: `most_negative_eigenvalue` (positive
+        when there is none), and with both ends, over the converged pairs, `ritz_negative_fraction` and
+        `ritz_negative_mass = sum |theta < 0| / sum |theta|`, where negative means `theta < -tol |lambda|_max`.
         """
         if len(self.eigenvalues) == 0:
             return {}
-        values = {"residual_max": self._relative_residuals().max().item(), "num_converged": float(self.converged.sum())}
+        values = {"num_converged": float(self.converged.sum())}
+        relative = self._relative_residuals()
+        if len(relative) > 0:
+            values |= {"residual_max": relative.max().item()}
         if self._has_upper_end:
             values |= {"lambda_max": self.eigenvalues[0].item(), "residual_lambda_max": self.residuals[0].item()}
         if self._has_lower_end:
@@ -77,8 +82,10 @@ class Eigenpairs:
         return both or self.which == "SA" or (self.which == "LM" and self.eigenvalues[-1].item() < 0)
 
     def _relative_residuals(self) -> Tensor:
-        smallest = torch.finfo(torch.float64).tiny
-        return self.residuals / self.eigenvalues.abs().clamp_min(smallest)
+        """Of the pairs but zeros to rounding: converged, though the residual is as large as the value."""
+        sizes = self.eigenvalues.abs()
+        kept = ~self.converged | (sizes > self.residuals)
+        return self.residuals[kept] / sizes[kept].clamp_min(torch.finfo(torch.float64).tiny)
 
     def _negative_curvature(self) -> dict[str, float]:
         """Nothing unless the negative end is known: the largest pairs alone say 0 for spectra with 47 % negative mass."""

@@ -16,15 +16,15 @@ _JITTERS: Final = (1e-14, 1e-12, 1e-10, 1e-8)  # relative to the mean diagonal; 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Spectrum:
-    """The non-zero eigenvalues of `F = (1/N) sum_i g_i g_i'`.
+    """The non-zero eigenvalues of `F = sum_s g_s g_s' / normaliser`; the normaliser is N where each gradient is a sample.
 
     Attributes:
         eigenvalues: (r,) float64 on CPU, descending; those above `tau lambda_1` with `tau = N eps`.
-        num_samples: N, the gradients used.
+        num_samples: N, the gradients used: rows, or one for every target, draw and class of them (pseudo-samples).
         num_params: P, the dimension of F.
         trace: `tr F`, from the diagonal of the Gram (all eigenvalues, also those cut).
         jitter: what had to be added to the diagonal for the eigensolver to succeed; 0 otherwise.
-        pair_statistics: unbiased statistics over pairs of samples, empty for a union of spectra.
+        pair_statistics: unbiased statistics over pairs of gradients of different rows, empty for a union of spectra.
     """
 
     eigenvalues: Tensor
@@ -42,12 +42,14 @@ class Spectrum:
     def metrics(self, *, damping: float = 1e-3) -> dict[str, float]:
         """The numbers of this spectrum (lambda_1 >= ... >= lambda_r; all but the first six are free of the loss scale).
 
-        `lambda_max`, `trace`, `spectral_gap = lambda_1 - lambda_2`, `mean_gradient_norm_squared = mean_{i!=j} g_i.g_j`,
+        `lambda_max`, `trace`, `spectral_gap = lambda_1 - lambda_2`, `mean_gradient_norm_squared = mean_{i!=j} g_i.g_j` (also
+        where F is centred; absent where the mean is zero by definition),
         `rank`, `num_samples`; `condition_number = lambda_1 / lambda_r`; `condition_number_damped = (lambda_1 + damping) /
         (lambda_min + damping)` with lambda_min = 0 when r < P (`damping` in units of the eigenvalues);
         `effective_rank = exp(entropy of lambda / sum)` (Roy and Vetterli 2007); `stable_rank = sum lambda^2 / lambda_1^2`;
         `participation_ratio = (sum lambda)^2 / sum lambda^2` and its unbiased form over pairs of samples
-        `sum K_ii K_jj / sum K_ij^2` (the plug-in one is 30 to 80 % low at N = 8 to 64); `top_share = lambda_1 / trace`.
+        `sum K_ii K_jj / sum K_ij^2` (the plug-in one is 30 to 80 % low at N = 8 to 64; absent where F is centred, whose
+        gradients depend on each other); `top_share = lambda_1 / trace`.
         Empty for an empty or zero spectrum but for `rank`, `trace` and `num_samples`.
         """
         counts = {"rank": float(self.rank), "num_samples": float(self.num_samples), "trace": self.trace}
@@ -71,8 +73,18 @@ class Spectrum:
         }
 
 
-def spectrum_of_gram(gram: Tensor, *, num_params: int, dtype: torch.dtype, device: torch.device | None = None) -> Spectrum:
-    """Spectrum of `F = (1/N) G' G` from the Gram `G G'` of N gradients.
+def spectrum_of_gram(
+    gram: Tensor,
+    *,
+    num_params: int,
+    dtype: torch.dtype,
+    normaliser: float | None = None,
+    weights: Tensor | None = None,
+    samples: Tensor | None = None,
+    center: bool = False,
+    device: torch.device | None = None,
+) -> Spectrum:
+    """Spectrum of `F = G' G / normaliser` from the Gram `G G'` of N gradients, `sqrt(w_s) g_s` each.
 
     Nothing is added to the diagonal unless the eigensolver fails; then the smallest jitter that works, recorded.
 
@@ -80,12 +92,23 @@ def spectrum_of_gram(gram: Tensor, *, num_params: int, dtype: torch.dtype, devic
         gram: (N, N), unscaled, any device.
         num_params: P.
         dtype: dtype the gradients were computed in; sets the rank cut `tau = N eps` (2^-8 for bf16 and fp16).
+        normaliser: what the sum of outer products is divided by; default N. The sum of all `w_s` where these are weights.
+        weights: (N,) `w_s`, default ones. All zero where the mean gradient is zero by definition: centring then changes
+            nothing, and no mean is reported.
+        samples: (N,) the row each gradient belongs to, default each its own: only pairs of different rows are independent, and
+            the pair statistics are taken over those.
+        center: of the covariance `F - g g'`, `g = sum_s w_s g_s / normaliser`.
         device: where to run the eigensolver; default the Gram's.
 
     Cost: one N x N symmetric eigensolve in float64.
     """
     N = gram.shape[0]
-    K = gram.to(device=device or gram.device, dtype=torch.float64) / max(N, 1)
+    K = gram.to(device=device or gram.device, dtype=torch.float64)
+    scale = float(N if normaliser is None else normaliser) or 1.0
+    w = torch.ones(N, dtype=K.dtype, device=K.device) if weights is None else weights.to(K)
+    rows = torch.arange(N, device=K.device) if samples is None else samples.to(K.device)
+    statistics = _pair_statistics(K, w, rows, center=center)
+    K = (centred(K, w / scale) if center else K) / scale
     values, jitter = _eigenvalues(K)
     values = values.cpu().flip(0)[: max(num_params, 0)]
     kept = values[values > _rank_cut(N, dtype) * values[:1].clamp_min(0.0)] if N else values
@@ -95,7 +118,7 @@ def spectrum_of_gram(gram: Tensor, *, num_params: int, dtype: torch.dtype, devic
         num_params=num_params,
         trace=K.diagonal().sum().item(),
         jitter=jitter,
-        pair_statistics=_pair_statistics(K * N) if N > 1 else {},
+        pair_statistics=statistics,
     )
 
 
@@ -113,10 +136,16 @@ def union(spectra: Mapping[str, Spectrum], *, dtype: torch.dtype) -> Spectrum:
     )
 
 
-def centred(gram: Tensor) -> Tensor:
-    """The Gram of `g_i - mean g` from that of `g_i`: `H K H` with `H = I - 11'/N`, for `F - g g'`."""
-    row_means = gram.mean(dim=0, keepdim=True)
-    return gram - row_means - row_means.T + row_means.mean()
+def centred(gram: Tensor, shares: Tensor | None = None) -> Tensor:
+    """`H K H` with `H = I - u u'`, `u_s = sqrt(shares_s)`: the Gram whose spectrum is that of the covariance `F - g g'`.
+
+    With the default shares `1/N` it is the Gram of `g_i - mean g`. `shares` (N,) add up to one, or are all zero.
+    """
+    N = len(gram)
+    u = (gram.new_full((N,), 1.0 / max(N, 1)) if shares is None else shares).sqrt()
+    product = gram @ u
+    rank_two = torch.outer(u, product) + torch.outer(product, u)
+    return gram - rank_two + (u @ product) * torch.outer(u, u)
 
 
 def _rank_cut(N: int, dtype: torch.dtype) -> float:
@@ -143,14 +172,24 @@ def _eigenvalues_with_jitter(K: Tensor) -> tuple[Tensor, float]:
     raise LinAlgError("the eigensolver failed with every jitter tried: are the gradients finite?")
 
 
-def _pair_statistics(gram: Tensor) -> dict[str, float]:
-    """Means over pairs i != j of `g_i.g_j`, `K_ii K_jj` and `K_ij^2`, free of the diagonal's bias."""
-    N = len(gram)
-    diagonal = gram.diagonal()
-    off_diagonal = gram - torch.diag(diagonal)
-    squares = off_diagonal.square().sum().item()
-    products = diagonal.sum().square().item() - diagonal.square().sum().item()
-    return {
-        "mean_gradient_norm_squared": off_diagonal.sum().item() / (N * (N - 1)),
-        "participation_ratio_unbiased": products / squares if squares > 0 else math.inf,
-    }
+def _pair_statistics(K: Tensor, w: Tensor, rows: Tensor, *, center: bool) -> dict[str, float]:
+    """Means over pairs of different rows of `g_s.g_t`, `K_ss K_tt` and `K_st^2`, free of the bias of the others.
+
+    They are statistics of the gradients as they are: of centred ones, which depend on each other, no ratio is given.
+    """
+    other_row = rows[:, None] != rows
+    if not other_row.any():
+        return {}
+    apart = K * other_row
+    weight = _sum_over_pairs(w, other_row)
+    mean = (w.sqrt() @ apart @ w.sqrt()).item()
+    found = {"mean_gradient_norm_squared": mean / weight} if weight > 0 else {}
+    if not center:
+        squares = apart.square().sum().item()
+        products = _sum_over_pairs(K.diagonal(), other_row)
+        found["participation_ratio_unbiased"] = products / squares if squares > 0 else math.inf
+    return found
+
+
+def _sum_over_pairs(x: Tensor, pairs: Tensor) -> float:
+    return (x @ pairs.to(x.dtype) @ x).item()

@@ -1,9 +1,21 @@
 """Measurements: what a probe computes, as frozen, JSON-able configurations."""
 
-from curvature_callbacks.measurements.base import Measurement
+from curvature_callbacks.measurements.base import Measurement, OfFisher, OfKronecker
 from curvature_callbacks.measurements.choice import checked_measurements
 from curvature_callbacks.measurements.fisher_spectrum import FisherSpectrum
+from curvature_callbacks.measurements.gradient_noise import GradientNoise
 from curvature_callbacks.measurements.kfac_coverage import KFACCoverage
+from curvature_callbacks.measurements.kfac_quality import KFACQuality
 from curvature_callbacks.measurements.top_eigenpairs import TopEigenpairs
 
-__all__ = ["FisherSpectrum", "KFACCoverage", "Measurement", "TopEigenpairs", "checked_measurements"]
+__all__ = [
+    "FisherSpectrum",
+    "GradientNoise",
+    "KFACCoverage",
+    "KFACQuality",
+    "Measurement",
+    "OfFisher",
+    "OfKronecker",
+    "TopEigenpairs",
+    "checked_measurements",
+]

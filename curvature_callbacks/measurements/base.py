@@ -7,10 +7,12 @@ from typing import Any, Protocol, runtime_checkable
 from torch import nn
 
 from curvature_callbacks.batches import as_microbatches
+from curvature_callbacks.gram.positions import Sharing
 from curvature_callbacks.model.blocks import BlockStructure
 from curvature_callbacks.model.isolation import isolated
 from curvature_callbacks.model.losses import Loss
 from curvature_callbacks.model.objective import ParamsFilter
+from curvature_callbacks.model.surrogates import FisherType
 from curvature_callbacks.problem import Problem
 from curvature_callbacks.record import Record
 
@@ -19,7 +21,8 @@ from curvature_callbacks.record import Record
 class Measurement(Protocol):
     """What to compute at a probe. State is explicit: the monitor keeps it between probes.
 
-    Write your own by giving these three; `examples/custom_measurement.py` has one.
+    Write your own by giving these three; `examples/custom_measurement.py` has one. What it needs of the probe it can say
+    beforehand by being `OfFisher` or `OfKronecker` as well.
     """
 
     @property
@@ -33,6 +36,26 @@ class Measurement(Protocol):
 
     def measure(self, problem: Problem, state: Any) -> tuple[Sequence[Record], Any]:
         """Records of this probe and the state for the next. Seconds are filled in by the monitor."""
+        ...
+
+
+@runtime_checkable
+class OfFisher(Protocol):
+    """A measurement of a type of Fisher; where the run's loss does not have it, the run stops before step 1."""
+
+    @property
+    def fisher_type(self) -> FisherType:
+        """Whose per-sample gradients it takes."""
+        ...
+
+
+@runtime_checkable
+class OfKronecker(OfFisher, Protocol):
+    """One of Kronecker factors too; these come from the pass over the microbatches that gives the Grams of the others."""
+
+    @property
+    def sharing(self) -> Sharing:
+        """How positions enter the factors."""
         ...
 
 

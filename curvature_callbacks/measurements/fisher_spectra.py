@@ -1,36 +1,32 @@
-"""FisherSpectra: per-block, full and block-diagonal spectra from Grams or from gradients the user has."""
+"""FisherSpectra: per-block, full and block-diagonal spectra of weighted gradients, from their Grams."""
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, final
+from dataclasses import dataclass, field
+from typing import Any, Literal, final, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from curvature_callbacks.errors import ConfigurationError
+from curvature_callbacks.errors import ConfigurationError, check_choice, check_positive
 from curvature_callbacks.gram.engine import finite_samples
-from curvature_callbacks.linalg.accumulate import gram
-from curvature_callbacks.linalg.spectrum import Spectrum, centred, spectrum_of_gram, union
-from curvature_callbacks.model.blocks import BlockStructure, group_blocks
-from curvature_callbacks.model.objective import ParamsFilter
-from curvature_callbacks.problem import Problem
+from curvature_callbacks.linalg.spectrum import Spectrum, spectrum_of_gram, union
+from curvature_callbacks.model.surrogates import FisherType
 
 EigensolveDevice = Literal["auto", "cpu", "cuda"]
-PerSampleGradients = Sequence[Mapping[str, Tensor]]
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class FisherSpectra:
-    """Spectra of `F = (1/N) sum_i g_i g_i'`, `g_i` the gradient of sample i's loss summed over its valid targets.
+    """Spectra of a Fisher `F = sum_s g_s g_s' / normaliser`; of the empirical one of rows `F = (1/N) sum_i g_i g_i'`.
 
     Attributes:
         blocks: block to the spectrum of its diagonal block of F.
         full: spectrum of all of F: its Gram is the *sum* of the block Grams.
         block_diagonal: spectrum of F's block-diagonal approximation: the *union* of the block spectra. It can differ from
             `full` by O(1).
-        metadata: Fisher type, sample unit, N requested and used, valid targets, dtype, seed, fallbacks, certificate.
+        metadata: Fisher type, sample unit, N (rows) requested and used, valid targets, dtype, seed, fallbacks, certificate.
     """
 
     blocks: Mapping[str, Spectrum]
@@ -39,111 +35,126 @@ class FisherSpectra:
     metadata: Mapping[str, Any]
 
 
-def spectra_of_problem(problem: Problem, *, center: bool, device: EigensolveDevice) -> FisherSpectra:
-    """Spectra of a probe. Cost: see `compute_fisher_spectrum`."""
-    found = problem.block_grams
-    metadata = {
-        "fisher": "empirical",
-        "sample_unit": "sequence",
-        "num_targets": int(found.num_targets.sum()),
-        "centered": center,
-        "batch_norm": "eval",
-        "dtype": str(problem.objective.dtype).removeprefix("torch."),
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "seed": problem.seed,
-        "step": problem.step,
-        "mode": "factors",
-        "fallback": dict(found.fallback),
-        "certificate_error": found.certificate_error,
-    }
-    sizes = {
-        block: sum(problem.objective.parameters[name].numel() for name in names) for block, names in problem.blocks.items()
-    }
-    usable = (found.num_targets > 0) & finite_samples(found.grams)
-    return _of_grams(found.grams, sizes, usable, metadata, center, problem.objective.dtype, device)
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpectrumOptions:
+    """What `FisherSpectrum` and `compute_fisher_spectrum` have in common; checked here, explained there."""
 
+    kind: FisherType = field(default_factory=FisherType)
+    center_gradients: bool = False
+    max_params_per_block: int | None = None
+    max_sample_grad_norm: float | None = None
+    eigensolve_device: EigensolveDevice = "auto"
+    deterministic: bool = False
 
-def spectra_of_gradients(
-    model: nn.Module,
-    gradients: PerSampleGradients,
-    structure: BlockStructure,
-    params_filter: ParamsFilter | None,
-    center: bool,
-    device: EigensolveDevice,
-) -> FisherSpectra:
-    """Spectra of gradients the user already has; parameters missing from them are left out."""
-    trainable = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and (params_filter is None or params_filter(name, parameter))
-    }
-    names = [name for name in trainable if gradients and name in gradients[0]]
-    if gradients and not names:
-        raise ConfigurationError(
-            "`precomputed_gradients` names no trainable parameter of the model: keys must be as in `named_parameters()`."
-        )
-    blocks = group_blocks(model, names, structure) if names else {}
-    grams = {block: _gram_of(gradients, members) for block, members in blocks.items()}
-    sizes = {block: sum(trainable[name].numel() for name in members) for block, members in blocks.items()}
-    dtype = gradients[0][names[0]].dtype if names else torch.float32
-    metadata = {
-        "fisher": "precomputed",
-        "sample_unit": "precomputed",
-        "centered": center,
-        "dtype": str(dtype).removeprefix("torch."),
-    }
-    usable = finite_samples(grams) if grams else torch.zeros(0, dtype=torch.bool)
-    return warned(_of_grams(grams, sizes, usable, metadata, center, dtype, device))
+    def __post_init__(self) -> None:
+        check_choice("eigensolve_device", self.eigensolve_device, get_args(EigensolveDevice))
+        if self.eigensolve_device == "cuda" and not torch.cuda.is_available():
+            raise ConfigurationError("`eigensolve_device`='cuda' but no CUDA device is available: use 'auto' or 'cpu'.")
+        if self.max_params_per_block is not None:
+            check_positive("max_params_per_block", self.max_params_per_block)
+        if self.max_sample_grad_norm is not None:
+            self._check_clipping(self.max_sample_grad_norm)
 
-
-def _gram_of(gradients: PerSampleGradients, names: Sequence[str]) -> Tensor:
-    parts = [
-        gram(
-            torch.stack(
-                [
-                    sample[name].flatten().float() if sample[name].dtype != torch.float64 else sample[name].flatten()
-                    for sample in gradients
-                ]
+    def _check_clipping(self, norm: float) -> None:
+        if not norm > 0:
+            raise ConfigurationError(f"`max_sample_grad_norm` must be positive, got {norm!r}.")
+        if self.kind.fisher == "exact":
+            raise ConfigurationError(
+                "`max_sample_grad_norm` clips gradients of labels, and an exact Fisher has none: use 'sampled'."
             )
-        )
-        for name in names
-    ]
-    return torch.stack(parts).sum(0)
+
+    def metadata(self) -> dict[str, Any]:
+        """What of it belongs in the metadata of a result: that which had an effect."""
+        kind = self.kind
+        drawn = {"num_draws": kind.num_draws} if kind.fisher == "sampled" else {}
+        if kind.sample_unit == "token" and kind.fisher != "exact":
+            drawn["num_targets_per_row"] = kind.num_targets
+        limits = {"max_params_per_block": self.max_params_per_block, "max_sample_grad_norm": self.max_sample_grad_norm}
+        return {
+            "fisher": kind.fisher,
+            "sample_unit": kind.sample_unit,
+            **drawn,
+            "centered": self.center_gradients,
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            **{name: value for name, value in limits.items() if value is not None},
+        }
 
 
-def _of_grams(
-    grams: Mapping[str, Tensor],
-    sizes: Mapping[str, int],
-    usable: Tensor,
-    metadata: Mapping[str, Any],
-    center: bool,
-    dtype: torch.dtype,
-    device: EigensolveDevice,
-) -> FisherSpectra:
-    used = int(usable.sum())
-    metadata = {**metadata, "num_samples_requested": len(usable), "num_samples": used}
-    if used < 2:
-        empty = spectrum_of_gram(torch.zeros(0, 0), num_params=0, dtype=dtype)
+@final
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class WeightedGradients:
+    """S gradients `sqrt(w_s) g_s` of N rows, by their block Grams.
+
+    Attributes:
+        grams: block to (S, S), unscaled.
+        sizes: block to its number of parameters.
+        rows: (S,) the row, 0 to N - 1, each belongs to.
+        weights: (S,) `w_s`.
+        num_targets: (N,) valid targets of each row.
+        dtype: dtype they were computed in.
+    """
+
+    grams: Mapping[str, Tensor]
+    sizes: Mapping[str, int]
+    rows: Tensor
+    weights: Tensor
+    num_targets: Tensor
+    dtype: torch.dtype
+
+
+def fisher_spectra(gradients: WeightedGradients, options: SpectrumOptions, metadata: Mapping[str, Any]) -> FisherSpectra:
+    """Spectra over the rows with a valid target and finite gradients only; empty ones of fewer than two gradients."""
+    usable = _usable_rows(gradients)
+    kept = usable[gradients.rows.cpu()].nonzero()[:, 0]
+    metadata = {
+        **metadata,
+        "num_samples_requested": len(usable),
+        "num_samples": int(usable.sum()),
+        "num_gradients": len(kept),
+        "num_targets": int(gradients.num_targets.cpu()[usable].sum()),
+    }
+    if len(kept) < 2:
+        empty = spectrum_of_gram(torch.zeros(0, 0), num_params=0, dtype=gradients.dtype)
         return FisherSpectra(blocks={}, full=empty, block_diagonal=empty, metadata=metadata)
-    kept = {block: _rows_and_columns(K, usable) for block, K in grams.items()}
-    if center:
-        kept = {block: centred(K) for block, K in kept.items()}
-    total = torch.stack(list(kept.values())).sum(0)
-    where = None if device == "auto" else torch.device(device)
-    blocks = {block: spectrum_of_gram(K, num_params=sizes[block], dtype=dtype, device=where) for block, K in kept.items()}
-    full = spectrum_of_gram(total, num_params=sum(sizes.values()), dtype=dtype, device=where)
-    return FisherSpectra(blocks=blocks, full=full, block_diagonal=union(blocks, dtype=dtype), metadata=metadata)
+    grams = {block: K[kept.to(K.device)][:, kept.to(K.device)] for block, K in gradients.grams.items()}
+    weights = gradients.weights.cpu()[kept]
+    if options.max_sample_grad_norm is not None:
+        grams, metadata["num_clipped"] = _clipped(grams, weights, options.max_sample_grad_norm)
+    solve: dict[str, Any] = {
+        "dtype": gradients.dtype,
+        "normaliser": options.kind.normaliser(gradients.num_targets.cpu()[usable]),
+        "weights": weights,
+        "samples": gradients.rows.cpu()[kept],
+        "center": options.center_gradients,
+        "device": None if options.eigensolve_device == "auto" else torch.device(options.eigensolve_device),
+    }
+    blocks = {block: spectrum_of_gram(K, num_params=gradients.sizes[block], **solve) for block, K in grams.items()}
+    full = spectrum_of_gram(_total(grams), num_params=sum(gradients.sizes.values()), **solve)
+    return FisherSpectra(blocks=blocks, full=full, block_diagonal=union(blocks, dtype=gradients.dtype), metadata=metadata)
 
 
-def _rows_and_columns(K: Tensor, usable: Tensor) -> Tensor:
-    usable = usable.to(K.device)
-    return K[usable][:, usable]
+def failed_certificates(spectra: FisherSpectra) -> list[str]:
+    """Parameters whose fast Gram was proven wrong, so that their gradients were taken row by row."""
+    fallback: Mapping[str, str] = spectra.metadata.get("fallback", {})
+    return [name for name, reason in fallback.items() if reason.startswith("certificate failed")]
+
+
+def warning_of(failed: Sequence[str]) -> str:
+    """What to tell about `failed_certificates`."""
+    return (
+        f"the fast Gram of {', '.join(f'`{name}`' for name in failed)} failed its certificate: the gradients of these "
+        "parameters are taken row by row, which is exact and slow."
+    )
 
 
 def warned(spectra: FisherSpectra) -> FisherSpectra:
-    """`spectra`, with a warning when samples were left out."""
+    """`spectra`, with a warning when samples were left out or a certificate failed."""
+    failed = failed_certificates(spectra)
+    if failed:
+        warnings.warn(warning_of(failed), stacklevel=3)
     used, requested = spectra.metadata["num_samples"], spectra.metadata["num_samples_requested"]
-    if used < 2:
+    if spectra.full.num_samples < 2:
         warnings.warn(
             f"{used} of {requested} samples are usable (finite gradient, valid target) and a spectrum needs two: the result "
             "is empty.",
@@ -152,3 +163,28 @@ def warned(spectra: FisherSpectra) -> FisherSpectra:
     elif used < requested:
         warnings.warn(f"{requested - used} of {requested} samples were left out: no valid target or not finite.", stacklevel=3)
     return spectra
+
+
+def _usable_rows(gradients: WeightedGradients) -> Tensor:
+    """(N,) on CPU: rows with a valid target and gradients, none of them infinite or NaN in any block."""
+    rows = gradients.rows.cpu()
+    usable = torch.zeros(len(gradients.num_targets), dtype=torch.bool)
+    usable[rows] = True
+    if gradients.grams:
+        usable[rows[~finite_samples(gradients.grams)]] = False
+    return usable & (gradients.num_targets.cpu() > 0)
+
+
+def _clipped(grams: Mapping[str, Tensor], weights: Tensor, norm: float) -> tuple[dict[str, Tensor], int]:
+    """The Grams of `g_s min(1, norm / ||g_s||)`, the norm over all blocks, and how many gradients that shortens."""
+    total = _total(grams).diagonal()
+    factors = (norm * (weights.to(total) / total).sqrt()).clamp(max=1.0)
+    return {block: K * torch.outer(factors, factors) for block, K in grams.items()}, int((factors < 1.0).sum())
+
+
+def _total(grams: Mapping[str, Tensor]) -> Tensor:
+    first, *others = grams.values()
+    total = first.clone()
+    for K in others:
+        total += K
+    return total

@@ -1,12 +1,13 @@
 """K-FAC coverage: how much of the model has Kronecker factors."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, final
+from typing import Any, final
 
 from torch import nn
 
 from curvature_callbacks.errors import ProbeError
+from curvature_callbacks.gram.kronecker import factor_obstacle
 from curvature_callbacks.linalg.accumulate import dot
 from curvature_callbacks.measurements.base import offline_problem
 from curvature_callbacks.model.losses import Loss
@@ -14,17 +15,16 @@ from curvature_callbacks.model.objective import ParamsFilter
 from curvature_callbacks.problem import Problem
 from curvature_callbacks.record import Record
 
-_COVERED: Final = frozenset({"linear", "conv1d", "conv2d", "embedding", "bias"})
-
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KFACCoverageReport:
     """Share of the trainable parameters in layers with Kronecker factors `A x G`.
 
-    Such layers are linear, Hugging Face's Conv1D, 2-d convolutions without groups, and embeddings (A is diagonal), with their
+    Such layers are linear, Hugging Face's Conv1D, convolutions without groups, and embeddings (A is diagonal), with their
     biases; a layer called several times counts (its positions are shared), a weight tied between different operations does
-    not: the sum of two Kronecker products is not one.
+    not: the sum of two Kronecker products is not one. A bias counts with its layer: `x.bias` where `x.weight` counts or is not
+    trained.
 
     Attributes:
         tensors: share by number of parameter tensors, 0..1.
@@ -106,10 +106,17 @@ def compute_kfac_coverage(
         return _coverage(problem)
 
 
+def uncovered_parameters(problem: Problem) -> dict[str, str]:
+    """Name of each trainable parameter outside layers with Kronecker factors, and why.
+
+    Cost: see `Problem.operations`.
+    """
+    found = {name: _obstacle(name, problem.operations) for name in problem.objective.parameters}
+    return {name: reason for name, reason in found.items() if reason}
+
+
 def _coverage(problem: Problem) -> KFACCoverageReport:
-    uncovered = {
-        name: reason for name in problem.objective.parameters if (reason := _obstacle(problem.operations.get(name, [])))
-    }
+    uncovered = uncovered_parameters(problem)
     sizes = {name: float(parameter.numel()) for name, parameter in problem.objective.parameters.items()}
     energies = {name: dot(g.flatten(), g.flatten()).item() for name, g in problem.gradients.items()}
     if not all(energy < float("inf") for energy in energies.values()):
@@ -122,16 +129,13 @@ def _coverage(problem: Problem) -> KFACCoverageReport:
     )
 
 
-def _obstacle(operations: Sequence[str]) -> str | None:
-    """Why a parameter with these uses has no Kronecker factors, or None."""
-    kinds = sorted(set(operations))
-    if not kinds:
-        return "not used by the loss"
-    if len(kinds) > 1:
-        return f"shared between {' and '.join(kinds)}: a sum of Kronecker products is not one"
-    if kinds[0] not in _COVERED:
-        return f"used by {kinds[0]}, which has no Kronecker factors"
-    return None
+def _obstacle(name: str, operations: Mapping[str, list[str]]) -> str | None:
+    """Why a parameter is in no layer with Kronecker factors, or None."""
+    if set(operations.get(name, [])) != {"bias"}:
+        return factor_obstacle(operations.get(name, []))
+    weight = "weight".join(name.rsplit("bias", 1))  # `x.bias`; `x.in_proj_bias` of `nn.MultiheadAttention`
+    obstacle = factor_obstacle(operations[weight]) if weight in operations and weight != name else None
+    return f"bias of `{weight}`, {obstacle}" if obstacle else None
 
 
 def _share(weights: Mapping[str, float], uncovered: Mapping[str, str]) -> float:

@@ -1,14 +1,19 @@
 """Isolation: whatever a probe does, the training run finds everything as it left it."""
 
+import os
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from curvature_callbacks.errors import ConfigurationError
+
+_DETERMINISTIC_CUBLAS: Final = (":4096:8", ":16:8")  # the two settings PyTorch accepts
 
 
 @contextmanager
@@ -39,6 +44,33 @@ def isolated(model: nn.Module, *, seed: int) -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         yield
+
+
+@contextmanager
+def deterministic_algorithms(device: torch.device, *, enabled: bool = True) -> Iterator[None]:
+    """PyTorch's deterministic algorithms inside, and no choice of cuDNN's by timing; as found on the way out.
+
+    Raises:
+        ConfigurationError: the device is CUDA and cuBLAS has not been told to be deterministic when the process started.
+        RuntimeError: an operation inside has no deterministic algorithm.
+    """
+    if not enabled:
+        yield
+        return
+    if device.type == "cuda" and os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in _DETERMINISTIC_CUBLAS:
+        raise ConfigurationError(
+            "`deterministic`=True on CUDA needs the environment variable CUBLAS_WORKSPACE_CONFIG set to one of "
+            f"{', '.join(_DETERMINISTIC_CUBLAS)} before the process starts."
+        )
+    found = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark = torch.backends.cudnn.benchmark
+    try:
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = benchmark
+        torch.use_deterministic_algorithms(found[0], warn_only=found[1])
 
 
 @contextmanager

@@ -53,6 +53,10 @@ class Objective:
         wanted = self.parameters if names is None else names
         return {name: self.parameters[name].detach().requires_grad_() for name in wanted}
 
+    def constants(self) -> list[Tensor]:
+        """Tensors the loss reads beside parameters and batch: frozen parameters and buffers."""
+        return [*self._constants.values(), *self._module.buffers()]
+
     def __call__(self, batch: Any, values: Mapping[str, Tensor] | None = None) -> SampleLosses:
         """Losses of `batch` with `values` in place of the parameters of the same name."""
         merged = {**self._constants, **self.parameters, **(values or {})}
@@ -86,11 +90,17 @@ class Objective:
         return constants | buffers
 
 
-def gradients(loss: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Name to the gradient of `loss`; zero where it does not depend on the leaf. Cost: one backward pass."""
+def gradients(loss: Tensor, leaves: Mapping[str, Tensor], *, again: bool = False) -> dict[str, Tensor]:
+    """Name to the gradient of `loss`; zero where it does not depend on the leaf. Cost: one backward pass.
+
+    Args:
+        loss: 0-d.
+        leaves: what to differentiate by.
+        again: whether its graph will be asked once more.
+    """
     if not loss.requires_grad:
         return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True, retain_graph=again)
     return dict(zip(leaves, found, strict=True))
 
 

@@ -82,9 +82,10 @@ class TensorBoardSink:
 
 
 def _table(records: Sequence[Record]) -> str:
-    header = f"| block ({records[0].measurement}) | " + " | ".join(BLOCK_CURVES) + " |\n|---|" + "---:|" * len(BLOCK_CURVES)
+    columns = [metric for metric in BLOCK_CURVES if metric in records[0].scalars]
+    header = f"| block ({records[0].measurement}) | " + " | ".join(columns) + " |\n|---|" + "---:|" * len(columns)
     rows = [
-        f"| `{record.block}` | " + " | ".join(f"{record.scalars.get(name, math.nan):.3g}" for name in BLOCK_CURVES) + " |"
+        f"| `{record.block}` | " + " | ".join(f"{record.scalars.get(name, math.nan):.3g}" for name in columns) + " |"
         for record in records
     ]
     return "\n".join([header, *rows])

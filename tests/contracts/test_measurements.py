@@ -10,16 +10,38 @@ import pytest
 import torch
 from torch import nn
 
-from curvature_callbacks import FisherSpectrum, KFACCoverage, Measurement, Problem, Record, TopEigenpairs
+from curvature_callbacks import (
+    FisherSpectrum,
+    GradientNoise,
+    KFACCoverage,
+    KFACQuality,
+    Measurement,
+    Problem,
+    Record,
+    TopEigenpairs,
+)
 from curvature_callbacks.model.isolation import isolated
 from curvature_callbacks.record import tag_segment
 
 VARIANTS = [
     FisherSpectrum(),
     FisherSpectrum(center_gradients=True, damping=0.1, eigensolve_device="cpu"),
+    FisherSpectrum(fisher="sampled", num_draws=2),
+    FisherSpectrum(fisher="exact", center_gradients=True),
+    FisherSpectrum(sample_unit="token"),
+    FisherSpectrum(max_params_per_block=10),
+    FisherSpectrum(deterministic=True),
+    FisherSpectrum(max_sample_grad_norm=0.1),
     TopEigenpairs(k=2, max_matvecs=6),
     TopEigenpairs(k=1, which="LA", max_matvecs=6, per_block=True),
+    TopEigenpairs(operator="empirical_fisher", k=3, per_block=True),
+    TopEigenpairs(operator="empirical_fisher", sample_unit="token", which="LA", k=1, max_matvecs=6),
     KFACCoverage(),
+    KFACQuality(),
+    KFACQuality(fisher="sampled", sharing="reduce", num_draws=2),
+    KFACQuality(fisher="exact", sample_unit="token", k=3),
+    GradientNoise(),
+    GradientNoise(decay=0.0),
 ]
 
 

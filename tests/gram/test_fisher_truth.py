@@ -8,10 +8,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from curvature_callbacks import compute_fisher_spectrum
-from curvature_callbacks.gram.engine import BlockGrams, Trust, block_grams
+from curvature_callbacks.gram.engine import BlockGrams, block_grams
+from curvature_callbacks.gram.trust import Trust
 from curvature_callbacks.measurements.base import offline_problem
 from curvature_callbacks.model.blocks import group_blocks
-from tests.cases import CASES, MORE_FAMILIES, SIZES, Case, causal_batch, family, image_batch, masked_batch, seq2seq_batch
+from tests.cases import (
+    CASES,
+    MORE_FAMILIES,
+    SIZES,
+    Case,
+    causal_batch,
+    family,
+    image_batch,
+    in_general_position,
+    masked_batch,
+    seq2seq_batch,
+)
 from tests.reference import fisher_eigenvalues, gradients_of, relative_error, sample_gradients, stacked
 
 SWEEP = {"causal": causal_batch, "tokens": masked_batch, "row": image_batch, "seq2seq": seq2seq_batch}
@@ -108,32 +120,43 @@ def test_a_tied_weight_holds_both_of_its_uses():
     assert relative_error(without, truth @ truth.T) > 0.05
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "t5", "reused", "scaled"])
+@pytest.mark.parametrize("name", CASES)
 def test_what_a_rule_covers_takes_no_fallback(name: str):
     case = CASES[name]
-    fallback = grams(case, case.model(), case.microbatches()).fallback
-    allowed = {"t5": ("relative_attention_bias",), "scaled": ("gain", "product")}.get(name, ())
-    assert all(any(part in parameter for part in allowed) for parameter in fallback), dict(fallback)
+    assert grams(case, case.model(), case.microbatches()).fallback == {}
+
+
+class Routed(nn.Module):
+    """A parameter indexed by what its sample holds, which has no rule, before a layer that has one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.ones(2, 5))
+        self.inner = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(torch.tanh(x * self.table[(x[:, 0] > 0).long()]))
 
 
 def test_what_has_no_rule_is_listed_with_its_reason():
-    case = CASES["convnet"]
-    spectra = compute_fisher_spectrum(case.model(), case.microbatches(), loss=case.loss)
-    fallback = spectra.metadata["fallback"]
-    assert "conv2d" in fallback["conv1.weight"]
-    assert "grouped conv2d" in fallback["layer1.1.conv1.weight"]
-    assert "batch_norm" in fallback["bn1.bias"]
-    assert not any(name.startswith("fc") for name in fallback)
+    case = CASES["mlp"]
+    model = in_general_position(Routed).double()
+    microbatches = case.microbatches()
+    spectra = compute_fisher_spectrum(model, microbatches, loss=case.loss)
+    assert spectra.metadata["fallback"] == {"table": "no rule for `getitem`"}
+    truth = stacked(sample_gradients(model, microbatches, case.kind))
+    assert relative_error(spectra.full.eigenvalues, fisher_eigenvalues(truth)) < 1e-10
 
 
 @pytest.mark.parametrize("sizes", [(3,), (2, 3, 6)])
-def test_a_sequence_first_layer_is_caught_by_the_certificate(sizes: tuple[int, ...]):
-    """T = 6 is a multiple of every N here: axis 0 passes for samples and only the random signs can tell."""
-    case = CASES["sequence_first"]
+def test_a_sequence_first_layer_is_read_the_other_way(sizes: tuple[int, ...]):
+    """T = 6 is a multiple of every N here: axis 0 passes for samples, and only the certificate can tell."""
+    case, trust = CASES["sequence_first"], Trust()
     model, microbatches = case.model(), case.microbatches(sizes)
-    found = grams(case, model, microbatches)
-    assert set(found.fallback) == {"inner.weight", "inner.bias"}
-    assert "certificate" in found.fallback["inner.weight"]
+    with offline_problem(model, microbatches, loss=case.loss, params_filter=None) as problem:
+        found = block_grams(problem.objective, problem.microbatches, problem.blocks, trust=trust, seed=0)
+    assert trust.positions_first == {"inner.weight", "inner.bias"}
+    assert found.fallback == {}
     assert_grams(found, sample_gradients(model, microbatches, case.kind), model, "layer", 1e-10)
 
 

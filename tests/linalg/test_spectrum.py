@@ -106,6 +106,92 @@ def test_centring_the_gram_is_centring_the_gradients(N: int, P: int):
     assert torch.allclose(centred(G @ G.T), difference @ difference.T, atol=1e-12)
 
 
+def weighted(N: int, P: int, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients (S, P) of N rows, one to four each, with weights (S,) and rows (S,)."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.arange(N).repeat_interleave(torch.randint(1, 5, (N,), generator=generator))
+    rows = rows[torch.randperm(len(rows), generator=generator)]
+    return gradients(len(rows), P, seed=seed), torch.rand(len(rows), generator=generator).double() + 0.5, rows
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_weighted_gradients_by_the_sums_they_stand_for(center: bool):
+    G, w, rows = weighted(6, 9)
+    root = w.sqrt()[:, None] * G
+    total = float(w.sum())
+    mean = sum(float(a) * g for a, g in zip(w, G, strict=True)) / total
+    dense = sum(float(a) * torch.outer(g, g) for a, g in zip(w, G, strict=True)) / total
+    dense = dense - torch.outer(mean, mean) if center else dense
+    found = spectrum_of_gram(
+        root @ root.T, num_params=9, dtype=torch.float64, normaliser=total, weights=w, samples=rows, center=center
+    )
+    assert torch.allclose(found.eigenvalues, torch.linalg.eigvalsh(dense).flip(0)[: found.rank], rtol=1e-9)
+    assert found.trace == pytest.approx(torch.trace(dense).item())
+    assert found.num_samples == len(G)
+
+
+def test_pair_statistics_are_over_pairs_of_different_rows():
+    G, w, rows = weighted(6, 9)
+    root = w.sqrt()[:, None] * G
+    options = {"num_params": 9, "dtype": torch.float64, "normaliser": float(w.sum()), "weights": w, "samples": rows}
+    found = spectrum_of_gram(root @ root.T, **options).metrics()
+    pairs = [(s, t) for s in range(len(G)) for t in range(len(G)) if rows[s] != rows[t]]
+    dots = math.fsum(float(w[s] * w[t] * (G[s] @ G[t])) for s, t in pairs)
+    assert found["mean_gradient_norm_squared"] == pytest.approx(dots / math.fsum(float(w[s] * w[t]) for s, t in pairs))
+    products = math.fsum(float(root[s] @ root[s]) * float(root[t] @ root[t]) for s, t in pairs)
+    squares = math.fsum(float(root[s] @ root[t]) ** 2 for s, t in pairs)
+    assert found["participation_ratio_unbiased"] == pytest.approx(products / squares)
+
+
+def test_pair_statistics_of_a_centred_spectrum_are_those_of_the_gradients():
+    """Of centred gradients the mean over pairs is -trace/(N-1), whatever they are, and no pair is independent."""
+    G = gradients(7, 5)
+    plain, found = (spectrum_of_gram(G @ G.T, num_params=5, dtype=G.dtype, center=c).metrics() for c in (False, True))
+    assert found["mean_gradient_norm_squared"] == pytest.approx(plain["mean_gradient_norm_squared"])
+    assert "participation_ratio_unbiased" not in found
+    assert found["trace"] == pytest.approx((G - G.mean(0)).square().sum().item() / 7)
+
+
+def test_a_mean_of_zero_by_definition_is_neither_subtracted_nor_reported():
+    G, w, rows = weighted(4, 6)
+    plain, found = (
+        spectrum_of_gram(
+            G @ G.T, num_params=6, dtype=G.dtype, normaliser=4, weights=torch.zeros_like(w), samples=rows, center=center
+        )
+        for center in (False, True)
+    )
+    assert torch.equal(plain.eigenvalues, found.eigenvalues)
+    assert "mean_gradient_norm_squared" not in plain.metrics()
+    assert "participation_ratio_unbiased" in plain.metrics()
+
+
+def test_gradients_of_one_row_have_no_pairs():
+    G = gradients(4, 6)
+    found = spectrum_of_gram(G @ G.T, num_params=6, dtype=G.dtype, samples=torch.zeros(4, dtype=torch.int64))
+    assert found.rank == 4
+    assert not found.pair_statistics
+
+
+def test_the_unbiased_participation_ratio_of_tokens_is_unbiased():
+    """Of both traces: rows of correlated tokens, against the population's, which the pairs within rows would miss."""
+    scales = torch.tensor([2.0, 1.0, 1.0, 0.5], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.arange(5).repeat_interleave(3)
+    parts = []
+    for _ in range(400):
+        shared = torch.randn(5, 1, 4, generator=generator, dtype=torch.float64).expand(5, 3, 4).reshape(15, 4)
+        G = (shared + torch.randn(15, 4, generator=generator, dtype=torch.float64)) / math.sqrt(2) * scales
+        K = G @ G.T
+        apart = rows[:, None] != rows
+        found = spectrum_of_gram(K, num_params=4, dtype=K.dtype, samples=rows).metrics()["participation_ratio_unbiased"]
+        squares = K[apart].square().mean().item()
+        parts.append((found * squares, squares))
+    products, squares = torch.tensor(parts, dtype=torch.float64).T
+    F_ = scales.square()
+    assert abs(squares.mean() - F_.square().sum()) < 4 * squares.std() / 20
+    assert abs(products.mean() - F_.sum() ** 2) < 4 * products.std() / 20
+
+
 def test_union_is_the_spectrum_of_the_block_diagonal_matrix():
     parts = {"a": gradients(5, 4, seed=1), "b": 3 * gradients(5, 7, seed=2), "c": gradients(5, 2, seed=3)}
     dense = torch.block_diag(*(dense_fisher(G) for G in parts.values()))

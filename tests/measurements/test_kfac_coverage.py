@@ -55,7 +55,9 @@ def test_energy_is_the_share_of_the_mean_gradient(name: str):
         ("gpt2", "transformer.ln_f.bias", r"shift"),
         ("llama", "model.norm.weight", r"scale"),
         ("convnet", "layer1.1.conv1.weight", r"grouped conv2d"),
-        ("convnet", "bn1.weight", r"batch_norm"),
+        ("convnet", "layer1.1.conv1.bias", r"bias of `layer1.1.conv1.weight`, used by grouped conv2d"),
+        ("convnet", "bn1.weight", r"scale"),
+        ("convnet", "bn1.bias", r"shift"),
         ("mixtral", "model.layers.0.mlp.experts.down_proj", r"no Kronecker factors"),
         ("vit", "vit.embeddings.cls_token", r"no Kronecker factors"),
     ],
@@ -72,6 +74,38 @@ def test_a_layer_used_several_times_counts_as_covered():
     case = CASES["reused"]
     report = compute_kfac_coverage(case.model(), case.microbatches(), loss=case.loss)
     assert set(report.uncovered) == {"norm.weight", "norm.bias"}
+
+
+class Convolutions(nn.Module):
+    """One to three dimensions, with a trained bias and without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv1d(1, 2, 2)
+        self.two = nn.Conv2d(1, 2, 2, bias=False)
+        self.three = nn.Conv3d(1, 2, 1, stride=2)
+        self.grouped = nn.Conv1d(2, 2, 1, groups=2)
+        self.transposed = nn.ConvTranspose1d(2, CLASSES, 2)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, 5)
+        maps = x[:, None, None] * x[:, None, :, None]  # (N, 1, 5, 5)
+        kept = self.two(maps).mean((2, 3)) + self.three(maps[:, :, None]).mean((2, 3, 4))
+        return self.transposed(self.grouped(self.one(x[:, None])) + kept[..., None]).mean(2)
+
+
+def test_convolutions_count_but_for_grouped_and_transposed_ones():
+    model = in_general_position(Convolutions).double()
+    report = compute_kfac_coverage(model, CASES["mlp"].microbatches(), loss="cross_entropy")
+    assert set(report.uncovered) == {f"{layer}.{part}" for layer in ("grouped", "transposed") for part in ("weight", "bias")}
+    assert report.elements == pytest.approx((4 + 2 + 8 + 2 + 2) / (4 + 2 + 8 + 2 + 2 + 2 + 2 + 12 + 3))
+
+
+def test_a_bias_counts_with_its_layer_and_by_itself_where_only_it_is_trained():
+    case = CASES["convnet"]
+    model = case.model()
+    report = compute_kfac_coverage(model, case.microbatches(), loss=case.loss, params_filter=lambda name, _: "bias" in name)
+    assert "fc.bias" not in report.uncovered
+    assert "bn1.bias" in report.uncovered
 
 
 class Unused(nn.Module):

@@ -2,40 +2,28 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from curvature_callbacks import ConfigurationError, MatrixOperator, RefusedError, TopEigenpairs, compute_spectrum
+from curvature_callbacks import ConfigurationError, FisherSpectrum, RefusedError, TopEigenpairs
+from curvature_callbacks.measurements import eigenproblem
 from curvature_callbacks.measurements.base import offline_problem
+from curvature_callbacks.operators.fisher import EmpiricalFisherOperator
+from curvature_callbacks.record import scalar_tags
 from tests.cases import CASES
-from tests.reference import case_loss, dense_hessian
+from tests.reference import case_loss, dense_hessian, fisher_eigenvalues, sample_gradients, stacked
 
 CASE = CASES["mlp"]
+PSD_METRICS = {"lambda_max", "lambda_min", "residual_lambda_max", "residual_lambda_min", "residual_max", "num_converged"}
 
 
-def truth(model: nn.Module, names: list[str] | None = None) -> torch.Tensor:
+def truth(model: nn.Module, names: list[str] | None = None) -> Tensor:
     names = names or [name for name, _ in model.named_parameters()]
     return torch.linalg.eigvalsh(dense_hessian(model, case_loss(CASE, CASE.microbatches()), names)).flip(0)
 
 
-@pytest.mark.parametrize("which", ["LA", "SA", "LM", "BE"])
-def test_the_ends_asked_for(which: str):
-    model = CASE.model()
-    values = truth(model)
-    pairs = compute_spectrum(model, CASE.microbatches(), loss=CASE.loss, k=4, which=which, tol=1e-8)
-    by_size = values[values.abs().argsort(descending=True)[:4]].sort(descending=True).values
-    ends = torch.cat([values[:2], values[-2:]])
-    expected = {"LA": values[:4], "SA": values[-4:], "LM": by_size, "BE": ends}[which]
-    assert torch.allclose(pairs.eigenvalues, expected, atol=1e-9 * values[0].item())
-
-
-def test_eigenvectors_follow_named_parameters():
-    model, microbatches = CASE.model(), CASE.microbatches()
-    names = [name for name, _ in model.named_parameters()]
-    H = dense_hessian(model, case_loss(CASE, microbatches), names)
-    pairs = compute_spectrum(model, microbatches, loss=CASE.loss, k=3, tol=1e-8, return_eigenvectors=True, true_residuals=True)
-    residuals = (H @ pairs.eigenvectors - pairs.eigenvectors * pairs.eigenvalues).norm(dim=0)
-    assert residuals.max() <= 1e-7 * pairs.eigenvalues[0]
-    assert pairs.eigenvectors.shape == (len(H), 3)
+def problem_of(case: Any = CASE, **options: Any) -> Any:
+    return offline_problem(case.model(), case.microbatches(), **{"loss": case.loss, "params_filter": None, **options})
 
 
 def test_the_measurement_reports_the_whole_model_and_its_blocks():
@@ -56,43 +44,108 @@ def test_the_measurement_reports_the_whole_model_and_its_blocks():
     assert again[0].num_matvecs == whole.num_matvecs - 3  # the self-check runs once
 
 
+@pytest.mark.parametrize("gram", [True, False], ids=["gram", "lanczos"])
+def test_the_fisher_of_the_whole_model_and_its_blocks(gram: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(eigenproblem, "_MAX_GRAM_SAMPLES", 6 if gram else 5)
+    measurement = TopEigenpairs(operator="empirical_fisher", k=4, tol=1e-8, per_block=True)
+    with problem_of() as problem:
+        (whole, *blocks), state = measurement.measure(problem, measurement.init(problem))
+        names = dict(problem.blocks)
+        again, _ = measurement.measure(problem, state)
+    gradients = sample_gradients(CASE.model(), CASE.microbatches(), CASE.kind)
+    values = fisher_eigenvalues(stacked(gradients))
+    assert whole.scalars["lambda_max"] == pytest.approx(values[0].item())
+    assert whole.arrays["eigenvalues"][:2] == pytest.approx(values[:2].tolist())
+    assert whole.scalars["lambda_min"] == pytest.approx(0.0, abs=1e-12)
+    assert [record.block for record in blocks] == list(names)
+    for record in blocks:
+        own = fisher_eigenvalues(stacked(gradients, list(names[record.block])))
+        assert record.scalars["lambda_max"] == pytest.approx(own[0].item())
+        assert record.arrays["eigenvalues"][:2] == pytest.approx(own[:2].tolist())
+        assert record.metadata["num_samples"] == 6
+    for record in (whole, *blocks):
+        assert set(record.scalars) == PSD_METRICS  # nothing about negative curvature
+        assert record.metadata["reorth_mode"] == ("gram" if gram else "full")
+        assert record.scalars["residual_max"] < 1e-7
+        assert record.scalars["num_converged"] == 4.0
+    assert state < 1e-10
+    assert again[0].num_matvecs == whole.num_matvecs - 2  # the self-check runs once
+
+
+@pytest.mark.parametrize("unit", ["sequence", "token"])
+def test_what_the_fisher_is_made_of_stands_in_the_record(unit: Any):
+    case = CASES["gpt2"]
+    microbatches = case.microbatches()
+    microbatches[1]["labels"][:] = -100
+    measurement = TopEigenpairs(operator="empirical_fisher", sample_unit=unit, k=1, which="LA")
+    with offline_problem(case.model(), microbatches, loss=None, params_filter=None) as problem:
+        ((record,), _) = measurement.measure(problem, None)
+    targets = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in microbatches)
+    expected = {"fisher": "empirical", "sample_unit": unit, "num_samples": 5, "num_targets": targets}
+    assert expected.items() <= record.metadata.items()
+    assert record.metadata["reorth_mode"] == {"sequence": "gram", "token": "full"}[unit]
+    assert "lambda_min" not in record.scalars  # the small end was not asked for
+
+
+def test_names_and_tags_differ_from_those_of_every_other_measurement():
+    kinds = [
+        TopEigenpairs(k=2, max_matvecs=6, per_block=True),
+        TopEigenpairs(operator="empirical_fisher", k=2, per_block=True),
+        TopEigenpairs(operator="empirical_fisher", sample_unit="token", k=2, max_matvecs=6, per_block=True),
+        FisherSpectrum(),
+    ]
+    names = [kind.name for kind in kinds]
+    assert names == ["hessian", "empirical_fisher_eigenpairs", "empirical_fisher_token_eigenpairs", "empirical_fisher"]
+    with problem_of() as problem:
+        tags = [set(scalar_tags(kind.measure(problem, kind.init(problem))[0])) for kind in kinds]
+    assert sum(map(len, tags)) == len(set().union(*tags))
+    assert "curvature/empirical_fisher_eigenpairs_lambda_max" in tags[1]
+    assert "curvature_empirical_fisher_eigenpairs/residual_lambda_min" in tags[1]
+    assert any(tag.startswith("curvature_empirical_fisher_eigenpairs_lambda_max/") for tag in tags[1])
+    assert "curvature_empirical_fisher_eigenpairs_over_blocks/residual_max_median" in tags[1]
+    assert "curvature/empirical_fisher_token_eigenpairs_lambda_max" in tags[2]
+
+
+def test_the_gram_is_shared_with_the_fisher_spectrum():
+    with problem_of() as problem:
+        fisher = FisherSpectrum()
+        fisher.measure(problem, fisher.init(problem))
+        grams = problem.block_grams
+        ((record,), _) = TopEigenpairs(operator="empirical_fisher", k=2).measure(problem, None)
+        assert problem.block_grams is grams
+        spectrum = fisher.measure(problem, fisher.init(problem))[0][0]
+    assert record.scalars["lambda_max"] == pytest.approx(spectrum.scalars["full_lambda_max"], rel=1e-12)
+
+
+@pytest.mark.parametrize("gram", [True, False], ids=["gram", "lanczos"])
+def test_wrong_products_are_refused_at_the_first_probe(gram: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(eigenproblem, "_MAX_GRAM_SAMPLES", 6 if gram else 5)
+    right = EmpiricalFisherOperator.jvp
+    monkeypatch.setattr(EmpiricalFisherOperator, "jvp", lambda self, v: 0.9 * right(self, v))
+    with problem_of() as problem, pytest.raises(RefusedError, match="same Jacobian"):
+        TopEigenpairs(operator="empirical_fisher", k=2).measure(problem, None)
+
+
+def test_a_loss_known_as_a_mean_only_is_asked_for_by_row():
+    def mean(model: nn.Module, batch: Any) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    with problem_of(loss=mean) as problem, pytest.raises(ConfigurationError, match="one loss per row"):
+        TopEigenpairs(operator="empirical_fisher", k=2).measure(problem, None)
+
+
 @pytest.mark.parametrize(
-    "options", [{"k": 0}, {"which": "SM"}, {"tol": 0.0}, {"k": 8, "max_matvecs": 7}, {"operator": "gauss_newton"}]
+    "options",
+    [
+        {"k": 0},
+        {"which": "SM"},
+        {"tol": 0.0},
+        {"k": 8, "max_matvecs": 7},
+        {"operator": "gauss_newton"},
+        {"operator": "empirical_fisher", "sample_unit": "word"},
+        {"operator": "hessian", "sample_unit": "token"},
+    ],
 )
 def test_the_measurement_names_its_bad_option(options: dict[str, Any]):
     with pytest.raises(ConfigurationError, match=f"`{list(options)[-1]}`"):
         TopEigenpairs(**options)
-
-
-@pytest.mark.parametrize(
-    "options", [{"k": 0}, {"which": "SM"}, {"tol": 0.0}, {"k": 8, "max_matvecs": 7}, {"operator": "fisher"}]
-)
-def test_the_function_names_its_bad_option(options: dict[str, Any]):
-    with pytest.raises(ValueError, match=f"`{list(options)[-1]}`"):
-        compute_spectrum(CASE.model(), CASE.microbatches(), loss=CASE.loss, **options)
-
-
-def test_an_operator_of_ones_own():
-    A = torch.diag(torch.arange(-3.0, 5.0, dtype=torch.float64))
-    pairs = compute_spectrum(CASE.model(), CASE.microbatches(), operator=MatrixOperator(A), k=2, which="BE")
-    assert pairs.eigenvalues.tolist() == pytest.approx([4.0, -3.0])
-    with pytest.raises(RefusedError, match="not symmetric"):
-        compute_spectrum(CASE.model(), None, operator=MatrixOperator(torch.triu(torch.ones(8, 8).double())), k=2)
-    with pytest.raises(ConfigurationError, match="operator"):
-        compute_spectrum(CASE.model(), None, operator=object(), k=2)
-
-
-def test_the_same_bits_twice():
-    model, microbatches = CASES["gpt2"].model(torch.float32), CASES["gpt2"].microbatches()
-    first, second = (compute_spectrum(model, microbatches, k=3, max_matvecs=12, seed=4) for _ in range(2))
-    assert torch.equal(first.eigenvalues, second.eigenvalues)
-    assert torch.equal(first.residuals, second.residuals)
-
-
-def test_bfloat16_models_are_measured_in_float32():
-    case = CASES["gpt2"]
-    model, microbatches = case.model(torch.bfloat16), case.microbatches((2,))
-    names = [name for name, _ in model.named_parameters() if "h.1.attn.c_proj" in name]
-    values = torch.linalg.eigvalsh(dense_hessian(model, case_loss(case, microbatches), names))
-    pairs = compute_spectrum(model, microbatches, k=2, which="BE", params_filter=lambda name, _: name in names)
-    assert pairs.eigenvalues.tolist() == pytest.approx([values[-1].item(), values[0].item()], rel=1e-4)

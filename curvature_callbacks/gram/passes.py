@@ -1,0 +1,178 @@
+"""Passes: hooked forward and backward passes over all microbatches."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Final, final
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from curvature_callbacks.batches import batch_size, map_tensors
+from curvature_callbacks.gram.capture import Capture
+from curvature_callbacks.gram.rows import check_rows
+from curvature_callbacks.gram.sources import Placed
+from curvature_callbacks.gram.storage import Storage
+from curvature_callbacks.gram.trust import Trust
+from curvature_callbacks.model.objective import Objective
+from curvature_callbacks.model.sample_losses import SampleLosses
+from curvature_callbacks.model.surrogates import FisherType, Surrogate, surrogates
+
+_ANY_KERNEL: Final = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]  # nothing is differentiated twice here, so that fused attention will do
+
+Consume = Callable[[str, list[list[Placed]]], None]
+
+
+@final
+@dataclass(slots=True)
+class Passed:
+    """What the passes over all microbatches found out.
+
+    Attributes:
+        unruled: parameter to why it has no valid rule.
+        sizes: rows of each backward pass, in order.
+        num_targets: for each microbatch (rows,) valid targets, on the CPU.
+        surrogates: for each microbatch what its backward passes differentiate; `[None]` for its sum of losses.
+        kinds: parameter to the operations that used it.
+        positions: parameter to the positions per sample of each use.
+        biases: weight to the biases its operations added.
+        mode: how factors were kept, see `Storage.mode`.
+    """
+
+    unruled: dict[str, str]
+    sizes: list[int] = field(default_factory=list)
+    num_targets: list[Tensor] = field(default_factory=list)
+    surrogates: list[list[Surrogate | None]] = field(default_factory=list)
+    kinds: dict[str, list[str]] = field(default_factory=dict)
+    positions: dict[str, list[int]] = field(default_factory=dict)
+    biases: dict[str, set[str | None]] = field(default_factory=dict)
+    mode: str = "one pass"
+
+
+def run_passes(
+    objective: Objective,
+    microbatches: Sequence[Any],
+    consume: Consume,
+    result: Passed,
+    kind: FisherType,
+    trust: Trust,
+    *,
+    seed: int,
+    storage: Storage,
+) -> None:
+    """Every microbatch forward once and backward once a surrogate; `consume` gets a parameter with its uses in every pass.
+
+    `result` is filled on the way; what is known of the last microbatch's forward pass is there before its backward passes. A
+    parameter is consumed in the last backward pass as soon as its last use is complete. Until then the factors of earlier
+    passes are kept within the budget; what does not fit is captured in further rounds over the microbatches, by groups of
+    parameters. All ways give the same numbers.
+
+    Cost: forward passes, and backward passes for activation gradients only; each further round the same again.
+    """
+    names = [name for name in objective.parameters if name not in result.unruled]
+    names = _Round(objective, microbatches, kind, trust, seed, names, result, storage).run(consume)
+    while names:
+        storage.start_round()
+        names = _Round(objective, microbatches, kind, trust, seed, names, result, storage).run(consume)
+    result.mode = storage.mode
+
+
+@final
+@dataclass(slots=True)
+class _Round:
+    """One round over the microbatches for a group of parameters; the first one also notes what the passes are."""
+
+    objective: Objective
+    microbatches: Sequence[Any]
+    kind: FisherType
+    trust: Trust
+    seed: int
+    names: list[str]
+    result: Passed
+    storage: Storage
+    uses: dict[str, list[list[Placed]]] = field(default_factory=dict)
+    index: int = 0  # of the backward pass
+
+    def run(self, consume: Consume) -> list[str]:
+        """Consume all names but those returned, which have to wait for another round."""
+        self.uses = {name: [] for name in self.names}
+        postponed: list[str] = []
+        count = len(self.microbatches)
+        for place, batch in enumerate(self.microbatches):
+            self._microbatch(place, batch, consume)
+            if place < count - 1:
+                postponed += self._postpone((place + 1) / count)
+        for name, found in self.uses.items():  # used by no microbatch's loss, or not by the last one
+            if name not in self.result.unruled:
+                consume(name, self._padded(found))
+        return [name for name in self.names if name in set(postponed)]
+
+    def _microbatch(self, place: int, batch: Any, consume: Consume) -> None:
+        values = {name: parameter.detach() for name, parameter in self.objective.parameters.items()}
+        capture = self._capture(values, batch)
+        with capture, sdpa_kernel(_ANY_KERNEL):
+            losses = self.objective(map_tensors(batch, torch.Tensor.detach), values)
+        self._note(capture)
+        chosen = self._surrogates(place, batch, losses)
+        for number, surrogate in enumerate(chosen):
+            again = number < len(chosen) - 1
+            last = place == len(self.microbatches) - 1 and not again
+            capture.completed = partial(self._take, consume if last else None)
+            capture.backward(losses.total if surrogate is None else surrogate(losses).sum(), again=again)
+            self.index += 1
+
+    def _capture(self, values: dict[str, Tensor], batch: Any) -> Capture:
+        taken = {name: values[name] for name in self.names}
+        others = [value for name, value in values.items() if name not in taken]
+        return Capture(
+            taken,
+            batch_size(batch),
+            unruled=self.result.unruled,
+            positions_first=self.trust.positions_first,
+            constants=[*others, *self.objective.constants()],
+        )
+
+    def _surrogates(self, place: int, batch: Any, losses: SampleLosses) -> list[Surrogate | None]:
+        if place < len(self.result.surrogates):
+            return self.result.surrogates[place]
+        size = batch_size(batch)
+        chosen: list[Surrogate | None] = [None]
+        if self.kind.fisher != "empirical" or self.kind.sample_unit != "sequence":
+            chosen = [*surrogates(self.kind, losses, seed=self.seed + place)]
+        elif losses.per_sample is None and size > 1:
+            check_rows(self.objective, batch)
+        self.result.surrogates.append(chosen)
+        self.result.sizes += [size] * len(chosen)
+        self.result.num_targets.append(losses.num_targets.cpu())
+        return chosen
+
+    def _take(self, consume: Consume | None, name: str, found: list[Placed]) -> None:
+        if name not in self.uses:  # waits for another round
+            return
+        if consume is None:
+            self.uses[name] = [*self._padded(self.uses[name], self.index), self.storage.keep(name, found)]
+        else:
+            consume(name, [*self._padded(self.uses.pop(name), self.index), found])
+
+    def _padded(self, found: list[list[Placed]], length: int | None = None) -> list[list[Placed]]:
+        """With no uses in the passes that did not reach the parameter."""
+        return found + [[] for _ in range((self.index if length is None else length) - len(found))]
+
+    def _postpone(self, share: float) -> list[str]:
+        later = self.storage.postponed(self.uses, share)
+        for name in later:
+            del self.uses[name]
+        return later
+
+    def _note(self, capture: Capture) -> None:
+        for name, kinds in capture.kinds.items():
+            self.result.kinds.setdefault(name, []).extend(kinds)
+        for name, positions in capture.positions.items():
+            self.result.positions.setdefault(name, []).extend(positions)
+        for weight, biases in capture.biases.items():
+            self.result.biases.setdefault(weight, set()).update(biases)

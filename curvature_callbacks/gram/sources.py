@@ -1,0 +1,192 @@
+"""Sources: tensors that depend on parameters only, and what a use of them means for the parameters."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final, final
+
+import torch
+from torch import Tensor
+
+from curvature_callbacks.gram.uses import Dense, OuterProduct, Tap, Use
+
+_HELD_BYTES: Final = 256 << 20  # per-sample gradients of computed tensors and of the parameters behind them, one microbatch
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class View:
+    """A rearranged part of one parameter, by its elements in memory.
+
+    Attributes:
+        name: the parameter.
+        start: first element.
+        layout: (size, stride) of every axis, axes that run on merged; equal layouts list elements in the same order.
+        shape: of the view.
+        whole: whether it is the parameter as it is.
+    """
+
+    name: str
+    start: int
+    layout: tuple[tuple[int, int], ...]
+    shape: tuple[int, ...]
+    whole: bool
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        size = 1
+        for length in self.shape:
+            size *= length
+        return size
+
+
+@final
+class Source:
+    """A tensor that is a function of parameters.
+
+    Args:
+        value: the tensor the model sees, cut off from any graph.
+        view: where it is a mere rearrangement of (part of) one parameter.
+        graph: the same value as a differentiable function of the leaves, where it had to be computed.
+    """
+
+    def __init__(self, value: Tensor, view: View | None, graph: Tensor | None) -> None:
+        self.value = value
+        self.view = view
+        self.graph = graph
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A completed use of a view of a parameter."""
+
+    view: View
+    use: Use
+
+
+def view_of(name: str, tensor: Tensor, parameter: Tensor) -> View | None:
+    """`tensor` as a view of the contiguous `parameter`, or None where it is not one (a copy, overlapping elements)."""
+    if tensor.shape == parameter.shape and tensor.stride() == parameter.stride() and _same_place(tensor, parameter):
+        return View(name, 0, ((parameter.numel(), 1),), tuple(tensor.shape), True)
+    if not parameter.is_contiguous() or not _shares_storage(tensor, parameter):
+        return None
+    axes = [(size, stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size != 1]
+    if not _covers_an_interval(axes):
+        return None
+    start = int(tensor.storage_offset() - parameter.storage_offset())
+    return View(name, start, _merged(axes), tuple(tensor.shape), False)
+
+
+def placed(view: View, tap: Tap, value: Tensor) -> tuple[View, Tap]:
+    """View and tap, a transposed matrix turned round so that all uses of a matrix list its elements in one order."""
+    if isinstance(tap, OuterProduct) and value.ndim == 2 and value.stride(0) == 1 and value.stride(1) == value.shape[0]:
+        rows, columns = value.shape
+        if rows > 1 and columns > 1:
+            turned = View(view.name, view.start, ((rows * columns, 1),), (columns, rows), view.whole)
+            return turned, tap.transposed()
+    return view, tap
+
+
+@final
+class Pullback:
+    """Per-sample gradients of computed tensors, carried back to the parameters they are computed from.
+
+    One vector-Jacobian product a sample through the graph of the parameters alone, which holds no activations.
+    """
+
+    def __init__(self) -> None:
+        self._sources: list[Source] = []
+        self._gradients: dict[int, Tensor] = {}
+        self._held = 0
+
+    def admits(self, source: Source, names: Iterable[str], leaves: Mapping[str, Tensor], num_samples: int) -> bool:
+        """Whether the per-sample gradients of `source` and its parameters fit in memory; counts them if so."""
+        if any(known is source for known in self._sources):
+            return True
+        size = source.value.numel() + sum(leaves[name].numel() for name in names)
+        needed = num_samples * size * source.value.element_size()
+        if self._held + needed > _HELD_BYTES:
+            return False
+        self._held += needed
+        self._sources.append(source)
+        return True
+
+    def add(self, source: Source, use: Use) -> None:
+        """Add the per-sample gradients of one use of `source`."""
+        shape = source.value.shape
+        rows = use.rows(0, shape[0] if shape else 1).reshape(use.num_samples, *shape)
+        found = self._gradients.get(id(source))
+        self._gradients[id(source)] = rows if found is None else found + rows
+
+    def finish(self, leaves: Mapping[str, Tensor]) -> dict[str, Dense]:
+        """Parameter to its per-sample gradients through all tensors added so far, which are forgotten."""
+        reached = [source for source in self._sources if id(source) in self._gradients]
+        graphs = [source.graph for source in reached if source.graph is not None]
+        gradients, self._gradients = [self._gradients[id(source)] for source in reached], {}
+        if not graphs:
+            return {}
+        needed = {name: leaves[name] for name in sorted({name for graph in graphs for name in leaf_names(graph, leaves)})}
+        rows: dict[str, list[Tensor]] = {name: [] for name in needed}
+        for sample in zip(*gradients, strict=True):
+            found = torch.autograd.grad(graphs, list(needed.values()), sample, retain_graph=True, allow_unused=True)
+            for name, gradient in zip(needed, found, strict=True):
+                if gradient is not None:
+                    rows[name].append(gradient)
+        return {
+            name: Dense("function of the parameter", torch.stack(found).reshape(len(found), *(needed[name].shape or (1,))))
+            for name, found in rows.items()
+            if found
+        }
+
+
+def _dense(gradients: list[Tensor]) -> Dense:
+    found = torch.stack(gradients)
+    return Dense("function of the parameter", found if found.ndim > 1 else found[:, None])
+
+
+def leaf_names(graph: Tensor, leaves: Mapping[str, Tensor]) -> list[str]:
+    """Names of the leaves that `graph` was computed from. Cost: one traversal of its graph."""
+    names = {id(leaf): name for name, leaf in leaves.items()}
+    if id(graph) in names:
+        return [names[id(graph)]]
+    found: set[str] = set()
+    pending, seen = [graph.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        name = names.get(id(getattr(node, "variable", None)))
+        if name is not None:
+            found.add(name)
+        pending += [parent for parent, _ in node.next_functions]
+    return sorted(found)
+
+
+def _same_place(tensor: Tensor, parameter: Tensor) -> bool:
+    return _shares_storage(tensor, parameter) and tensor.storage_offset() == parameter.storage_offset()
+
+
+def _shares_storage(tensor: Tensor, parameter: Tensor) -> bool:
+    return tensor.dtype == parameter.dtype and tensor.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
+
+
+def _covers_an_interval(axes: list[tuple[int, int]]) -> bool:
+    """Whether the elements fill an interval of the memory, each once."""
+    expected = 1
+    for size, stride in sorted(axes, key=lambda axis: axis[1]):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _merged(axes: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    merged: list[tuple[int, int]] = []
+    for size, stride in axes:
+        if merged and merged[-1][1] == size * stride:
+            merged[-1] = (merged[-1][0] * size, stride)
+        else:
+            merged.append((size, stride))
+    return tuple(merged) or ((1, 1),)

@@ -1,0 +1,109 @@
+"""Storage: where the factors of earlier passes wait until the last pass completes them."""
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final, final
+
+import torch
+from torch import Tensor
+
+from curvature_callbacks.gram.sources import Placed
+from curvature_callbacks.gram.uses import Dense, OuterProduct, Use
+
+_CPU_BYTES: Final = 2 << 30
+_FREE_SHARE: Final = 0.5  # of the memory that is free when a probe begins
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryBudget:
+    """Bytes that the factors of earlier passes may take.
+
+    Attributes:
+        device_bytes: on the model's device.
+        host_bytes: on the host beyond that; 0 where the model lives there.
+    """
+
+    device_bytes: int
+    host_bytes: int = 0
+
+
+def memory_budget(device: torch.device, device_bytes: int | None = None) -> MemoryBudget:
+    """The budget for a model on `device`: 2 GiB on a CPU; on an accelerator half of its free memory, then of the host's."""
+    if device.type == "cpu":
+        return MemoryBudget(device_bytes=_CPU_BYTES if device_bytes is None else device_bytes)
+    host = int(_FREE_SHARE * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    if device_bytes is None:
+        device_bytes = int(_FREE_SHARE * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else _CPU_BYTES
+    return MemoryBudget(device_bytes=device_bytes, host_bytes=host)
+
+
+@final
+class Storage:
+    """Keeps completed uses: on the device while they fit, then on the host; says what has to wait for another round.
+
+    A use is kept as per-sample gradients where these are fewer numbers than its factors: `min(T (d_in + d_out), d_in d_out)`
+    a sample, unless the factors themselves are wanted (K-FAC). Tensors that several uses share (the input of queries, keys and values) count once.
+    """
+
+    def __init__(self, budget: MemoryBudget, *, factors_wanted: bool) -> None:
+        self._budget = budget
+        self._factors_wanted = factors_wanted
+        self._seen: set[int] = set()
+        self._on_host = 0
+        self._bytes: dict[str, int] = {}
+        self._rounds = 1
+
+    @property
+    def mode(self) -> str:
+        """How it was kept: `one pass` (nothing to keep), `factors on device`, `factors on host`, `k block groups`."""
+        if self._rounds > 1:
+            return f"{self._rounds} block groups"
+        if self._on_host:
+            return "factors on host"
+        return "factors on device" if self._bytes else "one pass"
+
+    def keep(self, name: str, found: Sequence[Placed]) -> list[Placed]:
+        """The same uses in the form and place in which they wait."""
+        kept = found if self._factors_wanted else [Placed(one.view, _smaller(one.use)) for one in found]
+        size = sum(self._count(tensor) for one in kept for tensor in one.use.tensors())
+        self._bytes[name] = self._bytes.get(name, 0) + size
+        if self._budget.host_bytes == 0 or sum(self._bytes.values()) - self._on_host <= self._budget.device_bytes:
+            return list(kept)
+        self._on_host += size
+        return [Placed(one.view, one.use.moved(torch.device("cpu"))) for one in kept]
+
+    def postponed(self, names: Iterable[str], share: float) -> list[str]:
+        """Names, from the end, that cannot be kept until the last pass when `share` of all passes are done."""
+        limit = (self._budget.device_bytes + self._budget.host_bytes) * share
+        total, later = 0, []
+        for position, name in enumerate(names):
+            size = self._bytes.get(name, 0)
+            if position and size and total + size > limit:
+                later.append(name)
+            else:
+                total += size
+        return later
+
+    def start_round(self) -> None:
+        """Forget what the last round kept and count another."""
+        self._seen.clear()
+        self._bytes.clear()
+        self._rounds += 1
+
+    def _count(self, tensor: Tensor) -> int:
+        key = tensor.untyped_storage().data_ptr()
+        if key in self._seen:
+            return 0
+        self._seen.add(key)
+        return tensor.numel() * tensor.element_size()
+
+
+def _smaller(use: Use) -> Use:
+    if not isinstance(use, OuterProduct):
+        return use
+    left, right = use.factors()
+    _, T, rows = left.shape
+    columns = right.shape[2]
+    return Dense(use.kind, use.rows(0, rows)) if rows * columns < T * (rows + columns) else use

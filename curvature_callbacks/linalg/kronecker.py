@@ -1,0 +1,240 @@
+"""Kronecker: the eigenbasis of `A x G` from its factors, and how well it stands for a Fisher matrix, with nothing P x P.
+
+A layer's parameters are the matrix (d_out, d_in), with the bias as a last column; `A` (d_in, d_in) acts on its columns, `G`
+(d_out, d_out) on its rows: `(A x G) vec(V) = vec(G V A)`. The eigenvalues of `A x G` are the products of those of the factors.
+"""
+
+import heapq
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final, final
+
+import torch
+from torch import Tensor
+
+_CHUNK: Final = 1 << 12  # columns cast to float64 at a time
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Factor:
+    """A symmetric positive semi-definite matrix (d, d) of rank r by its non-zero eigenpairs.
+
+    Attributes:
+        eigenvalues: (r,) float64, descending, positive.
+        basis: (d, r) eigenvectors as columns, in the dtype of the data; None for a diagonal factor.
+        axes: (r,) int64 for a diagonal factor: which coordinate has the eigenvalue.
+    """
+
+    eigenvalues: Tensor
+    basis: Tensor | None = None
+    axes: Tensor | None = None
+
+    def rotated(self, vectors: Tensor) -> Tensor:
+        """Coordinates (..., r) of `vectors` (..., d) in the eigenbasis. Cost: `2 d r` operations a vector."""
+        if self.basis is not None:
+            return vectors @ self.basis
+        assert self.axes is not None
+        return vectors[..., self.axes]
+
+
+def factor_of_matrix(matrix: Tensor, *, dtype: torch.dtype) -> Factor:
+    """Eigenpairs of a symmetric positive semi-definite `matrix` (d, d), the basis in `dtype`; one pair of nan where it is not finite.
+
+    Cost: one d x d symmetric eigensolve in float64.
+    """
+    if not matrix.isfinite().all():
+        return _unknown(len(matrix), matrix.to(dtype))
+    values, vectors = torch.linalg.eigh(matrix.to(torch.float64))
+    kept = _kept(values)
+    return Factor(eigenvalues=values[kept].flip(0), basis=vectors[:, kept].flip(1).to(dtype))
+
+
+def factor_of_rows(rows: Tensor, *, scale: float) -> Factor:
+    """Eigenpairs of `scale rows' rows` (d, d) from the Gram of its `rows` (n, d): for n < d, where d x d may not fit at all.
+
+    One pair of nan where they are not finite. Products in float64: the eigenvectors `rows' v / sqrt(lambda)` of small eigenvalues would not be orthonormal otherwise.
+
+    Cost: `2 n^2 d` operations and one n x n symmetric eigensolve in float64. Memory: n x n and the basis, d x r.
+    """
+    gram = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
+    for part in torch.split(rows, _CHUNK, dim=1):
+        gram.addmm_(part.double(), part.double().T)
+    if not gram.isfinite().all():
+        return _unknown(rows.shape[1], rows)
+    values, vectors = torch.linalg.eigh(gram)
+    kept = _kept(values)
+    values, vectors = values[kept].flip(0), vectors[:, kept].flip(1)
+    basis = torch.cat([part.double().T @ vectors for part in torch.split(rows, _CHUNK, dim=1)]) / values.sqrt()
+    return Factor(eigenvalues=values * scale, basis=basis.to(rows.dtype))
+
+
+def factor_of_diagonal(diagonal: Tensor) -> Factor:
+    """Eigenpairs of `diag(diagonal)` (d,): its positive entries, and where they stand."""
+    values, axes = diagonal.to(torch.float64).sort(descending=True, stable=True)
+    kept = values > 0
+    return Factor(eigenvalues=values[kept], axes=axes[kept])
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class KroneckerFactors:
+    """K-FAC's approximation `A x G` of a layer's Fisher block, and EKFAC's in the same eigenbasis.
+
+    Attributes:
+        A: of the inputs, (d_in, d_in); with the bias, the last coordinate is the constant 1 it is multiplied with.
+        G: of the output gradients, (d_out, d_out).
+        corrected: (r_G, r_A) float64, EKFAC's eigenvalues `u_j' F u_j` for the pairs of eigenvectors, in the factors' order;
+            outside these the Fisher vanishes (`expand`) or is left out (`reduce`). None where it was not computed.
+    """
+
+    A: Factor
+    G: Factor
+    corrected: Tensor | None = None
+
+    def metrics(self, *, rank_cut: float) -> dict[str, float]:
+        """The numbers of `A x G` and its factors, from their two lists of eigenvalues.
+
+        `lambda_max`, `trace`, `frobenius_norm` of `A x G`; `condition_number` (largest over smallest eigenvalue above
+        `rank_cut` times the largest) and `effective_rank` (exp of the entropy of those, Roy and Vetterli 2007) of A (`input_`),
+        of G (`output_`) and of `A x G`: products of the two, since entropies add. Empty where a factor is zero.
+        """
+        if min(len(self.A.eigenvalues), len(self.G.eigenvalues)) == 0:
+            return {}
+        a, g = self.A.eigenvalues, self.G.eigenvalues
+        conditions, ranks = zip(*(_condition_and_rank(values, rank_cut) for values in (a, g)), strict=True)
+        return {
+            "lambda_max": (a[0] * g[0]).item(),
+            "trace": (a.sum() * g.sum()).item(),
+            "frobenius_norm": (a.norm() * g.norm()).item(),
+            "condition_number": math.prod(conditions),
+            "effective_rank": math.prod(ranks),
+            "input_condition_number": conditions[0],
+            "output_condition_number": conditions[1],
+            "input_effective_rank": ranks[0],
+            "output_effective_rank": ranks[1],
+        }
+
+
+def top_eigenvalues(factors: KroneckerFactors, k: int) -> Tensor:
+    """The k largest eigenvalues of `A x G`, (min(k, r_A r_G),) float64 on CPU, descending.
+
+    Best-first search over the two sorted lists: `(i, j)` is looked at after `(i, j - 1)`, or after `(i - 1, 0)` for j = 0.
+
+    Cost: O(k log k); the r_A r_G products are not formed.
+    """
+    a, g = factors.A.eigenvalues[:k].tolist(), factors.G.eigenvalues[:k].tolist()
+    front = [(-a[0] * g[0], 0, 0)] if a and g else []
+    found: list[float] = []
+    while front and len(found) < k:
+        value, i, j = heapq.heappop(front)
+        found.append(-value)
+        if j + 1 < len(g):
+            heapq.heappush(front, (-a[i] * g[j + 1], i, j + 1))
+        if j == 0 and i + 1 < len(a):
+            heapq.heappush(front, (-a[i + 1] * g[0], i + 1, 0))
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def top_corrected_eigenvalues(factors: KroneckerFactors, k: int) -> Tensor:
+    """The k largest EKFAC eigenvalues, (min(k, r_A r_G),) float64 on CPU, descending."""
+    assert factors.corrected is not None
+    flat = factors.corrected.flatten()
+    return flat.topk(min(k, len(flat))).values.cpu()
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Approximation:
+    """How near `K = A x G` and `E = U diag(c) U'` (EKFAC) are to the Fisher block F in the Frobenius norm.
+
+    E is the best matrix in K's eigenbasis: `<F, E> = |E|^2`, so its error is never above that of K. Errors below 1e-3 are
+    rounding for float32 gradients (a difference of squares good to 1e-7). nan where F (for cosines also K or E) is zero.
+
+    Attributes:
+        fisher_squared: `|F|^2`.
+        kfac_squared: `|A|^2 |G|^2`.
+        ekfac_squared: `|c|^2`.
+        inner: `<F, A x G>`.
+    """
+
+    fisher_squared: float
+    kfac_squared: float
+    ekfac_squared: float
+    inner: float
+
+    @property
+    def kfac_cosine(self) -> float:
+        """`<F, K> / (|F| |K|)`, 0..1."""
+        return _ratio(self.inner, math.sqrt(self.fisher_squared) * math.sqrt(self.kfac_squared))
+
+    @property
+    def kfac_relative_error(self) -> float:
+        """`|F - K| / |F|`, 0 upwards."""
+        squared = _ratio(self.fisher_squared - 2 * self.inner + self.kfac_squared, self.fisher_squared)
+        return math.sqrt(max(squared, 0.0))  # nan stays nan
+
+    @property
+    def ekfac_cosine(self) -> float:
+        """`<F, E> / (|F| |E|) = |E| / |F|`, 0..1."""
+        return _ratio(self.ekfac_squared, math.sqrt(self.fisher_squared) * math.sqrt(self.ekfac_squared))
+
+    @property
+    def ekfac_relative_error(self) -> float:
+        """`|F - E| / |F|`, 0..1."""
+        squared = _ratio(self.fisher_squared - self.ekfac_squared, self.fisher_squared)
+        return math.sqrt(max(squared, 0.0))  # nan stays nan
+
+
+def approximation(factors: KroneckerFactors, gram: Tensor, *, normaliser: float) -> Approximation:
+    """Quality of K-FAC and EKFAC for `F = (1/normaliser) sum_s g_s g_s'`.
+
+    `|F| = |gram| / normaliser`, `<F, A x G> = sum_jk corrected_jk lambda_j mu_k`: the corrected eigenvalues are the diagonal of
+    F in the eigenbasis in which `A x G` is diagonal.
+
+    Args:
+        factors: with `corrected`.
+        gram: (S, S), `g_s . g_s'` over the layer's weight and bias.
+        normaliser: of F.
+    """
+    assert factors.corrected is not None
+    corrected, a, g = factors.corrected, factors.A.eigenvalues, factors.G.eigenvalues
+    return Approximation(
+        fisher_squared=(gram.to(torch.float64).norm().item() / normaliser) ** 2,
+        kfac_squared=(a.norm() * g.norm()).item() ** 2,
+        ekfac_squared=corrected.norm().item() ** 2,
+        inner=(g @ corrected @ a).item(),
+    )
+
+
+def block_diagonal(parts: Iterable[Approximation]) -> Approximation:
+    """Quality for the block-diagonal matrices of several layers: inner products add, so each layer counts by its `|F|`."""
+    listed = list(parts)
+    return Approximation(
+        fisher_squared=math.fsum(part.fisher_squared for part in listed),
+        kfac_squared=math.fsum(part.kfac_squared for part in listed),
+        ekfac_squared=math.fsum(part.ekfac_squared for part in listed),
+        inner=math.fsum(part.inner for part in listed),
+    )
+
+
+def _unknown(size: int, like: Tensor) -> Factor:
+    nan = torch.full((1,), torch.nan, dtype=torch.float64, device=like.device)
+    return Factor(eigenvalues=nan, basis=nan.to(like.dtype).expand(size, 1))
+
+
+def _kept(values: Tensor) -> Tensor:
+    """Eigenvalues (ascending) above the rounding of a float64 eigensolve."""
+    floor = len(values) * torch.finfo(torch.float64).eps * values[-1:].clamp_min(0.0)
+    return values > floor
+
+
+def _condition_and_rank(eigenvalues: Tensor, rank_cut: float) -> tuple[float, float]:
+    kept = eigenvalues[eigenvalues > rank_cut * eigenvalues[0]]
+    share = kept / kept.sum()
+    return (kept[0] / kept[-1]).item(), math.exp(-(share * share.log()).sum().item())
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator > 0 else math.nan

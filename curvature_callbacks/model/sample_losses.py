@@ -1,0 +1,106 @@
+"""SampleLosses: losses of single samples and targets, with the likelihood behind them; the standard forms."""
+
+from dataclasses import dataclass
+from typing import Final, Literal, final
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+IGNORED: Final = -100  # the label torch and Hugging Face ignore
+
+Likelihood = Literal["categorical", "gaussian", "bernoulli"]
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Predictive:
+    """The distribution of a target that a loss is the negative log-likelihood of.
+
+    Scaled so that the Fisher of the drawn labels' gradients is the GGN of the loss, output by output:
+    `categorical`, `l = cross-entropy`: labels drawn from `softmax(logits)`;
+    `gaussian`, `l = mean over D outputs of (f - y)^2`: `y = f + sigma eps` with `sigma^2 = D / 2`;
+    `bernoulli`, `l = mean over D outputs of the binary cross-entropy`: every output drawn by itself, the gradient
+    `J'(p - y) / sqrt(D)`, which is `sqrt(D)` times that of `l`.
+
+    Attributes:
+        kind: the family.
+        logits: (N, M, C) outputs of M targets, differentiable; M = 1 and C = D for `gaussian` and `bernoulli`.
+        valid: (N, M) bool, which targets count.
+    """
+
+    kind: Likelihood
+    logits: Tensor
+    valid: Tensor
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class SampleLosses:
+    """Losses of one microbatch; the objective is `sum total / sum num_targets` over microbatches.
+
+    Attributes:
+        total: 0-d, `sum_i l_i` with `l_i` the sum over the valid targets of sample i, differentiable.
+        num_targets: (N,) int64, valid targets `n_i`; 1 per row where the loss is a mean over rows.
+        per_sample: (N,) `l_i`, or None where the loss is only known as the batch's mean.
+        per_target: (N, M) losses of single targets, zero at those that do not count, `per_sample = per_target.sum(1)`;
+            None where single targets are not told apart.
+        predictive: what labels can be drawn from; None where the likelihood of the loss is not known.
+    """
+
+    total: Tensor
+    num_targets: Tensor
+    per_sample: Tensor | None
+    per_target: Tensor | None = None
+    predictive: Predictive | None = None
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> SampleLosses:
+    """Cross-entropy of `logits` (N, ..., C) at `labels` (N, ...), summed over each row's valid positions."""
+    N, C = len(labels), logits.shape[-1]
+    logits = logits.reshape(N, -1, C)
+    labels = labels.to(logits.device).reshape(N, -1)
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+    valid = labels != IGNORED
+    return _of_targets(losses.reshape(N, -1), Predictive("categorical", logits, valid))
+
+
+def shifted_cross_entropy(logits: Tensor, labels: Tensor) -> SampleLosses:
+    """Position t predicts label t + 1, as causal language models do inside themselves.
+
+    The labels are shifted, not the logits: a slice of those would be copied, forward and backward.
+    """
+    return cross_entropy(logits, F.pad(labels[:, 1:], (0, 1), value=IGNORED))
+
+
+def squared_errors(logits: Tensor, labels: Tensor) -> SampleLosses:
+    """Mean squared error of every row."""
+    elements = F.mse_loss(logits, labels.to(logits).reshape(logits.shape), reduction="none")
+    return _row_means(elements, logits, "gaussian")
+
+
+def binary_cross_entropies(logits: Tensor, labels: Tensor) -> SampleLosses:
+    """Mean binary cross-entropy of every row."""
+    elements = F.binary_cross_entropy_with_logits(logits, labels.to(logits).reshape(logits.shape), reduction="none")
+    return _row_means(elements, logits, "bernoulli")
+
+
+def without_targets(num_targets: Tensor, device: torch.device, dtype: torch.dtype) -> SampleLosses:
+    """A microbatch without a single valid target: nothing to sum, nothing to draw."""
+    N = len(num_targets)
+    per_target = torch.zeros(N, 1, device=device, dtype=dtype)
+    valid = torch.zeros(N, 1, device=device, dtype=torch.bool)
+    predictive = Predictive("categorical", per_target[:, :, None], valid)
+    return SampleLosses(per_target.sum(), num_targets, per_target[:, 0], per_target, predictive)
+
+
+def _row_means(elements: Tensor, logits: Tensor, kind: Likelihood) -> SampleLosses:
+    N = len(elements)
+    valid = torch.ones(N, 1, dtype=torch.bool, device=elements.device)
+    means = elements.reshape(N, -1).mean(1, keepdim=True)
+    return _of_targets(means, Predictive(kind, logits.reshape(N, 1, -1), valid))
+
+
+def _of_targets(per_target: Tensor, predictive: Predictive) -> SampleLosses:
+    per_sample = per_target.sum(1)
+    return SampleLosses(per_sample.sum(), predictive.valid.sum(1), per_sample, per_target, predictive)

@@ -1,0 +1,324 @@
+"""The certificate: wrong rules, wrong sample axes and coupled samples never pass; what it costs and when it is spent."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from curvature_callbacks.errors import RefusedError
+from curvature_callbacks.gram.certificate import TOLERANCE, certificate_errors
+from curvature_callbacks.gram.convolution import Convolution
+from curvature_callbacks.gram.elementwise import Elementwise
+from curvature_callbacks.gram.engine import BlockGrams, GramOptions, block_grams
+from curvature_callbacks.gram.trust import CERTIFICATE_FAILED, Trust, signature
+from curvature_callbacks.gram.uses import Lookup, OuterProduct
+from curvature_callbacks.measurements.base import offline_problem
+from curvature_callbacks.model.surrogates import FisherType
+from tests.cases import CASES, CLASSES, in_general_position
+from tests.gram.rule_cases import RuleCase, assert_exact, weight
+from tests.reference import sample_gradients
+
+
+def probe(
+    model: nn.Module, microbatches: list[Any], trust: Trust, *, loss: Any = "cross_entropy", seed: int = 0, **options: Any
+) -> BlockGrams:
+    with offline_problem(model, microbatches, loss=loss, params_filter=None, block_structure="parameter") as problem:
+        return block_grams(
+            problem.objective,
+            problem.microbatches,
+            problem.blocks,
+            trust=trust,
+            seed=seed,
+            options=GramOptions(**options),
+        )
+
+
+class Everything(nn.Module):
+    """One layer of every kind of rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 4)
+        self.conv = nn.Conv1d(4, 4, 3, padding=1)
+        self.norm = nn.LayerNorm(4)
+        self.head = nn.Linear(4, CLASSES)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = torch.tanh(self.conv(self.table(ids).mT).mT)
+        return self.head(torch.tanh(self.norm(hidden)).sum(1))
+
+
+def ids(*sizes: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (torch.randint(9, (size, 5), generator=generator), torch.randint(CLASSES, (size,), generator=generator))
+        for size in sizes
+    ]
+
+
+# What goes wrong with the gradients (N, ...) of one rule.
+FAULTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "one part in a thousand": lambda G: G * 1.001,
+    "samples in another order": lambda G: G.flip(0),
+    "two samples exchanged": lambda G: torch.cat([G[1:2], G[:1], G[2:]]),
+    "signs of samples": lambda G: G * torch.tensor([1.0, -1.0]).repeat(len(G))[: len(G)].reshape(-1, *[1] * (G.ndim - 1)),
+    "one sample missing": lambda G: torch.cat([torch.zeros_like(G[:1]), G[1:]]),
+    "the mean of all": lambda G: G.mean(0, keepdim=True).expand_as(G),
+    "nothing": lambda G: G * 0,
+}
+
+
+def faulty_products(fault: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    original = OuterProduct.factors
+
+    def factors(self: OuterProduct) -> tuple[Tensor, Tensor]:
+        left, right = original(self)
+        return fault(left), right
+
+    monkeypatch.setattr(OuterProduct, "factors", factors)
+
+
+def faulty_convolutions(fault: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Convolution.rows
+
+    def rows(self: Convolution, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        found = fault(original(self, start, stop))
+        return found if out is None else out.copy_(found.reshape(out.shape))
+
+    monkeypatch.setattr(Convolution, "rows", rows)
+
+
+def faulty_lookups(fault: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Lookup.complete
+    monkeypatch.setattr(Lookup, "complete", lambda self, gradient: original(self, fault(gradient)))
+
+
+def faulty_scales(fault: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Elementwise.completed
+    monkeypatch.setattr(
+        Elementwise,
+        "completed",
+        lambda self, gradient: original(self, fault(gradient) if self.kind == "scale" else gradient),
+    )
+
+
+RULES = {
+    "head.weight": faulty_products,
+    "conv.weight": faulty_convolutions,
+    "table.weight": faulty_lookups,
+    "norm.weight": faulty_scales,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("parameter", RULES)
+def test_a_wrong_rule_is_caught_and_its_parameter_goes_row_by_row(parameter: str, fault: str, monkeypatch: pytest.MonkeyPatch):
+    model, microbatches, trust = in_general_position(Everything).double(), ids(3, 2), Trust()
+    truth = sample_gradients(model, microbatches, "pair")
+    RULES[parameter](FAULTS[fault], monkeypatch)
+    found = probe(model, microbatches, trust)
+    assert set(found.fallback) == {parameter}
+    assert found.fallback[parameter].startswith(CERTIFICATE_FAILED)
+    assert found.certificate_error is not None
+    assert found.certificate_error < 1e-10
+    assert_exact(found, truth, model, 1e-10)
+    again = probe(model, microbatches, trust)
+    assert again.certificate_error is None  # proved already, without the parameter
+    assert dict(again.fallback) == dict(found.fallback)
+    assert_exact(again, truth, model, 1e-10)
+
+
+@pytest.mark.parametrize("fisher", ["sampled", "exact"])
+def test_a_wrong_rule_is_caught_in_other_types_of_fisher(fisher: Any, monkeypatch: pytest.MonkeyPatch):
+    model, microbatches, kind = in_general_position(Everything).double(), ids(3, 2), FisherType(fisher=fisher)
+    expected = probe(model, microbatches, Trust(), kind=kind)
+    faulty_convolutions(FAULTS["samples in another order"], monkeypatch)
+    found = probe(model, microbatches, Trust(), kind=kind)
+    assert set(found.fallback) == {"conv.weight"}
+    for block, K in expected.grams.items():
+        assert torch.allclose(found.grams[block], K, rtol=1e-10)
+
+
+def test_no_seed_misses_samples_out_of_place(monkeypatch: pytest.MonkeyPatch):
+    model, microbatches = in_general_position(Everything).double(), ids(2, 3)
+    faulty_products(FAULTS["two samples exchanged"], monkeypatch)
+    for seed in range(30):
+        assert set(probe(model, microbatches, Trust(), seed=seed).fallback) == {"head.weight"}
+
+
+def test_right_rules_pass_for_every_seed_and_in_single_precision():
+    for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        model = in_general_position(Everything).to(dtype)
+        for seed in range(10):
+            found = probe(model, ids(3, 2), Trust(), seed=seed)
+            assert found.fallback == {}
+            assert found.certificate_error is not None
+            assert found.certificate_error < bound
+
+
+def linear() -> dict[str, Any]:
+    return {"inner": nn.Linear(4, 3)}
+
+
+def turned(m: Any, x: Tensor) -> Tensor:
+    return m.inner(x.flip(0)).flip(0)
+
+
+@pytest.mark.parametrize("sizes", [(2,), (3,), (4,), (3, 2)], ids=str)
+def test_samples_permuted_inside_a_layer_are_caught(sizes: tuple[int, ...]):
+    case, trust = RuleCase(body=turned, parts=linear), Trust()
+    model, microbatches = case.model(stem=True), case.microbatches(sizes)
+    found = probe(model, microbatches, trust)
+    assert set(found.fallback) == {"inner.weight", "inner.bias"}
+    assert all(reason.startswith(CERTIFICATE_FAILED) for reason in found.fallback.values())
+    assert_exact(found, sample_gradients(model, microbatches, "pair"), model, 1e-10)
+
+
+COUPLED = {
+    "permuted and not put back": lambda m, x: m.inner(x.flip(0)),
+    "inputs minus their mean": lambda m, x: m.inner(x - x.mean(0)),
+    "activations minus a mean without gradient": lambda m, x: m.inner(x) - m.inner(x).detach().mean(0),
+    "inputs rolled": lambda m, x: m.inner(x) + x.roll(1, 0)[..., :3],
+    "activations rolled": lambda m, x: m.inner(x).roll(1, 0),
+    "divided by the largest": lambda m, x: m.inner(x) / x.abs().max(),
+}
+
+
+@pytest.mark.parametrize("stem", [False, True], ids=["input", "hidden"])
+@pytest.mark.parametrize("name", COUPLED)
+def test_coupled_samples_are_refused(name: str, stem: bool):
+    case, trust = RuleCase(body=COUPLED[name], parts=linear), Trust()
+    for _ in range(2):  # also by a run that has tried before
+        with pytest.raises(RefusedError):
+            probe(case.model(stem=stem), case.microbatches((3, 4)), trust)
+
+
+class _Count(torch.autograd.Function):
+    """The identity; `calls` counts its passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, calls: list[str]) -> Tensor:
+        ctx.calls = calls
+        calls.append("forward")
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        ctx.calls.append("backward")
+        return gradient, None
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(5, 4)
+        self.head = nn.Linear(4, CLASSES)
+        self.calls: list[str] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(_Count.apply(torch.tanh(self.inner(x)), self.calls))
+
+    def count(self) -> tuple[int, int]:
+        found = self.calls.count("forward"), self.calls.count("backward")
+        self.calls.clear()
+        return found
+
+
+@pytest.mark.parametrize("sizes", [(4,), (3, 1, 2)], ids=str)
+def test_what_a_probe_costs(sizes: tuple[int, ...]):
+    """Passes a microbatch: one of each; once more of each to prove it, and three without gradient to see rows apart."""
+    model, microbatches, trust = in_general_position(Counting).double(), CASES["mlp"].microbatches(sizes), Trust()
+    pairs = len(microbatches)
+    with offline_problem(model, microbatches, loss="cross_entropy", params_filter=None) as problem:
+        parts = problem.objective, problem.microbatches, problem.blocks
+        model.count()
+        first = block_grams(*parts, trust=trust, seed=0)
+        apart = sum(3 if size > 1 else 1 for size in sizes)
+        assert model.count() == (2 * pairs + apart, 2 * pairs)
+        second = block_grams(*parts, trust=trust, seed=0)
+        assert model.count() == (pairs, pairs)
+        sampled = GramOptions(kind=FisherType(fisher="sampled", num_draws=3))
+        block_grams(*parts, trust=trust, seed=0, options=sampled)
+        assert model.count() == (pairs, 3 * pairs)  # the layout is the same
+    assert (first.certificate_error, second.certificate_error) != (None, None)
+    assert second.certificate_error is None
+    for block, K in first.grams.items():
+        assert torch.equal(second.grams[block], K)
+
+
+def test_a_layout_not_met_before_is_proved_anew():
+    def body(m: Any, x: Tensor) -> Tensor:
+        return x * m.scale if x.shape[1] > 4 else x + m.scale
+
+    case, trust = RuleCase(body=body, parts=lambda: {"scale": weight(4)}), Trust()
+    model = case.model(stem=True)
+    long, short, _ = case.microbatches((2, 2, 2))
+    proved = [probe(model, [batch], trust).certificate_error is not None for batch in (long, long, short, long, short)]
+    assert proved == [True, False, True, False, False]
+
+
+@pytest.mark.parametrize("sizes", [(4, 6), (4, 3), (6, 4), (3, 6), (2, 4, 6, 3), (1, 3), (1, 4, 2)], ids=str)
+def test_trust_does_not_carry_a_wrong_sample_axis_over(sizes: tuple[int, ...]):
+    """Sequence-first with T = 6: for some N the shape tells, for others axis 0 passes for samples."""
+    case, trust = CASES["sequence_first"], Trust()
+    model = case.model()
+    for size in sizes:
+        microbatches = case.microbatches((size,))
+        found = probe(model, microbatches, trust)
+        assert_exact(found, sample_gradients(model, microbatches, "pair"), model, 1e-10)
+
+
+@pytest.mark.parametrize("sizes", [(1,), (1, 1)], ids=str)
+def test_a_row_by_itself_proves_nothing_about_the_sample_axis(sizes: tuple[int, ...]):
+    case, trust = RuleCase(body=turned, parts=linear), Trust()
+    model, microbatches = case.model(stem=True), case.microbatches((3,))
+    probe(model, case.microbatches(sizes), trust)
+    found = probe(model, microbatches, trust)
+    assert_exact(found, sample_gradients(model, microbatches, "pair"), model, 1e-10)
+
+
+def test_signatures_know_operations_and_sample_axes_but_not_lengths():
+    def of(positions: list[int], kinds: list[str]) -> Any:
+        return signature({"weight": kinds, "other": ["linear"]}, {"weight": positions, "other": [max(positions)]})
+
+    assert of([7], ["linear"]) == of([4], ["linear"])
+    assert of([7, 7], ["linear", "linear"]) == of([7], ["linear"])
+    assert of([7], ["linear"]) != of([7], ["bias"])
+    assert of([7], ["linear"]) != of([1], ["linear"])
+    assert of([7], ["linear"]) != of([7, 1], ["linear", "linear"])
+
+
+def test_a_failure_is_read_the_other_way_then_row_by_row_then_refused():
+    trust = Trust()
+    assert trust.judge({"right": TOLERANCE, "wrong": 0.1, "nan": float("nan")}, {})
+    assert trust.positions_first == {"wrong", "nan"}
+    assert trust.refused == {}
+    assert trust.judge({"right": 0.0, "wrong": 0.1, "nan": 0.0}, {})
+    assert set(trust.refused) == {"wrong"}
+    assert not trust.judge({"right": 0.0, "wrong": 0.0}, trust.refused)
+    with pytest.raises(RefusedError, match="wrong"):
+        trust.judge({"wrong": 0.1}, trust.refused)
+
+
+def error_of(name: str, factor: float, shrink: float = 1.0) -> float:
+    """The certificate's error for one parameter whose Gram is wrong by a factor, its output weighing little."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, CLASSES)).double()
+    with torch.no_grad():
+        model[1].weight *= shrink
+    (batch,) = microbatches = CASES["mlp"].microbatches((4,))
+    with offline_problem(model, microbatches, loss="cross_entropy", params_filter=None, block_structure="parameter") as problem:
+        truth = sample_gradients(model, [batch], "pair")
+        grams = {key: G @ G.T for key, G in truth.items()}
+        grams[name] = grams[name] * factor
+        return certificate_errors(problem.objective, [batch], grams, [[None]], {}, seed=0)[name]
+
+
+def test_errors_are_of_each_parameter_by_itself():
+    assert error_of("0.weight", 1.0) < 1e-12
+    assert error_of("0.weight", 1.01) > TOLERANCE
+    assert error_of("0.weight", 1.01, shrink=1e-3) > TOLERANCE  # a millionth of all
+    assert error_of("0.weight", 2.0, shrink=1e-8) < TOLERANCE  # rounding is nobody's fault
+    assert error_of("0.weight", 0.0) == pytest.approx(1.0, rel=5.0)

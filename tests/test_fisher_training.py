@@ -1,0 +1,191 @@
+"""Every measurement of the Fisher's Gram, on real data, in every kind of loop: records of all, and training as without."""
+
+import pydoc_data.topics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from curvature_callbacks import (
+    ConfigurationError,
+    CurvatureMonitor,
+    FisherSpectrum,
+    GradientNoise,
+    KFACQuality,
+    Measurement,
+    Record,
+    TopEigenpairs,
+)
+from curvature_callbacks.lightning import CurvatureCallback as LightningCallback
+from curvature_callbacks.transformers import CurvatureCallback as TransformersCallback
+from tests.training_cases import (
+    LIGHTNING_WARNINGS,
+    Run,
+    assert_probed,
+    assert_same_training,
+    global_generators,
+    language_model,
+    lightning_run,
+    seed_everything,
+    transformers_run,
+)
+
+pytestmark = LIGHTNING_WARNINGS
+
+MEASURE: list[Measurement] = [
+    FisherSpectrum(),
+    FisherSpectrum(fisher="sampled"),
+    KFACQuality(),
+    GradientNoise(),
+    TopEigenpairs(operator="empirical_fisher", k=2, which="LA", per_block=True),
+]
+NAMES = {measurement.name for measurement in MEASURE} | {"probe"}
+WATCH: dict[str, Any] = {
+    "measure": MEASURE,
+    "num_microbatches": 2,
+    "microbatch_size": 6,
+    "draw": "fixed",
+    "block_structure": "component",
+}
+PER_BLOCK = {"empirical_fisher", "sampled_fisher", "gradient_noise", "empirical_fisher_eigenpairs"}
+
+
+def digits() -> DataLoader[Any]:
+    images, labels = load_digits(return_X_y=True)
+    rows = TensorDataset(torch.tensor(images).float().view(-1, 1, 8, 8)[:96] / 16, torch.tensor(labels)[:96])
+    return DataLoader(rows, batch_size=16, shuffle=True)
+
+
+def convolutions() -> nn.Sequential:
+    features = nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.GroupNorm(2, 6), nn.ReLU(inplace=True), nn.MaxPool2d(4))
+    return nn.Sequential(features, nn.Flatten(), nn.Dropout(0.2), nn.Linear(24, 10))
+
+
+class Digits(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = convolutions()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        self.log("train_loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+
+class Characters(Dataset[Any]):
+    """The first lines of Python's `help()` topics, 12 characters a row, of the 17 most frequent ones."""
+
+    def __init__(self) -> None:
+        text = "".join(pydoc_data.topics.topics.values())[:2000]
+        frequent = sorted(set(text), key=text.count, reverse=True)[:17]
+        kept = torch.tensor([frequent.index(character) for character in text if character in frequent])
+        self.rows = kept[: len(kept) // 8 * 8].view(-1, 8)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.rows[index], "labels": self.rows[index]}
+
+
+def plain_loop(monitored: bool) -> Run:
+    seed_everything()
+    model, loader = convolutions(), digits()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    monitor = CurvatureMonitor(model, probes=loader, when=3, loss="cross_entropy", **WATCH) if monitored else None
+    losses = []
+    for step, (x, y) in enumerate(loader):
+        if monitor:
+            monitor.step(step)
+        loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    state = dict(model.state_dict()) | {"training": [module.training for module in model.modules()]}
+    records = monitor.history if monitor else []
+    return Run(state, [optimizer.state_dict()], losses, global_generators(), records)
+
+
+def assert_complete(records: Sequence[Record], steps: Sequence[int], blocks: list[str]) -> None:
+    """All measurements at all probes, each of every block, and no certificate that failed."""
+    assert_probed(records, steps, NAMES)
+    for record in records:
+        if record.measurement == "probe":
+            assert record.metadata["blocks"] == blocks
+        if record.measurement in ("empirical_fisher", "sampled_fisher") and record.block is None:
+            assert record.metadata["fallback"] == {}
+            assert record.metadata["num_samples"] == 12
+    for name in PER_BLOCK:
+        for step in steps:
+            found = [record for record in records if (record.measurement, record.step) == (name, step)]
+            assert [record.block for record in found if record.block] == blocks, name
+
+
+def value(records: Sequence[Record], measurement: str, metric: str, block: str | None = None) -> float:
+    last = [record for record in records if (record.measurement, record.block) == (measurement, block)][-1]
+    return last.scalars[metric]
+
+
+def assert_consistent(records: Sequence[Record], block: str, layer: str) -> None:
+    """What two measurements find of the same matrix agrees."""
+    spectrum = value(records, "empirical_fisher", "full_lambda_max")
+    assert value(records, "empirical_fisher_eigenpairs", "lambda_max") == pytest.approx(spectrum, rel=1e-4)
+    of_block = value(records, "empirical_fisher", "lambda_max", block)
+    assert value(records, "empirical_fisher_eigenpairs", "lambda_max", block) == pytest.approx(of_block, rel=1e-4)
+    signal, scatter = (
+        value(records, "gradient_noise", metric) for metric in ("mean_gradient_norm_squared", "covariance_trace")
+    )
+    assert signal + scatter == pytest.approx(value(records, "empirical_fisher", "full_trace"), rel=1e-4)
+    assert 0 < value(records, "kfac_empirical_expand", "kfac_cosine", layer) <= 1
+    assert value(records, "gradient_noise", "kernel_drift") > 1e-4
+
+
+def test_in_a_plain_loop() -> None:
+    plain, probed = plain_loop(monitored=False), plain_loop(monitored=True)
+    blocks = [record for record in probed.records if record.measurement == "probe"][0].metadata["blocks"]
+    assert_complete(probed.records, [0, 3], blocks)
+    assert_consistent(probed.records, blocks[-1], "3")
+    assert_same_training(plain, probed)
+
+
+def test_in_lightning(tmp_path: Path) -> None:
+    callback = LightningCallback(every_n_steps=3, loss_fn="cross_entropy", **WATCH)
+    plain = lightning_run(tmp_path / "plain", net=Digits, data=digits)
+    probed = lightning_run(tmp_path / "probed", callback, net=Digits, data=digits)
+    blocks = [record for record in probed.records if record.measurement == "probe"][0].metadata["blocks"]
+    assert_complete(probed.records, [0, 3, 6], blocks)
+    assert_consistent(probed.records, blocks[-1], "layers.3")
+    assert_same_training(plain, probed)
+
+
+def test_in_transformers(tmp_path: Path) -> None:
+    callback = TransformersCallback(every_n_steps=2, **WATCH)
+    plain = transformers_run(tmp_path / "plain", data=Characters)
+    probed = transformers_run(tmp_path / "probed", callback, model=language_model, data=Characters)
+    blocks = ["embedding", "h.0.norm", "h.0.attention", "h.0.mlp", "norm"]
+    found = [record for record in probed.records if record.measurement == "probe"][0].metadata["blocks"]
+    assert sorted(found) == sorted(blocks), found
+    assert_complete(probed.records, [0, 2, 4], found)
+    assert_consistent(probed.records, "h.0.mlp", "transformer.h.0.mlp.c_fc")
+    assert_same_training(plain, probed)
+
+
+def test_a_training_step_has_no_likelihood(tmp_path: Path) -> None:
+    """Refused before the first step, with what to do."""
+    callback = LightningCallback(measure=[FisherSpectrum(fisher="sampled")])
+    with pytest.raises(ConfigurationError, match="named one"):
+        lightning_run(tmp_path, callback, net=Digits, data=digits)
