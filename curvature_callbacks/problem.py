@@ -121,7 +121,7 @@ class Problem:
         return self._grams[key]
 
     def kronecker(self, kind: FisherType, *, sharing: Sharing) -> Mapping[str, LayerKronecker]:
-        """Weight to the Kronecker factors of its layer.
+        """Weight to the Kronecker factors of its layer, in the order of the model.
 
         They come from the pass that gives the Grams, where `sharing` announced them before it or no Gram was asked
         for yet; otherwise the pass is made again.
@@ -129,7 +129,7 @@ class Problem:
         key = kind, sharing
         if key not in self._kronecker:
             grams = self._block_grams(kind, None, sharing, None)
-            self._kronecker[key] = grams.kronecker
+            self._kronecker[key] = self._ordered(grams.kronecker)
             self._grams.setdefault(self._key(kind, None), grams)
         return self._kronecker[key]
 
@@ -141,7 +141,11 @@ class Problem:
             _logger.debug("the Kronecker factors of this probe do not fit into memory, its Grams are tried without: %s", error)
             return
         self._grams[self._key(kind, None)] = grams
-        self._kronecker[kind, sharing] = grams.kronecker
+        self._kronecker[kind, sharing] = self._ordered(grams.kronecker)
+
+    def _ordered(self, layers: Mapping[str, LayerKronecker]) -> dict[str, LayerKronecker]:
+        """In the model's order, not that in which the backward pass met them."""
+        return {name: layers[name] for name in self.objective.parameters if name in layers}
 
     def _key(self, kind: FisherType, max_params_per_block: int | None) -> tuple[FisherType, int | None, bool]:
         """Numbers of deterministic algorithms may differ in the last bits from those of others."""

@@ -16,7 +16,15 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.tensorboard import SummaryWriter
 
-from curvature_callbacks import CurvatureMonitor, FisherSpectrum, JSONLinesSink, KFACCoverage, TopEigenpairs
+from curvature_callbacks import (
+    CurvatureMonitor,
+    FisherSpectrum,
+    GradientNoise,
+    JSONLinesSink,
+    KFACCoverage,
+    KFACQuality,
+    TopEigenpairs,
+)
 from curvature_callbacks.sinks.tensorboard import TensorBoardSink
 
 
@@ -41,7 +49,14 @@ def main() -> None:
         model,
         probes=loader,  # its rows are indexed, the loader itself is never advanced
         loss="bce",
-        measure=[FisherSpectrum(), TopEigenpairs(k=2, per_block=True), KFACCoverage()],
+        measure=[
+            FisherSpectrum(),
+            KFACQuality(),  # from the same forward and backward pass
+            GradientNoise(),  # likewise
+            KFACCoverage(),
+            FisherSpectrum(fisher="sampled"),  # labels drawn from the model: what natural gradients are about
+            TopEigenpairs(k=2, per_block=True),
+        ],
         when=options.every,
         sinks=[JSONLinesSink(logdir / "curvature.jsonl"), TensorBoardSink(writer)],
         num_microbatches=1,

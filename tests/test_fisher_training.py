@@ -135,6 +135,11 @@ def assert_complete(records: Sequence[Record], steps: Sequence[int], blocks: lis
             assert [record.block for record in found if record.block] == blocks, name
 
 
+def blocks_of(run: Run) -> list[str]:
+    blocks: list[str] = next(record.metadata["blocks"] for record in run.records if record.measurement == "probe")
+    return blocks
+
+
 def value(records: Sequence[Record], measurement: str, metric: str, block: str | None = None) -> float:
     last = [record for record in records if (record.measurement, record.block) == (measurement, block)][-1]
     return last.scalars[metric]
@@ -156,7 +161,7 @@ def assert_consistent(records: Sequence[Record], block: str, layer: str) -> None
 
 def test_in_a_plain_loop() -> None:
     plain, probed = plain_loop(monitored=False), plain_loop(monitored=True)
-    blocks = [record for record in probed.records if record.measurement == "probe"][0].metadata["blocks"]
+    blocks = blocks_of(probed)
     assert_complete(probed.records, [0, 3], blocks)
     assert_consistent(probed.records, blocks[-1], "3")
     assert_same_training(plain, probed)
@@ -166,7 +171,7 @@ def test_in_lightning(tmp_path: Path) -> None:
     callback = LightningCallback(every_n_steps=3, loss_fn="cross_entropy", **WATCH)
     plain = lightning_run(tmp_path / "plain", net=Digits, data=digits)
     probed = lightning_run(tmp_path / "probed", callback, net=Digits, data=digits)
-    blocks = [record for record in probed.records if record.measurement == "probe"][0].metadata["blocks"]
+    blocks = blocks_of(probed)
     assert_complete(probed.records, [0, 3, 6], blocks)
     assert_consistent(probed.records, blocks[-1], "layers.3")
     assert_same_training(plain, probed)
@@ -176,11 +181,9 @@ def test_in_transformers(tmp_path: Path) -> None:
     callback = TransformersCallback(every_n_steps=2, **WATCH)
     plain = transformers_run(tmp_path / "plain", data=Characters)
     probed = transformers_run(tmp_path / "probed", callback, model=language_model, data=Characters)
-    blocks = ["embedding", "h.0.norm", "h.0.attention", "h.0.mlp", "norm"]
-    found = [record for record in probed.records if record.measurement == "probe"][0].metadata["blocks"]
-    assert sorted(found) == sorted(blocks), found
-    assert_complete(probed.records, [0, 2, 4], found)
-    assert_consistent(probed.records, "h.0.mlp", "transformer.h.0.mlp.c_fc")
+    blocks = ["wte/embedding", "wpe/embedding", "h.0/norm", "h.0/attention", "h.0/mlp", "ln_f/norm"]
+    assert_complete(probed.records, [0, 2, 4], blocks)
+    assert_consistent(probed.records, "h.0/mlp", "transformer.h.0.mlp.c_fc")
     assert_same_training(plain, probed)
 
 

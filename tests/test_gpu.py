@@ -1,32 +1,167 @@
 """The same numbers on a CUDA device as on the CPU."""
 
 import copy
+import os
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from curvature_callbacks import compute_fisher_spectrum, compute_kfac_coverage, compute_spectrum
-from tests.cases import CASES
+from curvature_callbacks import (
+    ConfigurationError,
+    CurvatureMonitor,
+    FisherSpectrum,
+    GradientNoise,
+    KFACQuality,
+    TopEigenpairs,
+    compute_fisher_spectrum,
+    compute_kfac_coverage,
+    compute_spectrum,
+)
+from curvature_callbacks.gram.engine import BlockGrams, GramOptions, block_grams
+from curvature_callbacks.gram.storage import MemoryBudget
+from curvature_callbacks.gram.trust import Trust
+from curvature_callbacks.measurements.base import offline_problem
+from curvature_callbacks.model.surrogates import FisherType
+from tests.cases import CASES, Case
+from tests.training_cases import assert_equal
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "vit", "resnet"])
+def on_both(case: Case) -> tuple[nn.Module, nn.Module]:
+    model = case.model(torch.float32)
+    return model, copy.deepcopy(model).cuda()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "vit", "resnet", "convnet", "mixtral"])
 def test_numbers_agree_with_the_cpu(name: str):
     case = CASES[name]
-    model, batches = case.model(torch.float32), case.microbatches((3, 1, 2))
-    device = copy.deepcopy(model).cuda()
+    batches = case.microbatches((3, 1, 2))
+    model, device = on_both(case)
     spectra, there = (compute_fisher_spectrum(m, batches, loss=case.loss).full.eigenvalues for m in (model, device))
-    assert torch.allclose(there, spectra, rtol=1e-4)
+    assert torch.allclose(there, spectra, rtol=1e-4, atol=1e-6 * spectra[0].item())
     pairs, far = (compute_spectrum(m, batches, loss=case.loss, k=2, tol=1e-4).eigenvalues for m in (model, device))
     assert torch.allclose(far, pairs, rtol=1e-3)
     shares = [compute_kfac_coverage(m, batches, loss=case.loss).gradient_energy for m in (model, device)]
     assert shares[1] == pytest.approx(shares[0], rel=1e-4)
 
 
+TYPES: dict[str, dict[str, Any]] = {
+    "sampled": {"fisher": "sampled", "num_draws": 2},
+    "exact": {"fisher": "exact"},
+    "token": {"sample_unit": "token", "num_targets": 2},
+    "sampled token": {"fisher": "sampled", "sample_unit": "token", "num_targets": 2},
+    "centred": {"center_gradients": True},
+    "a part": {"max_params_per_block": 50},
+    "clipped": {"max_sample_grad_norm": 1.0},
+}
+
+
+@pytest.mark.parametrize("options", TYPES.values(), ids=TYPES.keys())
+@pytest.mark.parametrize("name", ["gpt2", "convnet"])
+def test_every_type_of_fisher_draws_the_same_and_finds_the_same(name: str, options: dict[str, Any]):
+    case = CASES[name]
+    batches = case.microbatches((3, 1, 2))
+    found, there = (compute_fisher_spectrum(m, batches, loss=case.loss, **options) for m in on_both(case))
+    assert there.metadata["num_gradients"] == found.metadata["num_gradients"]
+    assert there.metadata["fallback"].keys() == found.metadata["fallback"].keys()
+    for block, spectrum in found.blocks.items():
+        largest = spectrum.eigenvalues[0].item()
+        assert there.blocks[block].eigenvalues[0].item() == pytest.approx(largest, rel=1e-4), block
+        assert there.blocks[block].eigenvalues.sum().item() == pytest.approx(spectrum.eigenvalues.sum().item(), rel=1e-4), block
+
+
+def grams(model: nn.Module, case: Case, budget: MemoryBudget | None = None, **options: Any) -> BlockGrams:
+    with offline_problem(model, case.microbatches((3, 1, 2)), loss=case.loss, params_filter=None) as found:
+        parts = found.objective, found.microbatches, found.blocks
+        return block_grams(*parts, trust=Trust(), seed=0, options=GramOptions(budget=budget, **options))
+
+
+MODES = {
+    "factors on device": MemoryBudget(device_bytes=1 << 30),
+    "factors on host": MemoryBudget(device_bytes=0, host_bytes=1 << 30),
+    "block groups": MemoryBudget(device_bytes=8 << 10),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_factors_may_wait_anywhere(mode: str):
+    case = CASES["gpt2"]
+    model, device = on_both(case)
+    expected, found = grams(model, case).grams, grams(device, case, MODES[mode])
+    assert found.mode.endswith(mode)
+    scale = max(K.abs().max().item() for K in expected.values())
+    for block, K in found.grams.items():
+        assert K.device.type == "cuda"
+        assert (K.cpu() - expected[block]).abs().max().item() < 1e-5 * scale, block
+
+
+@pytest.mark.parametrize("kind", [FisherType(), FisherType(fisher="sampled")], ids=["empirical", "sampled"])
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("name", ["gpt2", "convnet"])
+def test_kronecker_factors_agree_with_the_cpu(name: str, sharing: Any, kind: FisherType):
+    case = CASES[name]
+    found, there = (grams(m, case, kind=kind, sharing=sharing).kronecker for m in on_both(case))
+    assert there.keys() == found.keys() != set()
+    for weight, layer in found.items():
+        for mine, other in ((layer.factors.A, there[weight].factors.A), (layer.factors.G, there[weight].factors.G)):
+            assert_close_spectra(other.eigenvalues, mine.eigenvalues)
+
+
+def assert_close_spectra(found: Tensor, expected: Tensor):
+    """Where a factor is zero but for rounding, as that of a key's output gradients, its sum is compared with nothing."""
+    assert found.sum().item() == pytest.approx(expected.sum().item(), rel=1e-3, abs=1e-8)
+
+
+def test_the_fisher_has_the_eigenpairs_of_its_gram():
+    case = CASES["bert"]
+    model = case.model(torch.float32).cuda()
+    options: dict[str, Any] = {"loss": case.loss, "k": 3, "which": "LA", "return_eigenvectors": True}
+    pairs = compute_spectrum(model, case.microbatches((3, 1, 2)), operator="empirical_fisher", **options)
+    spectrum = compute_fisher_spectrum(model, case.microbatches((3, 1, 2)), loss=case.loss).full.eigenvalues
+    assert torch.allclose(pairs.eigenvalues.cpu().double(), spectrum[:3], rtol=1e-4)
+    assert pairs.converged.all()
+
+
+def test_deterministic_gives_the_same_bits_or_says_what_it_needs():
+    case = CASES["gpt2"]
+    model = case.model(torch.float32).cuda()
+
+    def spectrum() -> Tensor:
+        return compute_fisher_spectrum(model, case.microbatches((3, 1, 2)), loss=case.loss, deterministic=True).full.eigenvalues
+
+    if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":4096:8", ":16:8"):
+        with pytest.raises(ConfigurationError, match="CUBLAS_WORKSPACE_CONFIG"):
+            spectrum()
+    else:
+        assert_equal(spectrum(), spectrum())
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_monitor_measures_everything():
+    case = CASES["convnet"]
+    measure = [
+        FisherSpectrum(),
+        FisherSpectrum(fisher="exact"),
+        KFACQuality(),
+        GradientNoise(),
+        TopEigenpairs(operator="empirical_fisher", per_block=True),
+    ]
+    batches = case.microbatches((3, 1, 2))
+    records = [CurvatureMonitor(m, probes=batches, loss=case.loss, measure=measure).step(0) for m in on_both(case)]
+    for found, there in zip(*records, strict=True):
+        assert there.error is None
+        assert (there.measurement, there.block) == (found.measurement, found.block)
+        for metric in ("lambda_max", "full_lambda_max", "full_trace", "covariance_trace", "kfac_cosine"):
+            if metric in found.scalars:
+                assert there.scalars[metric] == pytest.approx(found.scalars[metric], rel=1e-3, nan_ok=True), metric
+
+
 def test_a_probe_leaves_the_device_generator_alone():
     case = CASES["gpt2"]
     model = case.model(torch.float32).cuda()
     before = torch.cuda.get_rng_state()
-    compute_fisher_spectrum(model, case.microbatches((3,)), loss=case.loss)
+    compute_fisher_spectrum(model, case.microbatches((3,)), loss=case.loss, fisher="sampled")
     assert torch.equal(torch.cuda.get_rng_state(), before)

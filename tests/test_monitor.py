@@ -271,7 +271,12 @@ def test_fisher_and_kronecker_factors_come_from_one_pass(name: str) -> None:
     assert passes(*OF_ONE_PASS[name]) == (1, 1)
 
 
-@pytest.mark.parametrize("name", OF_ONE_PASS.keys() - {"deterministic"})
+def test_layers_come_in_the_order_of_the_model() -> None:
+    watching = monitor(nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)), measure=[KFACQuality()])
+    assert [record.block for record in watching.step(0)] == [None, None, "0", "2"]
+
+
+@pytest.mark.parametrize("name", sorted(OF_ONE_PASS.keys() - {"deterministic"}))
 def test_in_either_order(name: str) -> None:
     assert passes(*reversed(OF_ONE_PASS[name])) == (1, 1)
 

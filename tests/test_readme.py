@@ -9,7 +9,16 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from curvature_callbacks import CurvatureMonitor, FisherSpectrum, JSONLinesSink, KFACCoverage, TopEigenpairs, read_records
+from curvature_callbacks import (
+    CurvatureMonitor,
+    FisherSpectrum,
+    GradientNoise,
+    JSONLinesSink,
+    KFACCoverage,
+    KFACQuality,
+    TopEigenpairs,
+    read_records,
+)
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -61,9 +70,8 @@ def test_snippet(snippet: str, in_run_directory: Path, capsys: pytest.CaptureFix
 
 def test_tags_are_those_of_the_docstrings() -> None:
     lightning = pytest.importorskip("curvature_callbacks.lightning")
-    documented = "".join(
-        kind.__doc__ or "" for kind in (FisherSpectrum, TopEigenpairs, KFACCoverage, lightning.CurvatureCallback)
-    )
+    kinds = (FisherSpectrum, TopEigenpairs, KFACCoverage, KFACQuality, GradientNoise, lightning.CurvatureCallback)
+    documented = "".join(kind.__doc__ or "" for kind in kinds)
     table = re.search(r"## Tags\n(.*?)\n## ", README, flags=re.DOTALL)
     assert table is not None
     of_prose = {"curvature/errors", "curvature/hessian_<metric>"}  # a text, and what the per-block tags stand in for

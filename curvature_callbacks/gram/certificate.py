@@ -29,9 +29,9 @@ def certificate_errors(
 ) -> dict[str, float]:
     """Parameter to `| w' G G' w - ||grad sum_s w_s l_s||^2 | / sum_s w_s^2 g_s.g_s` for random w.
 
-    w is normal, or balanced signs where only the means of batches are known. A check on the sum of gradients (w = 1) could not see a wrong sample axis, and one on whole blocks not that of a parameter
-    with a small share of them. Gradients that are zero but for rounding (key biases: attention does not depend on them) are
-    judged by their share of all parameters.
+    w is normal, or balanced signs where only the means of batches are known. A check on the sum of gradients (w = 1) could not
+    see a wrong sample axis, and one on whole blocks not that of a parameter with a small share of them. Gradients that are
+    zero but for rounding (key biases: attention does not depend on them) are judged by their share of all parameters.
 
     Args:
         objective: the loss.

@@ -29,6 +29,7 @@ class Collector:
 
     Attributes:
         grams: parameter to its (S, S) Gram.
+        counted: parameter to the rows that its Gram counts, where not all.
     """
 
     def __init__(
@@ -41,15 +42,19 @@ class Collector:
         self._scratch = scratch
         self._factors: dict[str, KroneckerFactors] = {}
         self.grams: dict[str, Tensor] = {}
+        self.counted: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def consume(self, name: str, passes: list[list[Placed]]) -> None:
         """Compute what is wanted of one parameter; its uses are not needed afterwards."""
-        gram = parameter_gram(passes, self._passed.sizes, self._scratch, rows=self._rows.get(name))
+        rows = self._rows.get(name) if all(one.view.whole for found in passes for one in found) else None
+        gram = parameter_gram(passes, self._passed.sizes, self._scratch, rows=rows)
         if gram is None:
             self._passed.unruled[name] = "views of it overlap"
             return
         self.grams[name] = gram
+        if rows is not None:
+            self.counted[name] = rows
         if self._sharing is not None and self._has_factors(name, passes):
             uses = [[one.use for one in found] for found in passes]
             bias = self._bias(name) is not None

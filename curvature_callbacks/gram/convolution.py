@@ -14,7 +14,6 @@ from curvature_callbacks.gram.elementwise import Elementwise
 from curvature_callbacks.gram.layout import Layout, LayoutOf
 from curvature_callbacks.gram.uses import Tap, Use
 
-
 # On a CPU thread (N = 64) samples as groups cost 1.0 to 1.9 times the gradient of the batch within these bounds; beyond them
 # 16 times at 128 channels and 5 times at 3, where a loop over samples costs 3 times.
 _MAX_GROUPED: Final = 32 * 32 * 9  # weights of one group
@@ -167,7 +166,9 @@ def convolution_rule(n: int) -> Any:
         groups: int = 1,
     ) -> list[tuple[Tensor, Tap]]:
         layout = layout_of(output)
-        if layout is None or input.ndim != n + 2 or layout.positions_first:
+        if layout is not None and layout.positions_first:  # a convolution has its samples first
+            layout = Layout(layout.num_samples) if len(output) % layout.num_samples == 0 else None
+        if layout is None or input.ndim != n + 2:
             return []
         geometry = Geometry(
             kernel=tuple(weight.shape[2:]),

@@ -20,7 +20,7 @@ from curvature_callbacks.gram.subsample import chosen_rows
 from curvature_callbacks.gram.trust import Trust, signature
 from curvature_callbacks.model.blocks import Blocks
 from curvature_callbacks.model.objective import Objective
-from curvature_callbacks.model.surrogates import FisherType
+from curvature_callbacks.model.surrogates import EMPIRICAL, FisherType
 
 
 @final
@@ -35,7 +35,7 @@ class GramOptions:
         budget: bytes for the factors of earlier passes; default see `memory_budget`.
     """
 
-    kind: FisherType = FisherType()
+    kind: FisherType = EMPIRICAL
     max_params_per_block: int | None = None
     sharing: Sharing | None = None
     budget: MemoryBudget | None = None
@@ -117,11 +117,12 @@ def block_grams(
             return _of_finite_rows(objective, microbatches, blocks, fallback, trust=trust, seed=seed, options=options)
         for batch in microbatches:
             check_apart(objective, batch)
-        rows = {name: rows[name] for name in rows if name not in fallback}
+        rows = {name: found for name, found in collector.counted.items() if name not in fallback}
         errors = certificate_errors(objective, microbatches, grams, passed.surrogates, rows, seed=seed)
         if trust.judge(errors, fallback):
             return block_grams(objective, microbatches, blocks, trust=trust, seed=seed, options=options)
-        trust.certified.add(layout)
+        if max(passed.sizes) > 1:  # with one row every axis passes for the sample
+            trust.certified.add(layout)
     samples, weights, active = _pseudo_samples(passed)
     found = {block: _sum(grams, names, objective.device) for block, names in blocks.items()}
     return BlockGrams(

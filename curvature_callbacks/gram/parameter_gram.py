@@ -56,7 +56,7 @@ class Scratch:
 def parameter_gram(
     passes: Sequence[Sequence[Placed]], sizes: Sequence[int], scratch: Scratch, *, rows: Tensor | None = None
 ) -> Tensor | None:
-    """`K_ij = g_i . g_j` over all passes, (S, S) float64 with S the samples of all of them; None where it takes too much memory.
+    """`K_ij = g_i . g_j` over all passes, (S, S) float64, S the samples of all of them; None where it takes too much memory.
 
     The uses of one parameter (tied, shared) are added up before the product, so cross terms are exact. Materialised in chunks
     of rows: `2 N T d_in d_out + 2 N^2 d_in d_out` operations; factored, `K_ij = sum_{t,s} (a_it . a_js)(b_it . b_js)`:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvature_callbacks.batches import batch_size, map_tensors
+from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.gram.capture import Capture
 from curvature_callbacks.gram.rows import check_rows
 from curvature_callbacks.gram.sources import Placed
@@ -24,6 +25,8 @@ _ANY_KERNEL: Final = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]  # nothing is differentiated twice here, so that fused attention will do
+
+_GRAM_BYTES: Final = 8 << 30  # of all parameters' Grams
 
 Consume = Callable[[str, list[list[Placed]]], None]
 
@@ -117,13 +120,14 @@ class _Round:
         capture = self._capture(values, batch)
         with capture, sdpa_kernel(_ANY_KERNEL):
             losses = self.objective(map_tensors(batch, torch.Tensor.detach), values)
-        self._note(capture)
+        if place == len(self.result.surrogates):
+            self._note(capture)
         chosen = self._surrogates(place, batch, losses)
         for number, surrogate in enumerate(chosen):
             again = number < len(chosen) - 1
             last = place == len(self.microbatches) - 1 and not again
-            capture.completed = partial(self._take, consume if last else None)
-            capture.backward(losses.total if surrogate is None else surrogate(losses).sum(), again=again)
+            total = losses.total if surrogate is None else surrogate(losses).sum()
+            capture.backward(total, partial(self._take, consume if last else None), again=again)
             self.index += 1
 
     def _capture(self, values: dict[str, Tensor], batch: Any) -> Capture:
@@ -149,7 +153,17 @@ class _Round:
         self.result.surrogates.append(chosen)
         self.result.sizes += [size] * len(chosen)
         self.result.num_targets.append(losses.num_targets.cpu())
+        self._check_size()
         return chosen
+
+    def _check_size(self) -> None:
+        """Raise a `ConfigurationError` where the Grams themselves would not fit."""
+        samples, parameters = sum(self.result.sizes), len(self.objective.parameters)
+        if 8 * samples**2 * parameters > _GRAM_BYTES:
+            raise ConfigurationError(
+                f"{samples} pseudo-samples of {parameters} parameters need Grams of {8 * samples**2 * parameters / 2**30:.0f} "
+                f"GiB, more than {_GRAM_BYTES >> 30}: take fewer rows, draws or targets, or `fisher`='sampled' for 'exact'."
+            )
 
     def _take(self, consume: Consume | None, name: str, found: list[Placed]) -> None:
         if name not in self.uses:  # waits for another round

@@ -42,7 +42,7 @@ class Provenance:
                     setattr(output, _CONSTANT, True)
             return
         self._unmark(func, args, outputs)
-        rows = self._picked(func, args)
+        rows = self._picked(func, args, inputs)
         if rows is None:
             rows = next((found for tensor in inputs if (found := self.rows(tensor)) is not None), None)
         if rows is not None:
@@ -57,9 +57,9 @@ class Provenance:
             if isinstance(tensor, Tensor) and hasattr(tensor, _CONSTANT):
                 delattr(tensor, _CONSTANT)
 
-    def _picked(self, func: Any, args: Sequence[Any]) -> Tensor | None:
+    def _picked(self, func: Any, args: Sequence[Any], inputs: Sequence[Tensor]) -> Tensor | None:
         """Samples of `activation[indices]`, the tokens an expert receives."""
-        if func is not Tensor.__getitem__ or not isinstance(args[0], Tensor) or args[0].ndim == 0:
+        if func is not Tensor.__getitem__ or not any(args[0] is one for one in inputs) or args[0].ndim == 0:
             return None
         index = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
         if not isinstance(index, Tensor) or index.ndim != 1 or index.dtype not in (torch.int64, torch.int32):

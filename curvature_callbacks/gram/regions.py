@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final, final
 
 from torch import Tensor
@@ -15,7 +16,14 @@ _DENSE_BYTES: Final = 256 << 20  # per-sample gradients written out where views 
 @final
 @dataclass(frozen=True, slots=True)
 class Region:
-    """Attributes: `uses` for each pass those of the region; `num_rows` its rows; `whole` whether it is the parameter as it is."""
+    """A part of a parameter.
+
+    Attributes:
+        uses: for each pass.
+        num_rows: rows of the part.
+        row_size: elements of a row.
+        whole: whether it is the parameter as it is.
+    """
 
     uses: Sequence[Sequence[Use]]
     num_rows: int
@@ -47,7 +55,7 @@ def _region(passes: Sequence[Sequence[Placed]], key: tuple[object, ...], view: V
 
 def _disjoint(views: Sequence[View]) -> bool:
     ends = sorted((view.start, view.start + view.size) for view in views)
-    return all(stop <= start for (_, stop), (start, _) in zip(ends, ends[1:], strict=False))
+    return all(stop <= start for (_, stop), (start, _) in pairwise(ends))
 
 
 def _written_out(passes: Sequence[Sequence[Placed]], views: Sequence[View]) -> list[Region] | None:

@@ -4,7 +4,7 @@ A rule has the signature of its operation, so that Python binds positional and k
 can vouch for; a tracked parameter left out is spread over the samples or takes the exact fallback row by row.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Final, final
 
@@ -189,6 +189,6 @@ def is_in_place(func: Any) -> bool:
     return (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
 
 
-def kind_without_rule(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+def kind_without_rule(func: Any) -> str:
     """Name of an operation without a rule here."""
     return str(getattr(func, "__name__", func)).strip("_")

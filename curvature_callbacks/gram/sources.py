@@ -57,6 +57,59 @@ class Source:
 
 
 @final
+class Sources:
+    """The sources of one forward pass, by the identity of the tensor the model sees.
+
+    Args:
+        parameters: name to the very tensor the forward pass will use.
+
+    Attributes:
+        parameters: the same.
+        leaves: those that something was computed from, as differentiable leaves.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self.parameters = parameters
+        self.leaves: dict[str, Tensor] = {}
+        self._known = {id(tensor): Source(tensor, view_of(name, tensor, tensor), None) for name, tensor in parameters.items()}
+        self._names: dict[int, list[str]] = {}
+
+    def __contains__(self, value: Tensor) -> bool:
+        return id(value) in self._known
+
+    def __getitem__(self, value: Tensor) -> Source:
+        return self._known[id(value)]
+
+    def names(self, source: Source) -> list[str]:
+        """Parameters that `source` is computed from."""
+        return [source.view.name] if source.view is not None else self._names[id(source)]
+
+    def graph(self, value: Tensor) -> Tensor:
+        """`value` as a differentiable function of the leaves, where it is a source."""
+        source = self._known.get(id(value))
+        if source is None:
+            return value
+        if source.graph is None:
+            assert source.view is not None
+            source.graph = self.leaves[source.view.name] = source.value.detach().requires_grad_()
+        return source.graph
+
+    def computed(self, graph: Tensor) -> Source:
+        """A new source with the value of `graph`, not yet among those the model sees."""
+        names = leaf_names(graph, self.leaves)
+        value = graph.detach()
+        view = view_of(names[0], value, self.parameters[names[0]]) if len(names) == 1 else None
+        source = Source(value, view, graph)
+        self._names[id(source)] = names
+        return source
+
+    def add(self, source: Source) -> Tensor:
+        """The value of `source`, for the model to see."""
+        self._known[id(source.value)] = source
+        return source.value
+
+
+@final
 @dataclass(frozen=True, slots=True)
 class Placed:
     """A completed use of a view of a parameter."""

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Final, final
 
 import torch
-from torch import Tensor
 
 from curvature_callbacks.gram.sources import Placed
 from curvature_callbacks.gram.uses import Dense, OuterProduct, Use
 
 _CPU_BYTES: Final = 2 << 30
+_Bytes = dict[int, int]  # address of a storage to its size: shared ones count once
 _FREE_SHARE: Final = 0.5  # of the memory that is free when a probe begins
 
 
@@ -43,16 +43,16 @@ def memory_budget(device: torch.device, device_bytes: int | None = None) -> Memo
 class Storage:
     """Keeps completed uses: on the device while they fit, then on the host; says what has to wait for another round.
 
-    A use is kept as per-sample gradients where these are fewer numbers than its factors: `min(T (d_in + d_out), d_in d_out)`
-    a sample, unless the factors themselves are wanted (K-FAC). Tensors that several uses share (the input of queries, keys and values) count once.
+    A use is kept as per-sample gradients where these are fewer numbers than its factors, `min(T (d_in + d_out), d_in d_out)` a
+    sample, unless the factors themselves are wanted (K-FAC). Tensors that several uses share (the input of queries, keys and
+    values) count once.
     """
 
     def __init__(self, budget: MemoryBudget, *, factors_wanted: bool) -> None:
         self._budget = budget
         self._factors_wanted = factors_wanted
-        self._seen: set[int] = set()
-        self._on_host = 0
-        self._bytes: dict[str, int] = {}
+        self._device: dict[str, _Bytes] = {}
+        self._host: dict[str, _Bytes] = {}
         self._rounds = 1
 
     @property
@@ -60,44 +60,55 @@ class Storage:
         """How it was kept: `one pass` (nothing to keep), `factors on device`, `factors on host`, `k block groups`."""
         if self._rounds > 1:
             return f"{self._rounds} block groups"
-        if self._on_host:
+        if any(self._host.values()):
             return "factors on host"
-        return "factors on device" if self._bytes else "one pass"
+        return "factors on device" if self._device else "one pass"
 
     def keep(self, name: str, found: Sequence[Placed]) -> list[Placed]:
         """The same uses in the form and place in which they wait."""
-        kept = found if self._factors_wanted else [Placed(one.view, _smaller(one.use)) for one in found]
-        size = sum(self._count(tensor) for one in kept for tensor in one.use.tensors())
-        self._bytes[name] = self._bytes.get(name, 0) + size
-        if self._budget.host_bytes == 0 or sum(self._bytes.values()) - self._on_host <= self._budget.device_bytes:
-            return list(kept)
-        self._on_host += size
-        return [Placed(one.view, one.use.moved(torch.device("cpu"))) for one in kept]
+        kept = [one if self._factors_wanted else Placed(one.view, _smaller(one.use)) for one in found]
+        own = self._device.setdefault(name, {})
+        needed = {**own, **_bytes(kept)}
+        if self._budget.host_bytes == 0 or _total([*self._device.values(), needed]) <= self._budget.device_bytes:
+            own.update(needed)
+            return kept
+        moved = [Placed(one.view, one.use.moved(torch.device("cpu"))) for one in kept]
+        self._host.setdefault(name, {}).update(_bytes(moved))
+        return moved
 
     def postponed(self, names: Iterable[str], share: float) -> list[str]:
         """Names, from the end, that cannot be kept until the last pass when `share` of all passes are done."""
         limit = (self._budget.device_bytes + self._budget.host_bytes) * share
-        total, later = 0, []
+        staying: _Bytes = {}
+        later = []
         for position, name in enumerate(names):
-            size = self._bytes.get(name, 0)
-            if position and size and total + size > limit:
+            needed = {**self._device.get(name, {}), **self._host.get(name, {})}
+            if position and needed and _total([staying, needed]) > limit:
                 later.append(name)
             else:
-                total += size
+                staying.update(needed)
+        for name in later:
+            self._device.pop(name, None)
+            self._host.pop(name, None)
         return later
 
     def start_round(self) -> None:
         """Forget what the last round kept and count another."""
-        self._seen.clear()
-        self._bytes.clear()
+        self._device.clear()
+        self._host.clear()
         self._rounds += 1
 
-    def _count(self, tensor: Tensor) -> int:
-        key = tensor.untyped_storage().data_ptr()
-        if key in self._seen:
-            return 0
-        self._seen.add(key)
-        return tensor.numel() * tensor.element_size()
+
+def _bytes(found: Iterable[Placed]) -> _Bytes:
+    tensors = [tensor for one in found for tensor in one.use.tensors()]
+    return {tensor.untyped_storage().data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}
+
+
+def _total(parts: Iterable[_Bytes]) -> int:
+    together: _Bytes = {}
+    for part in parts:
+        together.update(part)
+    return sum(together.values())
 
 
 def _smaller(use: Use) -> Use:

@@ -23,12 +23,13 @@ def chosen_rows(
     for names in blocks.values():
         share = max_params_per_block / sum(parameters[name].numel() for name in names)
         for name in names if share < 1.0 else ():
-            chosen[name] = _rows(parameters[name], share, seed, name)
+            if parameters[name].ndim:
+                chosen[name] = _rows(parameters[name], share, seed, name)
     return {name: rows for name, rows in chosen.items() if len(rows) < len(parameters[name])}
 
 
 def _rows(parameter: Tensor, share: float, seed: int, name: str) -> Tensor:
-    count = parameter.shape[0] if parameter.ndim else 1
+    count = parameter.shape[0]
     own = int.from_bytes(hashlib.sha1(f"{seed} {name}".encode()).digest()[:8], "big") % 2**63
     order = torch.randperm(count, generator=torch.Generator().manual_seed(own))
     return order[: max(1, round(share * count))].sort().values.to(parameter.device)

@@ -33,7 +33,7 @@ def gram(rows: Tensor) -> Tensor:
     """
     N, P = rows.shape
     step = _step(rows)
-    if P <= step:
+    if step >= P:
         return _product(rows).to(torch.float64)
     num_chunks = P // step
     total = torch.zeros(N, N, dtype=torch.float64, device=rows.device)

@@ -40,7 +40,7 @@ class Factor:
 
 
 def factor_of_matrix(matrix: Tensor, *, dtype: torch.dtype) -> Factor:
-    """Eigenpairs of a symmetric positive semi-definite `matrix` (d, d), the basis in `dtype`; one pair of nan where it is not finite.
+    """Eigenpairs of a symmetric positive semi-definite `matrix` (d, d), the basis in `dtype`; one of nan if it is not finite.
 
     Cost: one d x d symmetric eigensolve in float64.
     """
@@ -54,7 +54,8 @@ def factor_of_matrix(matrix: Tensor, *, dtype: torch.dtype) -> Factor:
 def factor_of_rows(rows: Tensor, *, scale: float) -> Factor:
     """Eigenpairs of `scale rows' rows` (d, d) from the Gram of its `rows` (n, d): for n < d, where d x d may not fit at all.
 
-    One pair of nan where they are not finite. Products in float64: the eigenvectors `rows' v / sqrt(lambda)` of small eigenvalues would not be orthonormal otherwise.
+    One pair of nan where they are not finite. Products in float64: the eigenvectors `rows' v / sqrt(lambda)` of small
+    eigenvalues would not be orthonormal otherwise.
 
     Cost: `2 n^2 d` operations and one n x n symmetric eigensolve in float64. Memory: n x n and the basis, d x r.
     """

@@ -40,7 +40,8 @@ class KFACQuality:
     | `curvature/<m>_ekfac_cosine` | the same cosine for E | `kfac_cosine`..1 | the eigenvectors are right |
     | `curvature_<m>/ekfac_relative_error` | `norm(F - E) / norm(F)` | 0..`relative_error` | wrong eigenvectors (0: exact) |
     | `curvature_<m>/product_{lambda_max,trace}` | largest eigenvalue and trace of K | >= 0 | |
-    | `curvature_<m>_over_blocks/<metric>_{min,median,max}` | of single layers, over layers | | |
+    | `curvature_<m>_kfac_cosine/<b>` | of a layer | 0..1 | right shape |
+    | `curvature_<m>_over_blocks/<metric>_{min,median,max}` | the others of single layers, over layers | | |
 
     The first three over all layers weigh each layer by its `norm(F)`. Metrics of a layer: `kfac_cosine`, `relative_error`,
     `ekfac_cosine`, `ekfac_relative_error`; `fisher_norm = norm(F)`; `input_condition_number`, `input_effective_rank` of A,

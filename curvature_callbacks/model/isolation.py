@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Final
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -22,8 +23,8 @@ def isolated(model: nn.Module, *, seed: int) -> Iterator[None]:
 
     Saved and restored, also after an exception: generators (torch CPU, the model's accelerator, NumPy, Python), the
     `training` flag of every submodule, identity and content of every buffer, matmul precision, SDPA backend, compile stance,
-    autocast, grad mode, and the `forward` that accelerate patches for mixed precision (the original one runs inside).
-    Not touched at all: parameters, `.grad`, hooks, optimizers, data loaders.
+    autocast, grad mode, activation checkpointing, and the `forward` that accelerate patches for mixed precision (the original
+    one runs inside). Not touched at all: parameters, `.grad`, hooks, optimizers, data loaders.
 
     Args:
         model: the module training runs, unwrapped (no DDP, no `torch.compile` wrapper).
@@ -41,6 +42,7 @@ def isolated(model: nn.Module, *, seed: int) -> Iterator[None]:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # fused kernels have no second derivative
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # a compiled graph cannot be differentiated twice
         stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(_no_checkpointing())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         yield
@@ -177,6 +179,36 @@ def _unpatched_forward(model: nn.Module) -> Iterator[None]:
     finally:
         for module, forward, _ in patched:
             module.__dict__["forward"] = forward
+
+
+@contextmanager
+def _no_checkpointing() -> Iterator[None]:
+    """Checkpointed functions as plain calls: recomputation happens outside what a probe sets up, and the reentrant kind knows
+    no `autograd.grad`. By the two names that `torch.utils.checkpoint.checkpoint` looks up, so that imported copies follow."""
+    module: Any = torch.utils.checkpoint
+    names = ("CheckpointFunction", "_checkpoint_without_reentrant_generator")
+    saved = {name: getattr(module, name) for name in names if hasattr(module, name)}
+    try:
+        if len(saved) == len(names):
+            module.CheckpointFunction = _PlainCall
+            module._checkpoint_without_reentrant_generator = _nothing_around
+        yield
+    finally:
+        for name, original in saved.items():
+            setattr(module, name, original)
+
+
+class _PlainCall:
+    """In place of the reentrant checkpoint."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+def _nothing_around(*args: Any, **kwargs: Any) -> Iterator[None]:
+    """In place of what the other kind does before and after the call."""
+    yield
 
 
 @contextmanager

@@ -68,6 +68,9 @@ class FisherType:
         return units * self.num_draws
 
 
+EMPIRICAL: Final = FisherType()
+
+
 class Surrogate(Protocol):
     """What one backward pass differentiates.
 

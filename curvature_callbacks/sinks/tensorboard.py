@@ -10,7 +10,8 @@ from curvature_callbacks._optional import is_available
 from curvature_callbacks.record import BLOCK_CURVES, Record, metric_tag, scalar_tags, tag_segment
 
 _REDRAW: Final = 1.5  # growth after which a heat map is drawn again: each takes 0.1 s, as long as a small probe
-_WORST: Final = 10  # rows of the table of worst blocks
+_WORST: Final = 10  # rows of a table of worst blocks
+_SPECTRA: Final = ("eigenvalues", "full_eigenvalues", "block_diagonal_eigenvalues")  # whole ones, not the largest few
 
 
 @final
@@ -47,7 +48,7 @@ class TensorBoardSink:
         for name, eigenvalues in record.arrays.items():
             positive = [math.log10(value) for value in eigenvalues if 0 < value < math.inf]
             whole_spectrum = "residuals" not in record.arrays  # a few Ritz values are none
-            if name.endswith("eigenvalues") and whole_spectrum and len(positive) == len(eigenvalues) > 1:
+            if name in _SPECTRA and whole_spectrum and len(positive) == len(eigenvalues) > 1:
                 part = record.block or name.removesuffix("_eigenvalues")
                 tag = f"curvature_{tag_segment(record.measurement)}_spectrum/{tag_segment(part)}"
                 self._writer.add_histogram(tag, torch.tensor(positive), step)
@@ -75,7 +76,9 @@ class TensorBoardSink:
             key=lambda record: -record.scalars["condition_number"],
         )
         if ranked:
-            self._writer.add_text("curvature/worst_blocks", _table(ranked[:_WORST]), step)
+            names = dict.fromkeys(record.measurement for record in records)
+            groups = [[record for record in ranked if record.measurement == name][:_WORST] for name in names]
+            self._writer.add_text("curvature/worst_blocks", "\n\n".join(_table(group) for group in groups if group), step)
         errors = [f"`{record.measurement}`: {record.error}" for record in records if record.error]
         if errors:
             self._writer.add_text("curvature/errors", "\n\n".join(errors), step)

@@ -18,7 +18,7 @@ from curvature_callbacks.gram.uses import Lookup, OuterProduct
 from curvature_callbacks.measurements.base import offline_problem
 from curvature_callbacks.measurements.kfac_quality import KFACQuality
 from curvature_callbacks.model.surrogates import FisherType
-from curvature_callbacks.record import Record, scalar_tags, tag_segment
+from curvature_callbacks.record import Record, metric_tag, scalar_tags, tag_segment
 from tests.cases import CLASSES, in_general_position
 from tests.reference import dense_fisher, sample_gradients, stacked
 
@@ -172,10 +172,11 @@ def test_tags_and_metadata():
     m = "kfac_empirical_expand"
     assert {f"curvature/{m}_{x}" for x in ("kfac_cosine", "relative_error", "ekfac_cosine")} <= set(tags)
     assert f"curvature_{m}/ekfac_relative_error" in tags
-    assert f"curvature_{m}_over_blocks/kfac_cosine_min" in tags
-    cosines = [records[name].scalars["kfac_cosine"] for name in LAYERS]
-    assert tags[f"curvature_{m}_over_blocks/kfac_cosine_min"] == min(cosines)
-    assert tags[f"curvature_{m}_over_blocks/kfac_cosine_median"] == sorted(cosines)[1]
+    for name in LAYERS:
+        assert tags[metric_tag(records[name], "kfac_cosine")] == records[name].scalars["kfac_cosine"]
+    errors = [records[name].scalars["relative_error"] for name in LAYERS]
+    assert tags[f"curvature_{m}_over_blocks/relative_error_min"] == min(errors)
+    assert tags[f"curvature_{m}_over_blocks/relative_error_median"] == sorted(errors)[1]
     metadata = records[None].metadata
     assert metadata["layers"] == LAYERS
     assert (metadata["fisher"], metadata["sample_unit"], metadata["sharing"]) == ("empirical", "sequence", "expand")
@@ -214,7 +215,9 @@ def test_a_layer_without_gradient_is_nan_and_no_curve():
     assert "product_lambda_max" not in records["4"].scalars
     assert 0 < records[None].scalars["kfac_cosine"] < 1
     tags = scalar_tags(records.values())
-    assert tags["curvature_kfac_empirical_expand_over_blocks/kfac_cosine_min"] > 0
+    drawn = {name for name in LAYERS if metric_tag(records[name], "kfac_cosine") in tags}
+    assert drawn == LAYERS.keys() - {"4"}
+    assert tags["curvature_kfac_empirical_expand_over_blocks/ekfac_cosine_min"] > 0
 
 
 def test_a_gradient_that_is_not_finite_is_no_answer():

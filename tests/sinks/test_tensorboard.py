@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,24 @@ def test_the_worst_blocks_come_first_and_there_are_ten(written: Any) -> None:
     assert len(table) == 2 + 10
     assert table[2].startswith("| `h.11` | 12 ")
     assert table[-1].startswith("| `h.2` |")
+
+
+def test_every_measurement_has_a_table_of_its_own(written: Any) -> None:
+    records = [block("h.0", condition=2.0), block("h.1", condition=9.0)]
+    records += [replace(record, measurement="sampled_fisher") for record in records]
+    records += [Record(step=0, measurement="kfac", block="h.0.mlp", scalars={"kfac_cosine": 0.5})]
+    (event,) = written(records).Tensors("curvature/worst_blocks/text_summary")
+    first, second = event.tensor_proto.string_val[0].decode().split("\n\n")
+    for table, name in ((first, records[0].measurement), (second, "sampled_fisher")):
+        header, _, *rows = table.splitlines()
+        assert f"block ({name})" in header
+        assert "kfac_cosine" not in header
+        assert [row.split("`")[1] for row in rows] == ["h.1", "h.0"]
+
+
+def test_the_largest_few_eigenvalues_are_no_spectrum(written: Any) -> None:
+    record = Record(step=0, measurement="kfac", block="a", arrays={"product_eigenvalues": [2.0, 1.0]})
+    assert written([record]).Tags()["histograms"] == []
 
 
 def test_errors_are_told(written: Any) -> None:

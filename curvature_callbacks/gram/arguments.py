@@ -1,0 +1,53 @@
+"""Arguments of intercepted operations: the tensors in them, and other arguments in their place."""
+
+from collections.abc import Callable, Iterator, Mapping
+from types import FunctionType
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def _opened(func: Any) -> Callable[..., Any]:
+    """`func` from torch's Python source without its own dispatch, so that the operations inside are seen."""
+    scope = {**func.__globals__, "has_torch_function": lambda _: False}
+    opened = FunctionType(func.__code__, scope, func.__name__, func.__defaults__, func.__closure__)
+    opened.__kwdefaults__ = func.__kwdefaults__
+    return opened
+
+
+OPENED: Final = {F.multi_head_attention_forward: _opened(F.multi_head_attention_forward)}
+
+
+def plain_index(index: Any) -> Any:
+    """Integer tensors without axes as integers, so that what they pick is a view (an expert's weight)."""
+    if isinstance(index, tuple):
+        return tuple(plain_index(part) for part in index)
+    plain = isinstance(index, Tensor) and index.ndim == 0 and not index.is_floating_point() and index.dtype != torch.bool
+    return int(index) if plain else index
+
+
+def first_size(args: Any) -> Any:
+    """The first of sizes given one by one or as one sequence."""
+    return args[0][0] if isinstance(args[0], list | tuple | torch.Size) else args[0]
+
+
+def replaced(values: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """`values` with `function` applied to every tensor in them."""
+    if isinstance(values, Tensor):
+        return function(values)
+    if isinstance(values, Mapping):
+        return {key: replaced(value, function) for key, value in values.items()}
+    if isinstance(values, list | tuple) and not isinstance(values, torch.Size):
+        return type(values)(replaced(value, function) for value in values)
+    return values
+
+
+def tensors_in(values: Any) -> Iterator[Tensor]:
+    """The tensors in nested lists and tuples."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from tensors_in(value)
