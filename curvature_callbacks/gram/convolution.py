@@ -92,8 +92,8 @@ class Convolution(Use):
         """Both."""
         assert self.gradient is not None
         use = copy.copy(self)
-        use._inputs = self._inputs.to(device, non_blocking=True)
-        use.gradient = self.gradient.to(device, non_blocking=True)
+        use._inputs = self._inputs.to(device)
+        use.gradient = self.gradient.to(device)
         return use
 
     def _channels(self, start: int, stop: int, out: Tensor | None) -> Tensor:

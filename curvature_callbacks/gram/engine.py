@@ -104,7 +104,9 @@ def block_grams(
     passed = Passed(dict(trust.refused))
     rows = chosen_rows(objective.parameters, blocks, options.max_params_per_block, seed=seed)
     collector = Collector(passed, rows, options.kind, options.sharing, trust.scratch)
-    storage = Storage(options.budget or memory_budget(objective.device), factors_wanted=options.sharing is not None)
+    storage = Storage(
+        options.budget or memory_budget(objective.device), factors_wanted=options.sharing is not None, device=objective.device
+    )
     run_passes(objective, microbatches, collector.consume, passed, options.kind, trust, seed=seed, storage=storage)
     trust.scratch.forget()
     fallback = {name: reason for name, reason in passed.unruled.items() if name in objective.parameters}

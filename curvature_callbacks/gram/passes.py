@@ -112,7 +112,7 @@ class _Round:
                 postponed += self._postpone((place + 1) / count)
         for name, found in self.uses.items():  # used by no microbatch's loss, or not by the last one
             if name not in self.result.unruled:
-                consume(name, self._padded(found))
+                consume(name, self.storage.returned(name, self._padded(found)))
         return [name for name in self.names if name in set(postponed)]
 
     def _microbatch(self, place: int, batch: Any, consume: Consume) -> None:
@@ -171,7 +171,8 @@ class _Round:
         if consume is None:
             self.uses[name] = [*self._padded(self.uses[name], self.index), self.storage.keep(name, found)]
         else:
-            consume(name, [*self._padded(self.uses.pop(name), self.index), found])
+            kept = self.storage.returned(name, self._padded(self.uses.pop(name), self.index))
+            consume(name, [*kept, found])
 
     def _padded(self, found: list[list[Placed]], length: int | None = None) -> list[list[Placed]]:
         """With no uses in the passes that did not reach the parameter."""

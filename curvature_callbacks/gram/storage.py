@@ -10,6 +10,7 @@ import torch
 from curvature_callbacks.gram.sources import Placed
 from curvature_callbacks.gram.uses import Dense, OuterProduct, Use
 
+_CPU: Final = torch.device("cpu")
 _CPU_BYTES: Final = 2 << 30
 _Bytes = dict[int, int]  # address of a storage to its size: shared ones count once
 _FREE_SHARE: Final = 0.5  # of the memory that is free when a probe begins
@@ -48,8 +49,9 @@ class Storage:
     values) count once.
     """
 
-    def __init__(self, budget: MemoryBudget, *, factors_wanted: bool) -> None:
+    def __init__(self, budget: MemoryBudget, *, factors_wanted: bool, device: torch.device = _CPU) -> None:
         self._budget = budget
+        self._home = device
         self._factors_wanted = factors_wanted
         self._device: dict[str, _Bytes] = {}
         self._host: dict[str, _Bytes] = {}
@@ -72,9 +74,15 @@ class Storage:
         if self._budget.host_bytes == 0 or _total([*self._device.values(), needed]) <= self._budget.device_bytes:
             own.update(needed)
             return kept
-        moved = [Placed(one.view, one.use.moved(torch.device("cpu"))) for one in kept]
+        moved = [Placed(one.view, one.use.moved(_CPU)) for one in kept]
         self._host.setdefault(name, {}).update(_bytes(moved))
         return moved
+
+    def returned(self, name: str, passes: list[list[Placed]]) -> list[list[Placed]]:
+        """Everything kept of a parameter, on the model's device again."""
+        if not self._host.get(name):
+            return passes
+        return [[Placed(one.view, one.use.moved(self._home)) for one in found] for found in passes]
 
     def postponed(self, names: Iterable[str], share: float) -> list[str]:
         """Names, from the end, that cannot be kept until the last pass when `share` of all passes are done."""

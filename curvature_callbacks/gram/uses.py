@@ -133,8 +133,8 @@ class OuterProduct(Use):
         """Both factors, the sample's positions together."""
         assert self.gradient is not None
         use = copy.copy(self)
-        use._inputs = self._layout.vectors(self._inputs).to(device, non_blocking=True)
-        use.gradient = self._layout.vectors(self.gradient).to(device, non_blocking=True)
+        use._inputs = self._layout.vectors(self._inputs).to(device)
+        use.gradient = self._layout.vectors(self.gradient).to(device)
         use._layout = Layout(self.num_samples)
         return use
 
@@ -212,7 +212,7 @@ class Lookup(Use):
         """Indices and output gradient."""
         assert self.gradient is not None
         use = copy.copy(self)
-        use.indices, use.gradient = self.indices.to(device), self.gradient.to(device, non_blocking=True)
+        use.indices, use.gradient = self.indices.to(device), self.gradient.to(device)
         return use
 
 
@@ -249,4 +249,4 @@ class Dense(Use):
     def moved(self, device: torch.device) -> "Dense":
         """The per-sample gradients."""
         assert self.gradient is not None
-        return Dense(self.kind, self.gradient.to(device, non_blocking=True))
+        return Dense(self.kind, self.gradient.to(device))

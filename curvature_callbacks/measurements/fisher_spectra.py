@@ -44,6 +44,7 @@ class SpectrumOptions:
     center_gradients: bool = False
     max_params_per_block: int | None = None
     max_sample_grad_norm: float | None = None
+    memory_budget: int | None = None
     eigensolve_device: EigensolveDevice = "auto"
     deterministic: bool = False
 
@@ -53,6 +54,8 @@ class SpectrumOptions:
             raise ConfigurationError("`eigensolve_device`='cuda' but no CUDA device is available: use 'auto' or 'cpu'.")
         if self.max_params_per_block is not None:
             check_positive("max_params_per_block", self.max_params_per_block)
+        if self.memory_budget is not None:
+            check_positive("memory_budget", self.memory_budget)
         if self.max_sample_grad_norm is not None:
             self._check_clipping(self.max_sample_grad_norm)
 

@@ -76,6 +76,7 @@ class FisherSpectrum:
             default all.
         max_sample_grad_norm: longer gradients are scaled down to this norm over all parameters before anything else; default
             none. The numbers are then those of the clipped gradients.
+        memory_budget: bytes on the model's device for the factors of earlier microbatches; see `compute_fisher_spectrum`.
         eigensolve_device: where the N x N eigensolves run; `auto` is the model's device.
         deterministic: use PyTorch's deterministic algorithms inside the probe, for the same bits run to run.
 
@@ -90,6 +91,7 @@ class FisherSpectrum:
     damping: float = 1e-3
     max_params_per_block: int | None = None
     max_sample_grad_norm: float | None = None
+    memory_budget: int | None = None
     eigensolve_device: EigensolveDevice = "auto"
     deterministic: bool = False
 
@@ -130,6 +132,7 @@ class FisherSpectrum:
             center_gradients=self.center_gradients,
             max_params_per_block=self.max_params_per_block,
             max_sample_grad_norm=self.max_sample_grad_norm,
+            memory_budget=self.memory_budget,
             eigensolve_device=self.eigensolve_device,
             deterministic=self.deterministic,
         )
@@ -181,6 +184,7 @@ def compute_fisher_spectrum(
     precomputed_gradients: PerSampleGradients | None = None,
     max_params_per_block: int | None = None,
     max_sample_grad_norm: float | None = None,
+    memory_budget: int | None = None,
     eigensolve_device: EigensolveDevice = "auto",
     deterministic: bool = False,
     seed: int = 0,
@@ -214,6 +218,9 @@ def compute_fisher_spectrum(
         max_params_per_block: most parameters of a block to use, drawn at random, the same for all samples, the trace rescaled
             so that it stays unbiased; default all.
         max_sample_grad_norm: scale gradients longer than this (over all parameters) down to it; default none. Not for `exact`.
+        memory_budget: bytes on the model's device for the factors of all microbatches but the last; default 2 GiB on a CPU,
+            half of what is free on an accelerator. What does not fit goes to the host (half of its free memory), and what
+            does not fit there is captured in further rounds over the microbatches: the same numbers, another gradient a round.
         eigensolve_device: `auto` (the model's device), `cpu` or `cuda`; the eigensolve is float64 everywhere.
         deterministic: use PyTorch's deterministic algorithms inside, restored after; the same bits run to run. CUDA needs the
             environment variable `CUBLAS_WORKSPACE_CONFIG=:4096:8`.
@@ -228,10 +235,12 @@ def compute_fisher_spectrum(
             known targets or likelihood where these are needed, an exact Fisher of more than 1024 passes.
         RefusedError: samples are coupled, so that they have no gradients of their own.
 
-    Cost: 1.3 to 1.8 gradients of the same rows (GPT-2 shapes, N = 8 to 64, T = 128 to 32, one CPU thread) and one more for the
-    certificate; parameters without a capture rule take N single-row gradients, listed in `metadata["fallback"]`. One more
-    backward pass for every further draw and target, for `exact` for every position and class, and an eigensolve of all their
-    gradients together. Memory: inputs and output gradients of all passes but the last, plus 64 MiB.
+    Cost: 1.0 to 1.5 gradients of the same rows on transformers (one CPU thread; benchmarks/results/fisher.json has these and
+    dearer cases), two more and five forward passes where the layout of the model is not certified yet; parameters without a
+    capture rule take N single-row gradients, listed in `metadata["fallback"]`. One more backward pass for every further draw
+    and target, for `exact` for every position and class, and an eigensolve of all their gradients together. Memory: inputs and
+    output gradients of all passes but the last within `memory_budget`, plus 16 MiB (64 MiB for convolutions), and
+    `8 S^2` bytes a parameter for S pseudo-samples.
 
     References: Kunstner, Balles and Hennig (2019), "Limitations of the empirical Fisher approximation".
 
@@ -254,6 +263,7 @@ def compute_fisher_spectrum(
         center_gradients=center_gradients,
         max_params_per_block=max_params_per_block,
         max_sample_grad_norm=max_sample_grad_norm,
+        memory_budget=memory_budget,
         eigensolve_device=eigensolve_device,
         deterministic=deterministic,
     )

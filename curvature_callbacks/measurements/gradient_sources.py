@@ -26,7 +26,9 @@ def spectra_of_problem(problem: Problem, options: SpectrumOptions) -> FisherSpec
     """Spectra of a probe. Cost: see `compute_fisher_spectrum`."""
     objective = problem.objective
     with deterministic_algorithms(objective.device, enabled=options.deterministic):
-        found = problem.grams(options.kind, max_params_per_block=options.max_params_per_block)
+        found = problem.grams(
+            options.kind, max_params_per_block=options.max_params_per_block, memory_budget=options.memory_budget
+        )
         gradients = WeightedGradients(
             grams=found.grams,
             sizes={block: sum(objective.parameters[name].numel() for name in names) for block, names in problem.blocks.items()},

@@ -23,8 +23,8 @@ def isolated(model: nn.Module, *, seed: int) -> Iterator[None]:
 
     Saved and restored, also after an exception: generators (torch CPU, the model's accelerator, NumPy, Python), the
     `training` flag of every submodule, identity and content of every buffer, matmul precision, SDPA backend, compile stance,
-    autocast, grad mode, activation checkpointing, and the `forward` that accelerate patches for mixed precision (the original
-    one runs inside). Not touched at all: parameters, `.grad`, hooks, optimizers, data loaders.
+    autocast, grad mode, activation checkpointing, the implementation of experts, and the `forward` that accelerate patches for
+    mixed precision (the original one runs inside). Not touched at all: parameters, `.grad`, hooks, optimizers, data loaders.
 
     Args:
         model: the module training runs, unwrapped (no DDP, no `torch.compile` wrapper).
@@ -43,6 +43,7 @@ def isolated(model: nn.Module, *, seed: int) -> Iterator[None]:
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # a compiled graph cannot be differentiated twice
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(_no_checkpointing())
+        stack.enter_context(_eager_experts(model))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         yield
@@ -196,6 +197,28 @@ def _no_checkpointing() -> Iterator[None]:
     finally:
         for name, original in saved.items():
             setattr(module, name, original)
+
+
+@contextmanager
+def _eager_experts(model: nn.Module) -> Iterator[None]:
+    """Hugging Face's mixtures of experts one expert at a time: grouped products keep no sample apart and know no float64."""
+    configs: dict[int, Any] = {
+        id(config): config for module in model.modules() if (config := _expert_config(module)) is not None
+    }
+    saved = [(config, config._experts_implementation) for config in configs.values()]
+    try:
+        for config, _ in saved:
+            config._experts_implementation = "eager"
+        yield
+    finally:
+        for config, implementation in saved:
+            config._experts_implementation = implementation
+
+
+def _expert_config(module: nn.Module) -> Any:
+    """The configuration of a module that says how its experts are run, where it says so."""
+    config = getattr(module, "config", None)
+    return None if getattr(config, "_experts_implementation", None) in (None, "eager") else config
 
 
 class _PlainCall:

@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from curvature_callbacks.model.isolation import isolated
+from tests.cases import family
 from tests.training_cases import assert_equal, global_generators, seed_everything
 
 
@@ -242,3 +244,33 @@ def test_sections_may_be_nested() -> None:
 def test_a_model_without_parameters() -> None:
     with isolated(nn.Identity(), seed=0):
         assert torch.is_grad_enabled()
+
+
+@endings
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointed_functions_are_plain_calls_inside_and_checkpointed_outside(ending: Any, use_reentrant: bool) -> None:
+    """One that was imported by its name follows too."""
+    layer, x = nn.Linear(4, 4), torch.randn(2, 4, requires_grad=True)
+    calls: list[int] = []
+
+    def function(value: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return layer(value).tanh()
+
+    with probe(layer, ending):
+        output = checkpoint(function, x, use_reentrant=use_reentrant)
+        torch.autograd.grad(output.sum(), x)
+        assert len(calls) == 1
+    calls.clear()
+    checkpoint(function, x, use_reentrant=use_reentrant).sum().backward()
+    assert len(calls) == 2
+
+
+@endings
+def test_experts_run_one_by_one_inside(ending: Any) -> None:
+    model = family("mixtral")
+    model.config._experts_implementation = "grouped_mm"
+    with probe(model, ending):
+        assert model.config._experts_implementation == "eager"
+        assert all(module.config._experts_implementation == "eager" for module in model.modules() if hasattr(module, "config"))
+    assert model.config._experts_implementation == "grouped_mm"
