@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Final, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +16,14 @@ from curvature_callbacks.gram.kronecker import LayerKronecker
 from curvature_callbacks.gram.positions import Sharing
 from curvature_callbacks.gram.storage import memory_budget
 from curvature_callbacks.gram.trust import Trust
+from curvature_callbacks.linalg.spectrum import LinAlgError
 from curvature_callbacks.model.blocks import Blocks, BlockStructure, group_blocks
 from curvature_callbacks.model.checks import check_model, second_order_obstacle
 from curvature_callbacks.model.losses import Loss, resolve_loss
 from curvature_callbacks.model.objective import Objective, ParamsFilter, gradients
-from curvature_callbacks.model.surrogates import FisherType, SampleUnit, surrogates
+from curvature_callbacks.model.surrogates import EMPIRICAL, FisherType, SampleUnit, surrogates
 from curvature_callbacks.operators.fisher import EmpiricalFisherOperator
 from curvature_callbacks.operators.hessian import HessianOperator
-
-_EMPIRICAL: Final = FisherType()
 
 _logger = logging.getLogger("curvature_callbacks")
 
@@ -93,7 +92,7 @@ class Problem:
                 losses = self.objective(batch)
                 valid += int(losses.num_targets.sum())
                 for kind in kinds:
-                    if kind != _EMPIRICAL:  # which every loss has
+                    if kind != EMPIRICAL:  # which every loss has
                         surrogates(kind, losses, seed=self.seed)
         if valid == 0:
             raise ConfigurationError(
@@ -102,7 +101,7 @@ class Problem:
             )
 
     def grams(
-        self, kind: FisherType = _EMPIRICAL, *, max_params_per_block: int | None = None, memory_budget: int | None = None
+        self, kind: FisherType = EMPIRICAL, *, max_params_per_block: int | None = None, memory_budget: int | None = None
     ) -> BlockGrams:
         """Grams of all blocks for a type of Fisher; see `gram.engine.block_grams`. Kept for the next who asks the same.
 
@@ -134,11 +133,11 @@ class Problem:
         return self._kronecker[key]
 
     def _with_factors(self, kind: FisherType, sharing: Sharing, memory: int | None) -> None:
-        """Grams and factors in one pass; neither where the factors do not fit: who asks for them meets the cause then."""
+        """Grams and factors in one pass; neither where there can be no factors: who asks for them meets the cause then."""
         try:
             grams = self._block_grams(kind, None, sharing, memory)
-        except torch.OutOfMemoryError as error:
-            _logger.debug("the Kronecker factors of this probe do not fit into memory, its Grams are tried without: %s", error)
+        except (torch.OutOfMemoryError, LinAlgError) as error:
+            _logger.debug("no Kronecker factors at this probe, its Grams are tried without: %s", error)
             return
         self._grams[self._key(kind, None)] = grams
         self._kronecker[kind, sharing] = self._ordered(grams.kronecker)
@@ -171,7 +170,8 @@ class Problem:
     def operations(self) -> Mapping[str, list[str]]:
         """Parameter to the operations that use it. Cost: nothing beside `grams`, else one forward pass."""
         for found in self._grams.values():
-            return found.kinds
+            if all(name in found.kinds for name in found.fallback):  # what earlier probes refused is not watched any more
+                return found.kinds
         return parameter_operations(self.objective, self.microbatches[0])
 
     @cached_property

@@ -100,9 +100,9 @@ class Convolution(Use):
         """Gradients of some output channels: all are computed where they lie across groups."""
         assert self.gradient is not None
         groups = self._geometry.groups
-        if groups == 1 and self._rows is None:
-            return self._by_sample(self.gradient[:, start:stop], 1, out)
         chosen = slice(start, stop) if self._rows is None else self._rows[start:stop]
+        if groups == 1:
+            return self._by_sample(self.gradient[:, chosen], 1, out)
         return self._by_sample(self.gradient, groups, None)[:, chosen]
 
     def _by_sample(self, outputs: Tensor, groups: int, out: Tensor | None) -> Tensor:

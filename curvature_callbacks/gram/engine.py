@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from curvature_callbacks.batches import batch_size, take_rows
+from curvature_callbacks.errors import ProbeError
 from curvature_callbacks.gram.capture import Capture
 from curvature_callbacks.gram.certificate import certificate_errors
 from curvature_callbacks.gram.collect import Collector
@@ -99,7 +100,7 @@ def block_grams(
         RefusedError: samples are coupled, or no path gives a Gram that passes the certificate.
 
     Cost: see `compute_fisher_spectrum`; one gradient more where the layout is not certified yet; N single-row gradients for
-    parameters without a rule. Memory: factors of all passes but the last within the budget, plus 32 MiB.
+    parameters without a rule. Memory: see `compute_fisher_spectrum`.
     """
     passed = Passed(dict(trust.refused))
     rows = chosen_rows(objective.parameters, blocks, options.max_params_per_block, seed=seed)
@@ -107,8 +108,10 @@ def block_grams(
     storage = Storage(
         options.budget or memory_budget(objective.device), factors_wanted=options.sharing is not None, device=objective.device
     )
-    run_passes(objective, microbatches, collector.consume, passed, options.kind, trust, seed=seed, storage=storage)
-    trust.scratch.forget()
+    try:
+        run_passes(objective, microbatches, collector.consume, passed, options.kind, trust, seed=seed, storage=storage)
+    finally:
+        trust.scratch.forget()
     fallback = {name: reason for name, reason in passed.unruled.items() if name in objective.parameters}
     grams = {name: gram for name, gram in collector.grams.items() if name not in fallback}
     grams |= row_grams(objective, microbatches, list(fallback), passed.surrogates)
@@ -195,9 +198,12 @@ def _of_finite_rows(
     Which rows these are is found row by row: in a layout that is not proved yet one bad row may look like all of them.
     """
     usable = torch.cat([finite_rows(objective, batch) for batch in microbatches])
-    if usable.all():  # only the batch overflows: no rule can be relied on
-        trust.refused |= {name: "not finite in the batch" for name in objective.parameters if name not in trust.refused}
-        return block_grams(objective, microbatches, blocks, trust=trust, seed=seed, options=options)
+    if usable.all() and len(fallback) == len(objective.parameters):
+        raise ProbeError("the inner products of this probe's gradients are not finite, though the gradients are.")
+    if usable.all():  # only the batch overflows: no rule can be relied on at this probe
+        refused = trust.refused | {name: "not finite in the batch" for name in objective.parameters if name not in fallback}
+        by_row = replace(trust, refused=refused)
+        return block_grams(objective, microbatches, blocks, trust=by_row, seed=seed, options=options)
     unknown = torch.full((len(usable), len(usable)), torch.nan, dtype=torch.float64, device=objective.device)
     pieces = torch.split(usable, [batch_size(batch) for batch in microbatches])
     kept = [take_rows(batch, piece.nonzero()[:, 0]) for batch, piece in zip(microbatches, pieces, strict=True) if piece.any()]
@@ -216,7 +222,7 @@ def _of_finite_rows(
         )
     inner = block_grams(objective, kept, blocks, trust=trust, seed=seed, options=options)
     targets = torch.zeros(len(usable), dtype=torch.int64).index_put((place,), inner.num_targets)
-    if len(inner.samples) != len(place):
+    if options.kind != EMPIRICAL:
         return replace(inner, samples=place[inner.samples], num_targets=targets)
     there = place[inner.samples].to(objective.device)
     grams = {block: unknown.index_put((there[:, None], there), K) for block, K in inner.grams.items()}

@@ -16,7 +16,8 @@ from curvature_callbacks.linalg.accumulate import gram
 
 _CHUNK_BYTES: Final = 16 << 20  # per-sample gradients materialised at a time: chunks below 4 MiB took up to twice the time
 _CONVOLUTION_BYTES: Final = 64 << 20  # the same where a convolution has to be run for each chunk
-_PAIRS: Final = 1 << 24  # most position pairs the factored form may hold: 128 MiB in float64
+_KEPT_ROWS: Final = 1024  # of a product that is remembered
+_PAIRS: Final = 1 << 22  # most position pairs the factored form may hold: 32 MiB in float64, three of which exist at a time
 
 
 @final
@@ -37,17 +38,21 @@ class Scratch:
             if known.data_ptr() == rows.data_ptr() and known.shape == rows.shape and known.stride() == rows.stride():
                 return product
         product = gram(rows)
-        self._last.append((rows, product))
+        if len(rows) <= _KEPT_ROWS:
+            self._last.append((rows, product))
         return product
 
     def forget(self) -> None:
-        """Let go of the last products."""
+        """Let go of the last products, and of the buffer where the allocator keeps memory itself."""
         self._last.clear()
+        if self._buffer is not None and self._buffer.device.type != "cpu":
+            self._buffer = None
 
     def take(self, size: int, example: Tensor) -> Tensor:
         """`size` elements of `example`'s dtype and device, their content undefined."""
         buffer = self._buffer
         if buffer is None or buffer.numel() < size or buffer.dtype != example.dtype or buffer.device != example.device:
+            self._buffer = None  # before another is made
             self._buffer = buffer = torch.empty(size, dtype=example.dtype, device=example.device)
         return buffer[:size]
 
@@ -68,7 +73,7 @@ def parameter_gram(
         scratch: memory for the chunks.
         rows: sorted rows of the parameter to count, the sum scaled up to all of them; only where it is used as a whole.
 
-    Cost: as above; extra memory 16 MiB of gradients, or 128 MiB of position pairs.
+    Cost: as above; extra memory 16 MiB of gradients, or 96 MiB of position pairs.
     """
     if not any(passes):
         return torch.zeros(sum(sizes), sum(sizes), dtype=torch.float64)

@@ -105,17 +105,15 @@ class _Round:
         """Consume all names but those returned, which have to wait for another round."""
         self.uses = {name: [] for name in self.names}
         postponed: list[str] = []
-        count = len(self.microbatches)
         for place, batch in enumerate(self.microbatches):
-            self._microbatch(place, batch, consume)
-            if place < count - 1:
-                postponed += self._postpone((place + 1) / count)
+            postponed += self._microbatch(place, batch, consume)
         for name, found in self.uses.items():  # used by no microbatch's loss, or not by the last one
             if name not in self.result.unruled:
                 consume(name, self.storage.returned(name, self._padded(found)))
         return [name for name in self.names if name in set(postponed)]
 
-    def _microbatch(self, place: int, batch: Any, consume: Consume) -> None:
+    def _microbatch(self, place: int, batch: Any, consume: Consume) -> list[str]:
+        """Run one microbatch; the names that have to wait for another round."""
         values = {name: parameter.detach() for name, parameter in self.objective.parameters.items()}
         capture = self._capture(values, batch)
         with capture, sdpa_kernel(_ANY_KERNEL):
@@ -123,12 +121,16 @@ class _Round:
         if place == len(self.result.surrogates):
             self._note(capture)
         chosen = self._surrogates(place, batch, losses)
+        postponed: list[str] = []
         for number, surrogate in enumerate(chosen):
             again = number < len(chosen) - 1
             last = place == len(self.microbatches) - 1 and not again
             total = losses.total if surrogate is None else surrogate(losses).sum()
             capture.backward(total, partial(self._take, consume if last else None), again=again)
             self.index += 1
+            if not last:
+                postponed += self._postpone((place + (number + 1) / len(chosen)) / len(self.microbatches))
+        return postponed
 
     def _capture(self, values: dict[str, Tensor], batch: Any) -> Capture:
         taken = {name: values[name] for name in self.names}

@@ -36,8 +36,8 @@ class MicrobatchUses:
         passes: for each backward pass the completed uses of the weight, in one order for all passes; a pass that did not
             reach the weight has none.
         counts: (N,) pseudo-samples each row stands for: 1 (also for the exact Fisher, whose passes are positions and classes),
-            times the number of label draws, times n_i for the token unit. 0 leaves the row out (no valid target, not
-            finite). The sum over all microbatches is the Fisher's normaliser.
+            times the number of label draws, times n_i for the token unit. 0 leaves the row out (no valid target).
+            The sum over all microbatches is the Fisher's normaliser.
     """
 
     passes: Sequence[Sequence[Use]]

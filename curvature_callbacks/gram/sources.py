@@ -193,11 +193,6 @@ class Pullback:
         }
 
 
-def _dense(gradients: list[Tensor]) -> Dense:
-    found = torch.stack(gradients)
-    return Dense("function of the parameter", found if found.ndim > 1 else found[:, None])
-
-
 def leaf_names(graph: Tensor, leaves: Mapping[str, Tensor]) -> list[str]:
     """Names of the leaves that `graph` was computed from. Cost: one traversal of its graph."""
     names = {id(leaf): name for name, leaf in leaves.items()}

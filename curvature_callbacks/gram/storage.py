@@ -46,7 +46,7 @@ class Storage:
 
     A use is kept as per-sample gradients where these are fewer numbers than its factors, `min(T (d_in + d_out), d_in d_out)` a
     sample, unless the factors themselves are wanted (K-FAC). Tensors that several uses share (the input of queries, keys and
-    values) count once.
+    values) count once on the device.
     """
 
     def __init__(self, budget: MemoryBudget, *, factors_wanted: bool, device: torch.device = _CPU) -> None:
@@ -109,7 +109,7 @@ class Storage:
 
 def _bytes(found: Iterable[Placed]) -> _Bytes:
     tensors = [tensor for one in found for tensor in one.use.tensors()]
-    return {tensor.untyped_storage().data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}
+    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
 
 
 def _total(parts: Iterable[_Bytes]) -> int:

@@ -1,11 +1,12 @@
 """Trust: what earlier probes of a run found out, so that later ones need not."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import final
+from typing import Final, final
 
-from curvature_callbacks.errors import RefusedError
+from curvature_callbacks.errors import ProbeError, RefusedError
 from curvature_callbacks.gram.certificate import TOLERANCE
 from curvature_callbacks.gram.parameter_gram import Scratch
 from curvature_callbacks.model.blocks import Blocks
@@ -13,7 +14,7 @@ from curvature_callbacks.model.losses import LossFunction
 
 Signature = frozenset[tuple[str, tuple[str, ...], tuple[int, ...]]]
 
-CERTIFICATE_FAILED = "certificate failed"  # how the reason of such a fallback begins
+CERTIFICATE_FAILED: Final = "certificate failed"  # how the reason of such a fallback begins
 
 
 @final
@@ -44,10 +45,13 @@ class Trust:
         by row.
 
         Raises:
+            ProbeError: nothing can be told at this probe.
             RefusedError: one fails although it was taken row by row.
         """
         failed = {name: error for name, error in errors.items() if not error <= TOLERANCE}
         for name, error in failed.items():
+            if name in fallback and not math.isfinite(error):
+                raise ProbeError(f"the gradients of `{name}` overflow when those of all rows are added up.")
             if name in fallback:
                 raise RefusedError(
                     f"`{name}` fails its certificate (relative error {error:.1e}) even row by row: the samples have no "

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from curvature_callbacks.errors import ConfigurationError, check_choice, check_positive
 from curvature_callbacks.gram.engine import finite_samples
+from curvature_callbacks.gram.trust import CERTIFICATE_FAILED
 from curvature_callbacks.linalg.spectrum import Spectrum, spectrum_of_gram, union
 from curvature_callbacks.model.surrogates import FisherType
 
@@ -140,7 +141,7 @@ def fisher_spectra(gradients: WeightedGradients, options: SpectrumOptions, metad
 def failed_certificates(spectra: FisherSpectra) -> list[str]:
     """Parameters whose fast Gram was proven wrong, so that their gradients were taken row by row."""
     fallback: Mapping[str, str] = spectra.metadata.get("fallback", {})
-    return [name for name, reason in fallback.items() if reason.startswith("certificate failed")]
+    return [name for name, reason in fallback.items() if reason.startswith(CERTIFICATE_FAILED)]
 
 
 def warning_of(failed: Sequence[str]) -> str:

@@ -215,8 +215,8 @@ def compute_fisher_spectrum(
         center_gradients: subtract the mean gradient: the covariance `F - g g'`.
         num_samples: use the first so many rows only; default all.
         precomputed_gradients: one mapping from parameter name to gradient per sample; `batches` and `loss` are then unused.
-        max_params_per_block: most parameters of a block to use, drawn at random, the same for all samples, the trace rescaled
-            so that it stays unbiased; default all.
+        max_params_per_block: most parameters of a block to use, in whole rows of the first axis drawn at random (at least one
+            a parameter), the same for all samples, the trace rescaled so that it stays unbiased; default all.
         max_sample_grad_norm: scale gradients longer than this (over all parameters) down to it; default none. Not for `exact`.
         memory_budget: bytes on the model's device for the factors of all microbatches but the last; default 2 GiB on a CPU,
             half of what is free on an accelerator. What does not fit goes to the host (half of its free memory), and what
@@ -239,8 +239,9 @@ def compute_fisher_spectrum(
     dearer cases), two more and five forward passes where the layout of the model is not certified yet; parameters without a
     capture rule take N single-row gradients, listed in `metadata["fallback"]`. One more backward pass for every further draw
     and target, for `exact` for every position and class, and an eigensolve of all their gradients together. Memory: inputs and
-    output gradients of all passes but the last within `memory_budget`, plus 16 MiB (64 MiB for convolutions), and
-    `8 S^2` bytes a parameter for S pseudo-samples.
+    output gradients of all passes but the last within `memory_budget`; 16 MiB of gradients at a time (64 MiB for convolutions,
+    at most 256 MiB for parameters that go row by row, are used through computed copies or through views that overlap); `8 S^2`
+    bytes a parameter for S pseudo-samples. A loss that is only known as a mean takes one more forward pass over every row.
 
     References: Kunstner, Balles and Hennig (2019), "Limitations of the empirical Fisher approximation".
 
@@ -268,6 +269,7 @@ def compute_fisher_spectrum(
         deterministic=deterministic,
     )
     if precomputed_gradients is not None:
+        precomputed_gradients = precomputed_gradients[:num_samples]
         return warned(spectra_of_gradients(model, precomputed_gradients, block_structure, params_filter, options))
     microbatches = as_microbatches(batches)
     if num_samples is not None:

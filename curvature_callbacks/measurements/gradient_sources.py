@@ -58,10 +58,10 @@ def spectra_of_gradients(
     options: SpectrumOptions,
 ) -> FisherSpectra:
     """Spectra of gradients the user already has; parameters missing from them are left out."""
-    if options.kind != FisherType() or options.max_params_per_block is not None:
+    if options.kind != FisherType() or options.max_params_per_block is not None or options.memory_budget is not None:
         raise ConfigurationError(
-            "`precomputed_gradients` are what they are: leave `fisher`, `sample_unit`, `num_draws`, `num_targets` and "
-            "`max_params_per_block` at their defaults."
+            "`precomputed_gradients` are what they are: leave `fisher`, `sample_unit`, `num_draws`, `num_targets`, "
+            "`max_params_per_block` and `memory_budget` at their defaults."
         )
     trainable = {
         name: parameter
@@ -73,6 +73,13 @@ def spectra_of_gradients(
         raise ConfigurationError(
             "`precomputed_gradients` names no trainable parameter of the model: keys must be as in `named_parameters()`."
         )
+    for number, sample in enumerate(gradients):
+        for name in names:
+            if name not in sample or sample[name].numel() != trainable[name].numel():
+                raise ConfigurationError(
+                    f"`precomputed_gradients` must give every sample the same parameters in their sizes: sample {number} does "
+                    f"not for `{name}`."
+                )
     first = gradients[0][names[0]] if names else torch.zeros(0)
     blocks = group_blocks(model, names, structure) if names else {}
     with deterministic_algorithms(first.device, enabled=options.deterministic):

@@ -7,6 +7,7 @@ from typing import Any, Final, final, get_args
 import torch
 
 from curvature_callbacks.errors import ProbeError, RefusedError, check_choice, check_positive
+from curvature_callbacks.gram.engine import finite_samples
 from curvature_callbacks.gram.kronecker import LayerKronecker
 from curvature_callbacks.gram.positions import Sharing
 from curvature_callbacks.linalg.kronecker import (
@@ -91,6 +92,8 @@ class KFACQuality:
     def measure(self, problem: Problem, state: None) -> tuple[list[Record], None]:
         """One record for the whole model and one a layer."""
         layers = problem.kronecker(self.fisher_type, sharing=self.sharing)
+        if not layers and not finite_samples(problem.grams(self.fisher_type).grams).any():
+            raise ProbeError("no row of this probe has a finite gradient.")
         if not layers:
             raise RefusedError("no trainable layer has Kronecker factors: see KFACCoverage for the reasons.")
         named = {_layer_name(layer.weight): layer for layer in layers.values()}

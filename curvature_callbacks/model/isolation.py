@@ -241,15 +241,17 @@ def _matmul_precision() -> Iterator[None]:
     cuda, cudnn, mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
     backends: list[Any] = [cuda.matmul, getattr(cudnn, "conv", None), getattr(mkldnn, "matmul", None)]
     saved = [(backend, backend.fp32_precision) for backend in backends if hasattr(backend, "fp32_precision")]
-    legacy = None if saved else torch.get_float32_matmul_precision()
+    legacy = None if saved else (torch.get_float32_matmul_precision(), cudnn.allow_tf32)
     try:
         for backend, _ in saved:
             backend.fp32_precision = "ieee"
         if legacy is not None:
             torch.set_float32_matmul_precision("highest")
+            cudnn.allow_tf32 = False
         yield
     finally:
         for backend, precision in saved:
             backend.fp32_precision = precision
         if legacy is not None:
-            torch.set_float32_matmul_precision(legacy)
+            torch.set_float32_matmul_precision(legacy[0])
+            cudnn.allow_tf32 = legacy[1]
