@@ -236,7 +236,7 @@ def compute_fisher_spectrum(
         RefusedError: samples are coupled, so that they have no gradients of their own.
 
     Cost: 1.0 to 1.5 gradients of the same rows on transformers (one CPU thread; benchmarks/results/fisher.json has these and
-    dearer cases), two more and five forward passes where the layout of the model is not certified yet; parameters without a
+    dearer cases), two to three more where the layout of the model is not certified yet; parameters without a
     capture rule take N single-row gradients, listed in `metadata["fallback"]`. One more backward pass for every further draw
     and target, for `exact` for every position and class, and an eigensolve of all their gradients together. Memory: inputs and
     output gradients of all passes but the last within `memory_budget`; 16 MiB of gradients at a time (64 MiB for convolutions,
