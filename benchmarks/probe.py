@@ -11,13 +11,13 @@ import argparse
 import json
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from fisher_work import timed
 from torch import nn
 
 import curvature_callbacks as cc
@@ -105,19 +105,6 @@ def measure(work: dict[str, Task], repeats: int, device: torch.device) -> dict[s
     ratios = {name: medians[name] / medians["gradient"] for name in work}
     ratios["hessian_product"] = (ratios.pop("lanczos_8") - ratios.pop("lanczos_4")) / 4
     return {"gradient_seconds": medians["gradient"], **ratios}
-
-
-def timed(task: Task, device: torch.device) -> float:
-    """CPU time of this process on a CPU, where other processes share the cores; wall time on an accelerator."""
-    if device.type == "cpu":
-        start = time.process_time()
-        task()
-        return time.process_time() - start
-    torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    task()
-    torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def main() -> None:

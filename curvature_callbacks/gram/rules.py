@@ -48,44 +48,28 @@ def _matmul(layout_of: LayoutOf, output: Tensor, input: Tensor, other: Tensor) -
         return []
     taps: Taps = []
     if other.ndim == 1 and input.ndim > 1:
-        taps.append((other, _VectorProduct(layout, input)))
+        column = OuterProduct("matmul", layout, input, transposed=True)
+        taps.append((other, _Rearranged(column, partial(torch.unsqueeze, dim=-1))))
     if other.ndim == 2 and input.ndim > 1:
         taps.append((other, OuterProduct("matmul", layout, input, transposed=True)))
     if input.ndim == 2 and other.ndim > 2:
-        taps.append((input, _LeftProduct(layout, other)))
+        on_columns = OuterProduct("matmul", layout, other.mT, transposed=False)
+        taps.append((input, _Rearranged(on_columns, partial(torch.transpose, dim0=-2, dim1=-1))))
     return taps
 
 
 @final
-class _VectorProduct(Tap):
-    """`x @ v` for a vector, which is a matrix with one column."""
+class _Rearranged(Tap):
+    """A matrix product whose output is that of a linear layer with its axes in another place."""
 
-    kind = "matmul"
-
-    def __init__(self, layout: Layout, inputs: Tensor) -> None:
-        self.num_samples = layout.num_samples
-        self._layout = layout
-        self._inputs = inputs
+    def __init__(self, product: OuterProduct, rearrange: Callable[[Tensor], Tensor]) -> None:
+        self.kind, self.num_samples = product.kind, product.num_samples
+        self._product = product
+        self._rearrange = rearrange
 
     def completed(self, gradient: Tensor) -> OuterProduct:
-        """With the column."""
-        return OuterProduct(self.kind, self._layout, self._inputs, transposed=True).completed(gradient.unsqueeze(-1))
-
-
-@final
-class _LeftProduct(Tap):
-    """`W @ x` for x (R, ..., d_in, T): the transposed activations through a linear layer."""
-
-    kind = "matmul"
-
-    def __init__(self, layout: Layout, inputs: Tensor) -> None:
-        self.num_samples = layout.num_samples
-        self._layout = layout
-        self._inputs = inputs
-
-    def completed(self, gradient: Tensor) -> OuterProduct:
-        """With the columns as positions."""
-        return OuterProduct(self.kind, self._layout, self._inputs.mT, transposed=False).completed(gradient.mT)
+        """With the output's gradient in the linear layer's places."""
+        return self._product.completed(self._rearrange(gradient))
 
 
 def _bilinear(

@@ -76,7 +76,7 @@ class RuleCase:
             inputs = torch.randint(self.vocabulary, shape, generator=generator)
         return inputs, torch.randint(CLASSES, (size,), generator=generator)
 
-    def check(self, *, stem: bool = False, sizes: tuple[int, ...] = SIZES) -> None:
+    def assert_exact(self, *, stem: bool = False, sizes: tuple[int, ...] = SIZES) -> None:
         """Every parameter's Gram is the oracle's, and none but those allowed went row by row."""
         assert_ruled(self.model(stem=stem), self.microbatches(sizes), by_row=self.by_row, dead=self.dead)
 

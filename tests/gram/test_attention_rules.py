@@ -195,7 +195,7 @@ SCORES = {
 @pytest.mark.parametrize("stem", [False, True], ids=["input", "hidden"])
 @pytest.mark.parametrize("name", SCORES)
 def test_parameters_in_attention(name: str, stem: bool):
-    SCORES[name].check(stem=stem)
+    SCORES[name].assert_exact(stem=stem)
 
 
 def attend(m: Any, x: Tensor, **options: Any) -> Tensor:
@@ -258,7 +258,7 @@ LAYERS = {
 @pytest.mark.parametrize("stem", [False, True], ids=["input", "hidden"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_attention_layers_of_torch(name: str, stem: bool):
-    LAYERS[name].check(stem=stem)
+    LAYERS[name].assert_exact(stem=stem)
 
 
 RECURRENT = {
@@ -287,4 +287,4 @@ def unrolled(m: Any, x: Tensor, states: int) -> Tensor:
 @pytest.mark.parametrize("stem", [False, True], ids=["input", "hidden"])
 @pytest.mark.parametrize("name", RECURRENT)
 def test_recurrent_layers_are_never_wrong(name: str, stem: bool):
-    RECURRENT[name].check(stem=stem)
+    RECURRENT[name].assert_exact(stem=stem)

@@ -76,12 +76,12 @@ def layer_case(name: str) -> RuleCase:
 @pytest.mark.parametrize("stem", [False, True], ids=["input", "hidden"])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolution_layers(name: str, stem: bool):
-    layer_case(name).check(stem=stem)
+    layer_case(name).assert_exact(stem=stem)
 
 
 def test_rows_alone_in_their_microbatch():
     for name in ("conv1d, groups", "conv2d, stride", "conv3d"):
-        layer_case(name).check(sizes=(1, 1, 1))
+        layer_case(name).assert_exact(sizes=(1, 1, 1))
 
 
 def frames(m: Any, x: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ FUNCTIONAL = {
 @pytest.mark.parametrize("stem", [False, True], ids=["input", "hidden"])
 @pytest.mark.parametrize("name", FUNCTIONAL)
 def test_convolutions_called_otherwise(name: str, stem: bool):
-    FUNCTIONAL[name].check(stem=stem)
+    FUNCTIONAL[name].assert_exact(stem=stem)
 
 
 # Exact, by a rule or row by row.
@@ -219,4 +219,4 @@ UNUSUAL = {
 
 @pytest.mark.parametrize("name", UNUSUAL)
 def test_unusual_convolutions_are_never_wrong(name: str):
-    UNUSUAL[name].check()
+    UNUSUAL[name].assert_exact()

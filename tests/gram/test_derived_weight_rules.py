@@ -47,7 +47,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 @pytest.mark.parametrize("name", LAYERS)
 def test_reparametrised_layers(name: str, stem: bool):
     layer, shape = LAYERS[name]
-    RuleCase(body=lambda m, x: m.layer(x), parts=lambda: {"layer": layer()}, shape=shape).check(stem=stem)
+    RuleCase(body=lambda m, x: m.layer(x), parts=lambda: {"layer": layer()}, shape=shape).assert_exact(stem=stem)
 
 
 def adapter() -> dict[str, Any]:
@@ -155,4 +155,4 @@ DERIVED = {
 @pytest.mark.parametrize("stem", [False, True], ids=["input", "hidden"])
 @pytest.mark.parametrize("name", DERIVED)
 def test_derived_weights(name: str, stem: bool):
-    DERIVED[name].check(stem=stem)
+    DERIVED[name].assert_exact(stem=stem)

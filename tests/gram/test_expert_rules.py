@@ -111,4 +111,4 @@ WRITTEN = {
 @pytest.mark.parametrize("stem", [False, True], ids=["input", "hidden"])
 @pytest.mark.parametrize("name", WRITTEN)
 def test_experts_written_out(name: str, stem: bool):
-    WRITTEN[name].check(stem=stem)
+    WRITTEN[name].assert_exact(stem=stem)

@@ -48,7 +48,7 @@ NORMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 @pytest.mark.parametrize("name", NORMS)
 def test_norm_layers(name: str, stem: bool):
     layer, shape = NORMS[name]
-    RuleCase(body=lambda m, x: m.layer(x), parts=lambda: {"layer": layer()}, shape=shape).check(stem=stem)
+    RuleCase(body=lambda m, x: m.layer(x), parts=lambda: {"layer": layer()}, shape=shape).assert_exact(stem=stem)
 
 
 def test_running_statistics_are_not_at_their_start():
@@ -145,7 +145,7 @@ FUNCTIONAL = {
 @pytest.mark.parametrize("stem", [False, True], ids=["input", "hidden"])
 @pytest.mark.parametrize("name", FUNCTIONAL)
 def test_norms_called_otherwise(name: str, stem: bool):
-    FUNCTIONAL[name].check(stem=stem)
+    FUNCTIONAL[name].assert_exact(stem=stem)
 
 
 def test_a_layer_norm_before_the_samples_is_never_wrong():
@@ -154,7 +154,7 @@ def test_a_layer_norm_before_the_samples_is_never_wrong():
         parts=lambda: {"norm": nn.LayerNorm(4)},
         shape=(6, 4),
         by_row=...,
-    ).check()
+    ).assert_exact()
 
 
 # model: (class, arguments, shape of one row); all compute in float32 whatever comes in.
@@ -187,7 +187,7 @@ def hugging_face(model: str, name: str, arguments: dict[str, Any]) -> nn.Module:
     return getattr(import_module(f"transformers.models.{model}.modeling_{model}"), name)(**arguments)
 
 
-def check_in_float32(case: RuleCase, stem: bool) -> None:
+def assert_exact_in_float32(case: RuleCase, stem: bool) -> None:
     assert_ruled(case.model(stem=stem), case.microbatches(), tolerance=1e-5)
 
 
@@ -196,7 +196,7 @@ def check_in_float32(case: RuleCase, stem: bool) -> None:
 def test_norms_of_hugging_face(model: str, stem: bool):
     name, arguments, shape = HUGGING_FACE[model]
     make = partial(hugging_face, model, name, arguments)
-    check_in_float32(RuleCase(body=lambda m, x: m.norm(x), parts=lambda: {"norm": make()}, shape=shape), stem)
+    assert_exact_in_float32(RuleCase(body=lambda m, x: m.norm(x), parts=lambda: {"norm": make()}, shape=shape), stem)
 
 
 @pytest.mark.parametrize("model", GATED)
@@ -204,4 +204,4 @@ def test_gated_norms_of_hugging_face(model: str):
     name, arguments = GATED[model]
     make = partial(hugging_face, model, name, arguments)
     case = RuleCase(body=lambda m, x: m.norm(x, m.gate(x)), parts=lambda: {"gate": nn.Linear(4, 4), "norm": make()})
-    check_in_float32(case, stem=True)
+    assert_exact_in_float32(case, stem=True)

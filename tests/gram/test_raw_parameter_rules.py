@@ -156,7 +156,7 @@ NAMED = SCALES | {f"constant: {name}": case for name, case in CONSTANTS.items()}
 @pytest.mark.parametrize("stem", [False, True], ids=["input", "hidden"])
 @pytest.mark.parametrize("name", NAMED)
 def test_raw_parameters(name: str, stem: bool):
-    NAMED[name].check(stem=stem)
+    NAMED[name].assert_exact(stem=stem)
 
 
 @pytest.mark.parametrize("stem", [False, True], ids=["input", "hidden"])
@@ -173,7 +173,7 @@ def test_state_space_parameters(case: RuleCase, stem: bool):
 
 
 def test_a_parameter_only_some_microbatches_use():
-    RuleCase(body=sometimes, parts=lambda: {"scale": weight(4)}).check(stem=True)
+    RuleCase(body=sometimes, parts=lambda: {"scale": weight(4)}).assert_exact(stem=True)
 
 
 def test_channels_of_ragged_clips():
@@ -182,4 +182,4 @@ def test_channels_of_ragged_clips():
         body=lambda m, x: m.scale * x + m.shift,
         parts=lambda: {"scale": weight(3, 1, 1), "shift": weight(1, 1, 2)},
         shape=(3, T, 2),
-    ).check()
+    ).assert_exact()

@@ -176,9 +176,9 @@ NAMED = {f"token {name}": case for name, case in TOKENS.items()} | {
 @pytest.mark.parametrize("stem", [False, True], ids=["input", "hidden"])
 @pytest.mark.parametrize("name", NAMED)
 def test_tokens_and_positions(name: str, stem: bool):
-    NAMED[name].check(stem=stem)
+    NAMED[name].assert_exact(stem=stem)
 
 
 @pytest.mark.parametrize("name", ["expanded with -1", "repeated", "stacked", "initial state of a recurrence"])
 def test_rows_alone_in_their_microbatch(name: str):
-    TOKENS[name].check(sizes=(1, 1, 1))
+    TOKENS[name].assert_exact(sizes=(1, 1, 1))
