@@ -1,8 +1,10 @@
 """What the Grams behind the per-block Fisher spectra cost: time, memory, accuracy, growth; against plain passes and peers.
 
 One plain pass is one forward and one backward pass to the parameter gradients of the same rows with the kernels training
-uses. `fisher` is what a callback runs from its second probe on, isolation included (the layout was certified on the first).
-Ratios are those of medians of interleaved repeats inside one process on one thread, in CPU time (wall time on CUDA).
+uses. `fisher` is what a callback runs from its second probe on (the layout was certified on the first), every tool being
+timed on a model prepared for it; `fisher_with_isolation` counts that preparation, a few milliseconds a probe, too.
+Ratios are those of medians of interleaved repeats inside one process on one thread, in CPU time (wall time on CUDA): as many
+rounds as asked for, more of short ones.
 
     python benchmarks/fisher.py --out benchmarks/results/fisher.json
     python benchmarks/fisher.py --only vit_n64 --sections time,memory
@@ -20,7 +22,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from fisher_peers import PEERS
 from fisher_work import (
     OURS,
     PLAIN,
+    PROBE,
     Task,
     block_names,
     certified,
@@ -47,6 +49,7 @@ from fisher_work import (
 from curvature_callbacks.model.blocks import Granularity
 
 MEMORY_ALLOWANCE = 256  # MiB above the plain pass
+LEAST_SECONDS = 20.0  # of timing a case
 STREAMING_LIMIT = 1.3  # times the single batch
 SMALL_BUDGET, QUICK_BUDGET = 128 << 20, 64 << 10  # bytes, less than the factors of all microbatches take
 STREAMED = ("gpt2_tied_n64", "vit_n64", "mlp_3x512_n256", "gpt2_tied_quick")
@@ -54,7 +57,7 @@ STREAMED = ("gpt2_tied_n64", "vit_n64", "mlp_3x512_n256", "gpt2_tied_quick")
 Table = dict[str, Any]
 
 
-def time_and_accuracy(case: Case, workload: Workload, *, repeats: int, device: torch.device) -> Table:
+def time_and_accuracy(case: Case, workload: Workload, *, repeats: int, least_seconds: float, device: torch.device) -> Table:
     """Ratios to the plain pass and errors against the float64 loop, of ours and of every peer."""
     exact = oracle(workload, min(case.oracle_rows, case.N))
     row: Table = {
@@ -63,16 +66,19 @@ def time_and_accuracy(case: Case, workload: Workload, *, repeats: int, device: t
         "rows_compared": len(next(iter(exact.values()))),
     }
     row["num_parameters"] = sum(parameter.numel() for parameter in workload.model.parameters())
-    tasks: dict[str, Task] = {PLAIN: partial(plain, workload), OURS: certified(workload)}
-    found = tasks[OURS]()
+    ours = certified(workload)
+    tasks = {PLAIN: prepared(PLAIN, workload), OURS: ours, PROBE: ours.whole()}
+    found = ours()
     row["row_by_row"] = sorted(found.fallback)
     row["worst_block"], row["error"] = worst_error(found.grams, exact)
+    _, row["row_loop_error"] = worst_error(prepared("row_loop", workload)(), exact)
     if not case.timed:
-        _, row["row_loop_error"] = worst_error(prepared("row_loop", workload)(), exact)
         return row
-    seconds = interleaved(tasks, repeats, device)
+    seconds = interleaved(tasks, repeats, device, least_seconds=least_seconds)
     pairs = [ours / reference for ours, reference in zip(seconds[OURS], seconds[PLAIN], strict=True)]
-    row |= {"limit": case.limit, "aim": case.aim, "ratio": ratios(seconds)[OURS], "ratio_range": [min(pairs), max(pairs)]}
+    found_ratios = ratios(seconds)
+    row |= {"limit": case.limit, "aim": case.aim, "ratio": found_ratios[OURS], "ratio_with_isolation": found_ratios[PROBE]}
+    row |= {"ratio_quartiles": statistics.quantiles(pairs, n=4) if len(pairs) > 1 else pairs * 3, "rounds": len(pairs)}
     row["plain_seconds"] = statistics.median(seconds[PLAIN])
     row["peers"] = {name: peer(name, workload, exact, max(1, repeats // 2), device) for name in PEERS}
     return row
@@ -85,7 +91,7 @@ def peer(name: str, workload: Workload, exact: Mapping[str, torch.Tensor], repea
         try:
             task = prepared(name, workload)
             error = worst_error(task(), exact)[1]
-            work = {PLAIN: partial(plain, workload), name: task}
+            work = {PLAIN: prepared(PLAIN, workload), name: task}
             return {"ratio": ratios(interleaved(work, repeats, device))[name], "error": error}
         except Exception as failure:
             return {"failed": one_line(failure)}
@@ -100,15 +106,15 @@ def memory(name: str, device: torch.device, *, quick: bool) -> Table:
 
 
 def streaming(workload: Workload, *, small_budget: int, repeats: int, device: torch.device) -> Table:
-    """The rows in microbatches of 8 against the same rows in one batch: factors kept, and under a budget too small for them."""
-    size = min(8, workload.num_samples // 2)
+    """The rows in eight microbatches against the same rows in one: factors kept, and under a budget too small for them."""
+    size = max(1, workload.num_samples // 8)
     parts = workload.microbatches(size)
     ours = {
         OURS: certified(workload),
         f"{OURS}, microbatches": certified(workload, microbatches=parts),
         f"{OURS}, microbatches, {small_budget >> 10} KiB": certified(workload, microbatches=parts, memory_budget=small_budget),
     }
-    work: dict[str, Task] = {PLAIN: partial(plain, workload), f"{PLAIN}, microbatches": partial(plain, workload, parts), **ours}
+    work = {PLAIN: prepared(PLAIN, workload), f"{PLAIN}, microbatches": Task(lambda: plain(workload, parts)), **ours}
     seconds = interleaved(work, repeats, device)
     to_single = {row: value for row, value in ratios(seconds, OURS).items() if row in ours}
     return {
@@ -138,7 +144,7 @@ def scaling(*, quick: bool, repeats: int, device: torch.device) -> Table:
 
 
 def _point(workload: Workload, structure: Granularity, repeats: int, device: torch.device) -> dict[str, float]:
-    work: dict[str, Task] = {PLAIN: partial(plain, workload), OURS: certified(workload, block_structure=structure)}
+    work = {PLAIN: prepared(PLAIN, workload), OURS: certified(workload, block_structure=structure)}
     seconds = interleaved(work, repeats, device)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
@@ -165,7 +171,13 @@ def run(options: argparse.Namespace, device: torch.device) -> Table:
     small_budget = QUICK_BUDGET if options.quick else SMALL_BUDGET
     chosen = {name: case for name, case in table.items() if not options.only or name in options.only}
     sections: dict[str, Callable[[str, Case], Table | None]] = {
-        "time": lambda name, case: time_and_accuracy(case, seeded(case, device), repeats=options.repeats, device=device),
+        "time": lambda name, case: time_and_accuracy(
+            case,
+            seeded(case, device),
+            repeats=options.repeats,
+            least_seconds=0.0 if options.quick else LEAST_SECONDS,
+            device=device,
+        ),
         "memory": lambda name, case: memory(name, device, quick=options.quick) if case.timed else None,
         "streaming": lambda name, case: (
             streaming(seeded(case, device), small_budget=small_budget, repeats=options.repeats, device=device)

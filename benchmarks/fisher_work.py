@@ -3,8 +3,10 @@
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, final
 
 import torch
 from fisher_cases import Workload
@@ -18,8 +20,30 @@ from curvature_callbacks.model.blocks import Blocks, BlockStructure, group_block
 from curvature_callbacks.model.isolation import isolated
 from curvature_callbacks.problem import Problem
 
-Task = Callable[[], Any]
-PLAIN, OURS = "plain", "fisher"
+PLAIN, OURS, PROBE = "plain", "fisher", "fisher_with_isolation"
+_MOST_REPEATS = 100
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Work to be timed.
+
+    Attributes:
+        run: what is timed; called with what `ready` gives.
+        ready: surrounds it untimed.
+    """
+
+    run: Callable[..., Any]
+    ready: Callable[[], AbstractContextManager[tuple[Any, ...]]] = lambda: nullcontext(())
+
+    def __call__(self) -> Any:
+        with self.ready() as held:
+            return self.run(*held)
+
+    def whole(self) -> "Task":
+        """The same with everything timed."""
+        return Task(self)
 
 
 def prepared(row: str, workload: Workload) -> Task:
@@ -30,11 +54,11 @@ def prepared(row: str, workload: Workload) -> Task:
         workload: the model and its rows.
     """
     if row == PLAIN:
-        return lambda: plain(workload)
+        return Task(lambda: plain(workload))
     if row == OURS:
         return certified(workload)
     gradients, blocks, N = PEERS[row](workload), block_names(workload), workload.num_samples
-    return lambda: block_sums(gradients, blocks, N)
+    return Task(lambda: block_sums(gradients, blocks, N))
 
 
 def plain(workload: Workload, microbatches: Sequence[Any] | None = None) -> None:
@@ -50,18 +74,22 @@ def certified(
     microbatches: Sequence[Any] | None = None,
     block_structure: BlockStructure = "layer",
     memory_budget: int | None = None,
-) -> Callable[[], BlockGrams]:
-    """The Grams as a callback takes them from its second probe on: isolation included, the layout known."""
+) -> Task:
+    """The Grams as a callback takes them from its second probe on, the layout known and the model isolated beforehand."""
     trust = Trust()
     batches = [workload.batch] if microbatches is None else list(microbatches)
 
-    def run() -> BlockGrams:
+    @contextmanager
+    def ready() -> Iterator[tuple[Problem]]:
         with isolated(workload.model, seed=0):
-            problem = Problem(workload.model, batches, loss=workload.loss, block_structure=block_structure, trust=trust)
-            return problem.grams(memory_budget=memory_budget)
+            yield (Problem(workload.model, batches, loss=workload.loss, block_structure=block_structure, trust=trust),)
 
-    run()
-    return run
+    def run(problem: Problem) -> BlockGrams:
+        return problem.grams(memory_budget=memory_budget)
+
+    task = Task(run, ready)
+    task()
+    return task
 
 
 def block_names(workload: Workload, structure: BlockStructure = "layer") -> Blocks:
@@ -84,14 +112,26 @@ def worst_error(grams: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> tup
     return max(errors.items(), key=lambda item: item[1])
 
 
-def interleaved(work: Mapping[str, Task], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every task, taken in turns; the first round warms up."""
+def interleaved(
+    work: Mapping[str, Task], repeats: int, device: torch.device, *, least_seconds: float = 0.0
+) -> dict[str, list[float]]:
+    """Seconds of every task, taken in turns; the first round warms up.
+
+    Args:
+        work: the tasks.
+        repeats: rounds at least.
+        device: where they run.
+        least_seconds: more rounds, up to 100, until this time has passed: short tasks need them.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in work}
-    for repeat in range(repeats + 1):
+    start, rounds = time.perf_counter(), 0
+    while rounds <= repeats or (time.perf_counter() - start < least_seconds and rounds < _MOST_REPEATS):
+        gc.collect()  # between rounds: before every task it would leave the caches cold for it
         for name, task in work.items():
             found = timed(task, device)
-            if repeat:
+            if rounds:
                 seconds[name].append(found)
+        rounds += 1
     return seconds
 
 
@@ -103,16 +143,26 @@ def ratios(seconds: Mapping[str, list[float]], unit: str = PLAIN) -> dict[str, f
 
 def timed(task: Task, device: torch.device) -> float:
     """CPU time of this process on a CPU, where other processes share the cores; wall time on an accelerator."""
-    gc.collect()
-    if device.type == "cpu":
-        start = time.process_time()
-        task()
-        return time.process_time() - start
-    torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    task()
-    torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    with task.ready() as held, _no_collection():
+        if device.type == "cpu":
+            start = time.process_time()
+            task.run(*held)
+            return time.process_time() - start
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        task.run(*held)
+        torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """As `timeit` does: a collection in the middle of one task is not its cost."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def one_line(error: Exception) -> str:

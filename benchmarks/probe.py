@@ -8,24 +8,22 @@ is a row of its own. Peer: a plain loop over rows, the only other exact way that
 """
 
 import argparse
+import gc
 import json
 import platform
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from fisher_work import timed
+from fisher_work import Task, timed
 from torch import nn
 
 import curvature_callbacks as cc
 from curvature_callbacks.gram.trust import Trust
 from curvature_callbacks.model.isolation import isolated
 from curvature_callbacks.problem import Problem
-
-Task = Callable[[], Any]
 
 
 def language_model(device: torch.device, *, vocabulary: int, width: int, layers: int, N: int, T: int) -> tuple[Any, Any, None]:
@@ -85,18 +83,19 @@ def tasks(model: nn.Module, batch: Any, loss: Any) -> dict[str, Task]:
 
     grams(trust)
     return {
-        "gradient": gradient,
-        "fisher_spectrum": lambda: grams(trust),
-        "fisher_spectrum_with_certificate": lambda: grams(Trust()),
-        "row_loop": row_loop,
-        "lanczos_4": lambda: lanczos(4),
-        "lanczos_8": lambda: lanczos(8),
+        "gradient": Task(gradient),
+        "fisher_spectrum": Task(lambda: grams(trust)),
+        "fisher_spectrum_with_certificate": Task(lambda: grams(Trust())),
+        "row_loop": Task(row_loop),
+        "lanczos_4": Task(lambda: lanczos(4)),
+        "lanczos_8": Task(lambda: lanczos(8)),
     }
 
 
 def measure(work: dict[str, Task], repeats: int, device: torch.device) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in work}
     for repeat in range(repeats + 1):
+        gc.collect()
         for name, task in work.items():
             seconds = timed(task, device)
             if repeat:  # the first round warms up

@@ -292,12 +292,12 @@ def test_without_a_part_of_the_isolation_training_differs(part: str, tmp_path: P
     from contextlib import contextmanager
 
     @contextmanager
-    def forgetful(model: Any, *_: object) -> Any:
+    def forgetful(first: Any, *_: object) -> Any:
         if part == "_training_flags":
-            model.eval()
+            first[0].eval()
         yield
         if part == "_training_flags":
-            model.train()
+            first[0].train()
 
     plain = lightning_run(tmp_path, net=FrozenNet, data=lambda: loader(AugmentedRows()))
     monkeypatch.setattr(isolation, part, forgetful)

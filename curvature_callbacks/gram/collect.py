@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import final
 
-import torch
 from torch import Tensor
 
 from curvature_callbacks.gram.kronecker import LayerKronecker, factor_obstacle, kronecker_factors
-from curvature_callbacks.gram.parameter_gram import Scratch, parameter_gram
+from curvature_callbacks.gram.parameter_gram import parameter_gram
 from curvature_callbacks.gram.passes import Passed
 from curvature_callbacks.gram.positions import MicrobatchUses, Sharing
+from curvature_callbacks.gram.scratch import Scratch
 from curvature_callbacks.gram.sources import Placed
 from curvature_callbacks.gram.uses import Use
 from curvature_callbacks.linalg.kronecker import KroneckerFactors
@@ -44,9 +44,8 @@ class Collector:
         self.grams: dict[str, Tensor] = {}
         self.counted: dict[str, Tensor] = {}
 
-    @torch.no_grad()
     def consume(self, name: str, passes: list[list[Placed]]) -> None:
-        """Compute what is wanted of one parameter; its uses are not needed afterwards."""
+        """Compute what is wanted of one parameter, without gradients; its uses are not needed afterwards."""
         rows = self._rows.get(name) if all(one.view.whole for found in passes for one in found) else None
         gram = parameter_gram(passes, self._passed.sizes, self._scratch, rows=rows)
         if gram is None:
@@ -64,6 +63,8 @@ class Collector:
 
     def kronecker(self, grams: Mapping[str, Tensor]) -> dict[str, LayerKronecker]:
         """Weight to the factors of its layer, with the Gram of weight and bias."""
+        if not self._factors:
+            return {}
         normaliser = sum(float(counts.sum()) for counts in self._counts())
         return {
             name: LayerKronecker(

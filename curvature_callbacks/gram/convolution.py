@@ -14,10 +14,11 @@ from curvature_callbacks.gram.elementwise import Elementwise
 from curvature_callbacks.gram.layout import Layout, LayoutOf
 from curvature_callbacks.gram.uses import Tap, Use
 
-# On a CPU thread (N = 64) samples as groups cost 1.0 to 1.9 times the gradient of the batch within these bounds; beyond them
-# 16 times at 128 channels and 5 times at 3, where a loop over samples costs 3 times.
-_MAX_GROUPED: Final = 32 * 32 * 9  # weights of one group
+# On a CPU thread samples as groups cost 1.0 to 1.9 times the gradient of the batch within these bounds; beyond them 16 times
+# at 128 channels (4 x 4, N = 64) and 7 times at 3, where patches cost 7 and 5 times.
+_MAX_GROUPED: Final = 64 * 32 * 9  # weights of one group
 _MIN_CHANNELS: Final = 8  # inputs of one group
+_PATCH_BYTES: Final = 16 << 20  # of patches unfolded at a time
 
 
 @final
@@ -52,14 +53,25 @@ class Convolution(Use):
         self.kind = kind
         self._layout = layout if isinstance(layout, Layout) else Layout(layout)
         self.num_samples = self._layout.num_samples
-        self._inputs = inputs.detach()  # its graph is not the use's
-        self._geometry = geometry
+        self.inputs = inputs.detach()  # its graph is not the use's
+        self.geometry = geometry
         self._rows: Tensor | None = None
+
+    @property
+    def output_gradients(self) -> Tensor:
+        """(R, C_out, ...), of the output channels counted."""
+        assert self.gradient is not None
+        return self.gradient if self._rows is None else self.gradient[:, self._rows]
+
+    @property
+    def has_own_images(self) -> bool:
+        """Whether every sample has one image, all of whose channels meet."""
+        return self.geometry.groups == 1 and self._layout.rows is None and len(self.inputs) == self.num_samples
 
     @property
     def is_product(self) -> bool:
         """Whether it is a matrix product on patches that do not overlap."""
-        return self._geometry.groups == 1 and self._geometry.tiles
+        return self.geometry.groups == 1 and self.geometry.tiles
 
     def rows(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         """Gradients of the output channels `start:stop`, (N, stop - start, C_in / groups, ...)."""
@@ -74,7 +86,7 @@ class Convolution(Use):
         """`(output gradients (N, T, C_out), patches (N, T, C_in * kernel))` of an ungrouped convolution."""
         assert self.gradient is not None
         left = self._layout.sample_major(self.gradient.movedim(1, -1)).reshape(self.num_samples, -1, self.gradient.shape[1])
-        patches = unfold(self._inputs, self._geometry)  # (R, positions, C_in * kernel)
+        patches = unfold(self.inputs, self.geometry)  # (R, positions, C_in * kernel)
         right = self._layout.sample_major(patches).reshape(self.num_samples, -1, patches.shape[-1])
         return (left if self._rows is None else left[:, :, self._rows]), right
 
@@ -86,20 +98,20 @@ class Convolution(Use):
 
     def tensors(self) -> list[Tensor]:
         """Input and output gradient."""
-        return [self._inputs] if self.gradient is None else [self._inputs, self.gradient]
+        return [self.inputs] if self.gradient is None else [self.inputs, self.gradient]
 
     def moved(self, device: torch.device) -> "Convolution":
         """Both."""
         assert self.gradient is not None
         use = copy.copy(self)
-        use._inputs = self._inputs.to(device)
+        use.inputs = self.inputs.to(device)
         use.gradient = self.gradient.to(device)
         return use
 
     def _channels(self, start: int, stop: int, out: Tensor | None) -> Tensor:
         """Gradients of some output channels: all are computed where they lie across groups."""
         assert self.gradient is not None
-        groups = self._geometry.groups
+        groups = self.geometry.groups
         chosen = slice(start, stop) if self._rows is None else self._rows[start:stop]
         if groups == 1:
             return self._by_sample(self.gradient[:, chosen], 1, out)
@@ -107,28 +119,34 @@ class Convolution(Use):
 
     def _by_sample(self, outputs: Tensor, groups: int, out: Tensor | None) -> Tensor:
         """(N, channels, C_in / groups, ...) by the quicker way."""
-        C = self._inputs.shape[1] // groups
-        size = C * (outputs.shape[1] // groups) * prod(self._geometry.kernel)
-        if outputs.device.type != "cpu" or (C >= _MIN_CHANNELS and size <= _MAX_GROUPED):
-            found = self._weight_gradients(self._inputs.flatten(0, 1)[None], outputs.flatten(0, 1)[None], len(outputs), groups)
+        C = self.inputs.shape[1] // groups
+        size = C * (outputs.shape[1] // groups) * prod(self.geometry.kernel)
+        if outputs.device.type != "cpu" or (size <= _MAX_GROUPED and (C >= _MIN_CHANNELS or groups > 1)):
+            found = self._weight_gradients(self.inputs.flatten(0, 1)[None], outputs.flatten(0, 1)[None], len(outputs), groups)
         else:
-            found = self._one_by_one(outputs, groups, out if len(outputs) == self.num_samples else None)
+            found = self._by_patches(outputs, groups, out if len(outputs) == self.num_samples else None)
         if len(found) == self.num_samples and self._layout.rows is None:
             return found
         return self._layout.sample_major(found).sum(1)
 
-    def _one_by_one(self, outputs: Tensor, groups: int, out: Tensor | None) -> Tensor:
-        found = out
-        for row in range(len(outputs)):
-            one = self._weight_gradients(self._inputs[row : row + 1], outputs[row : row + 1], 1, groups)
-            found = one.new_empty(len(outputs), *one.shape[1:]) if found is None else found
-            found[row] = one.reshape(found.shape[1:])
-        assert found is not None
+    def _by_patches(self, outputs: Tensor, groups: int, out: Tensor | None) -> Tensor:
+        """Products with unfolded patches, some samples at a time."""
+        R, D, C = *outputs.shape[:2], self.inputs.shape[1] // groups
+        kernel = self.geometry.kernel
+        found = outputs.new_empty(R, D, C, *kernel) if out is None else out
+        products = found.view(R * groups, D // groups, C * prod(kernel))
+        sample_bytes = self.inputs.shape[1] * prod(kernel) * prod(outputs.shape[2:]) * outputs.element_size()
+        step = max(1, _PATCH_BYTES // sample_bytes)
+        for start in range(0, R, step):
+            patches = windows(self.inputs[start : start + step], self.geometry)
+            patches = _kernel_first(patches, len(kernel)).reshape(-1, C * prod(kernel), prod(outputs.shape[2:]))
+            right = outputs[start : start + step].reshape(len(patches), D // groups, -1)
+            torch.bmm(right, patches.mT, out=products[start * groups : start * groups + len(patches)])
         return found
 
     def _weight_gradients(self, inputs: Tensor, outputs: Tensor, samples: int, groups: int) -> Tensor:
         """(samples, channels, C_in / groups, ...) by one convolution whose groups are the samples and their groups."""
-        g = self._geometry
+        g = self.geometry
         shape = (outputs.shape[1], inputs.shape[1] // (samples * groups), *g.kernel)
         weight = inputs.new_empty(()).expand(shape)
         mask = (False, True, False)
@@ -139,16 +157,24 @@ class Convolution(Use):
         return gradients
 
 
+def windows(inputs: Tensor, geometry: Geometry) -> Tensor:
+    """(R, C_in, *output grid, *kernel) view of the padded (R, C_in, ...): what the kernel sees at every output position."""
+    padded = pad(inputs, [amount for size in reversed(geometry.padding) for amount in (size, size)])
+    for axis, (kernel, stride, dilation) in enumerate(zip(geometry.kernel, geometry.stride, geometry.dilation, strict=True)):
+        padded = padded.unfold(2 + axis, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
+    return padded
+
+
 def unfold(inputs: Tensor, geometry: Geometry) -> Tensor:
     """(R, output positions, C_in * kernel) patches of (R, C_in, ...)."""
     n = len(geometry.kernel)
-    padded = pad(inputs, [amount for size in reversed(geometry.padding) for amount in (size, size)])
-    for axis, (kernel, stride, dilation) in enumerate(zip(geometry.kernel, geometry.stride, geometry.dilation, strict=True)):
-        window = padded.unfold(2 + axis, dilation * (kernel - 1) + 1, stride)
-        padded = window[..., ::dilation]  # (R, C, out..., in..., kernels so far)
-    order = (0, *range(2, 2 + n), 1, *range(2 + n, 2 + 2 * n))
-    patches = padded.permute(order)
+    patches = windows(inputs, geometry).movedim(1, 1 + n)
     return patches.reshape(len(inputs), prod(patches.shape[1 : 1 + n]), -1)
+
+
+def _kernel_first(patches: Tensor, n: int) -> Tensor:
+    """(R, C_in, *kernel, *output grid)"""
+    return patches.permute(0, 1, *range(2 + n, 2 + 2 * n), *range(2, 2 + n))
 
 
 def convolution_rule(n: int) -> Any:

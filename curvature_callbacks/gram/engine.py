@@ -180,7 +180,10 @@ def _picked(K: Tensor, active: Tensor) -> Tensor:
 
 
 def _sum(grams: Mapping[str, Tensor], names: Sequence[str], device: torch.device) -> Tensor:
-    return torch.stack([grams[name].to(device) for name in names]).sum(0)
+    total = grams[names[0]].to(device)
+    for name in names[1:]:
+        total = total + grams[name].to(device)
+    return total
 
 
 def _of_finite_rows(

@@ -1,60 +1,21 @@
 """The Gram of one parameter's per-sample gradients from its uses, never holding all of them."""
 
-from collections import deque
 from collections.abc import Sequence
-from typing import Final, final
+from typing import Final
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from curvature_callbacks.gram.convolution import Convolution
+from curvature_callbacks.gram.factored import factored_gram
 from curvature_callbacks.gram.regions import Region, regions
+from curvature_callbacks.gram.scratch import Scratch
 from curvature_callbacks.gram.sources import Placed
-from curvature_callbacks.gram.uses import Dense, Lookup, OuterProduct, Use
+from curvature_callbacks.gram.uses import Dense, Lookup, Use
 from curvature_callbacks.linalg.accumulate import gram
 
-_CHUNK_BYTES: Final = 16 << 20  # per-sample gradients materialised at a time: chunks below 4 MiB took up to twice the time
+_CHUNK_BYTES: Final = 32 << 20  # per-sample gradients materialised at a time: half of that took up to 1.3 times as long
 _CONVOLUTION_BYTES: Final = 64 << 20  # the same where a convolution has to be run for each chunk
-_KEPT_ROWS: Final = 1024  # of a product that is remembered
-_PAIRS: Final = 1 << 22  # most position pairs the factored form may hold: 32 MiB in float64, three of which exist at a time
-
-
-@final
-class Scratch:
-    """What the Grams of one probe share: a buffer for all chunks, and the last products.
-
-    Fresh memory for every chunk costs up to 14 % of the pass in page faults (one CPU thread). Weight and bias of a layer have
-    the same output gradients, one after the other.
-    """
-
-    def __init__(self) -> None:
-        self._buffer: Tensor | None = None
-        self._last: deque[tuple[Tensor, Tensor]] = deque(maxlen=2)
-
-    def gram(self, rows: Tensor) -> Tensor:
-        """`rows @ rows.T` in float64; not to be changed in place."""
-        for known, product in self._last:
-            if known.data_ptr() == rows.data_ptr() and known.shape == rows.shape and known.stride() == rows.stride():
-                return product
-        product = gram(rows)
-        if len(rows) <= _KEPT_ROWS:
-            self._last.append((rows, product))
-        return product
-
-    def forget(self) -> None:
-        """Let go of the last products, and of the buffer where the allocator keeps memory itself."""
-        self._last.clear()
-        if self._buffer is not None and self._buffer.device.type != "cpu":
-            self._buffer = None
-
-    def take(self, size: int, example: Tensor) -> Tensor:
-        """`size` elements of `example`'s dtype and device, their content undefined."""
-        buffer = self._buffer
-        if buffer is None or buffer.numel() < size or buffer.dtype != example.dtype or buffer.device != example.device:
-            self._buffer = None  # before another is made
-            self._buffer = buffer = torch.empty(size, dtype=example.dtype, device=example.device)
-        return buffer[:size]
 
 
 @torch.no_grad()
@@ -63,9 +24,10 @@ def parameter_gram(
 ) -> Tensor | None:
     """`K_ij = g_i . g_j` over all passes, (S, S) float64, S the samples of all of them; None where it takes too much memory.
 
+    Not to be changed in place: parameters with the same gradients may share it.
+
     The uses of one parameter (tied, shared) are added up before the product, so cross terms are exact. Materialised in chunks
-    of rows: `2 N T d_in d_out + 2 N^2 d_in d_out` operations; factored, `K_ij = sum_{t,s} (a_it . a_js)(b_it . b_js)`:
-    `2 N^2 T^2 (d_in + d_out)`; the cheaper is taken.
+    of rows: `2 N T d_in d_out + 2 N^2 d_in d_out` operations; or factored, see `factored_gram`; the cheaper is taken.
 
     Args:
         passes: for each backward pass the completed uses of the parameter; an empty list means zero gradients.
@@ -73,7 +35,7 @@ def parameter_gram(
         scratch: memory for the chunks.
         rows: sorted rows of the parameter to count, the sum scaled up to all of them; only where it is used as a whole.
 
-    Cost: as above; extra memory 16 MiB of gradients, or 96 MiB of position pairs.
+    Cost: as above; extra memory 32 MiB of gradients (64 MiB for a convolution), or 96 MiB of position pairs.
     """
     if not any(passes):
         return torch.zeros(sum(sizes), sum(sizes), dtype=torch.float64)
@@ -85,17 +47,17 @@ def parameter_gram(
         return _region_gram(part, sizes, scratch) * (found[0].num_rows / len(rows))
     total = _region_gram(found[0], sizes, scratch)
     for region in found[1:]:
-        total += _region_gram(region, sizes, scratch)
+        total = total + _region_gram(region, sizes, scratch)
     return total
 
 
 def _region_gram(region: Region, sizes: Sequence[int], scratch: Scratch) -> Tensor:
-    factors = _cheap_factors(region.uses, sizes)
-    if factors is not None:
-        return _factored(*factors, scratch)
+    factored = factored_gram(region.uses, sizes, scratch)
+    if factored is not None:
+        return factored
     only = region.uses[0][0] if len(region.uses) == 1 and len(region.uses[0]) == 1 else None
     if isinstance(only, Dense):
-        return scratch.gram(only.whole()).clone()
+        return scratch.gram(only.whole())
     if all(isinstance(use, Lookup) for found in region.uses for use in found):
         return _materialised(_on_present_rows(region), sizes, scratch)
     return _materialised(region, sizes, scratch)
@@ -124,42 +86,6 @@ def _sum_of_rows(uses: Sequence[Use], start: int, stop: int, out: Tensor) -> Non
     uses[0].rows(start, stop, out)
     for use in uses[1:]:
         use.add_rows(out, start, stop)
-
-
-def _cheap_factors(uses: Sequence[Sequence[Use]], sizes: Sequence[int]) -> tuple[Tensor, Tensor] | None:
-    """`(left (S, T, d1), right (S, T, d2))` of a single matrix product a pass, where the factored form is cheaper."""
-    products = [use for found in uses for use in found if isinstance(use, OuterProduct | Convolution) and use.is_product]
-    if any(len(found) > 1 for found in uses) or len(products) != sum(map(len, uses)):
-        return None
-    N = sum(sizes)
-    left, right = products[0].factors()
-    T, d1, d2 = left.shape[1], left.shape[2], right.shape[2]
-    if T * T * (d1 + d2) >= d1 * d2 * (1 + T / N) or (N * T) ** 2 > _PAIRS:
-        return None
-    pairs = [_factors(found, size, left, right) for found, size in zip(uses, sizes, strict=True)]
-    T = max(left.shape[1] for left, _ in pairs)
-    return None if (N * T) ** 2 > _PAIRS else (_stack([a for a, _ in pairs], T), _stack([b for _, b in pairs], T))
-
-
-def _factors(uses: Sequence[Use], size: int, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    if not uses:
-        return left.new_zeros(size, 1, left.shape[2]), right.new_zeros(size, 1, right.shape[2])
-    use = uses[0]
-    assert isinstance(use, OuterProduct | Convolution)
-    return use.factors()
-
-
-def _stack(factors: Sequence[Tensor], T: int) -> Tensor:
-    """Passes of different length side by side: zero positions add nothing."""
-    if len(factors) == 1:
-        return factors[0]
-    return torch.cat([pad(factor, (0, 0, 0, T - factor.shape[1])) for factor in factors])
-
-
-def _factored(left: Tensor, right: Tensor, scratch: Scratch) -> Tensor:
-    N, T, _ = left.shape
-    products = scratch.gram(right.flatten(0, 1)) * scratch.gram(left.flatten(0, 1))  # (N T, N T)
-    return products if T == 1 else products.reshape(N, T, N, T).sum((1, 3))
 
 
 def _on_present_rows(region: Region) -> Region:

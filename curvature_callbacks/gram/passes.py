@@ -107,9 +107,10 @@ class _Round:
         postponed: list[str] = []
         for place, batch in enumerate(self.microbatches):
             postponed += self._microbatch(place, batch, consume)
-        for name, found in self.uses.items():  # used by no microbatch's loss, or not by the last one
-            if name not in self.result.unruled:
-                consume(name, self.storage.returned(name, self._padded(found)))
+        with torch.no_grad():
+            for name, found in self.uses.items():  # used by no microbatch's loss, or not by the last one
+                if name not in self.result.unruled:
+                    consume(name, self.storage.returned(name, self._padded(found)))
         return [name for name in self.names if name in set(postponed)]
 
     def _microbatch(self, place: int, batch: Any, consume: Consume) -> list[str]:
@@ -126,6 +127,8 @@ class _Round:
             again = number < len(chosen) - 1
             last = place == len(self.microbatches) - 1 and not again
             total = losses.total if surrogate is None else surrogate(losses).sum()
+            if not again:
+                del losses  # the logits, which the graph may not need
             capture.backward(total, partial(self._take, consume if last else None), again=again)
             self.index += 1
             if not last:

@@ -35,6 +35,7 @@ class Taps:
         self._unruled = unruled
         self._expected: Counter[str] = Counter()
         self._open: Counter[str] = Counter()
+        self._again = False
         self._uses: dict[str, list[Placed]] = {}
         self._pullback = Pullback()
         self._pulled: set[str] = set()
@@ -82,7 +83,7 @@ class Taps:
 
     def backward(self, total: Tensor, *, again: bool) -> None:
         """See `Capture.backward`."""
-        self._open = Counter(self._expected)
+        self._open, self._again = Counter(self._expected), again
         if self._anchors and total.requires_grad:
             torch.autograd.grad(total, self._anchors, allow_unused=True, retain_graph=again)
         for name, use in self._pullback.finish(self._sources.leaves).items():
@@ -118,6 +119,8 @@ class Taps:
                 self._open[name] -= 1
                 if self._open[name] == 0 and name not in self._pulled:
                     self._finish(name)
+        if not self._again:  # let go of the operation's input now, as a plain pass does, and not with the whole graph
+            wanted.clear()
 
     def _finish(self, name: str) -> None:
         self._open[name] = 0

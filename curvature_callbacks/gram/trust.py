@@ -8,7 +8,7 @@ from typing import Final, final
 
 from curvature_callbacks.errors import ProbeError, RefusedError
 from curvature_callbacks.gram.certificate import TOLERANCE
-from curvature_callbacks.gram.parameter_gram import Scratch
+from curvature_callbacks.gram.scratch import Scratch
 from curvature_callbacks.model.blocks import Blocks
 from curvature_callbacks.model.losses import LossFunction
 

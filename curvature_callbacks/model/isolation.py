@@ -3,7 +3,7 @@
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Final
 
@@ -33,17 +33,18 @@ def isolated(model: nn.Module, *, seed: int) -> Iterator[None]:
     Cost: one copy of the buffers.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    modules = list(model.modules())
     with ExitStack() as stack:
         stack.enter_context(_generators(device, seed))
-        stack.enter_context(_training_flags(model))
-        stack.enter_context(_buffers(model))
-        stack.enter_context(_unpatched_forward(model))
+        stack.enter_context(_training_flags(modules))
+        stack.enter_context(_buffers(modules))
+        stack.enter_context(_unpatched_forward(modules))
         stack.enter_context(_matmul_precision())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # fused kernels have no second derivative
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # a compiled graph cannot be differentiated twice
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(_no_checkpointing())
-        stack.enter_context(_eager_experts(model))
+        stack.enter_context(_eager_experts(modules))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         yield
@@ -123,9 +124,9 @@ def _discard(_: object) -> None:
 
 
 @contextmanager
-def _training_flags(model: nn.Module) -> Iterator[None]:
+def _training_flags(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Evaluation mode by flag, module by module: `model.train()` afterwards would unfreeze what the user froze."""
-    flags = [(module, module.training) for module in model.modules()]
+    flags = [(module, module.training) for module in modules]
     try:
         for module, _ in flags:
             module.training = False
@@ -136,8 +137,8 @@ def _training_flags(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _buffers(model: nn.Module) -> Iterator[None]:
-    saved = [(module, dict(module._buffers), _copies(module._buffers)) for module in model.modules()]
+def _buffers(modules: Sequence[nn.Module]) -> Iterator[None]:
+    saved = [(module, dict(module._buffers), _copies(module._buffers)) for module in modules]
     try:
         yield
     finally:
@@ -166,11 +167,11 @@ def _same(buffer: Tensor, content: Tensor) -> bool:
 
 
 @contextmanager
-def _unpatched_forward(model: nn.Module) -> Iterator[None]:
+def _unpatched_forward(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Without the autocast that accelerate writes over `forward`, on any module that carries its mark."""
     patched = [
         (module, module.__dict__["forward"], module.__dict__["_original_forward"])
-        for module in model.modules()
+        for module in modules
         if "forward" in module.__dict__ and "_original_forward" in module.__dict__
     ]
     try:
@@ -200,11 +201,9 @@ def _no_checkpointing() -> Iterator[None]:
 
 
 @contextmanager
-def _eager_experts(model: nn.Module) -> Iterator[None]:
+def _eager_experts(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Hugging Face's mixtures of experts one expert at a time: grouped products keep no sample apart and know no float64."""
-    configs: dict[int, Any] = {
-        id(config): config for module in model.modules() if (config := _expert_config(module)) is not None
-    }
+    configs: dict[int, Any] = {id(config): config for module in modules if (config := _expert_config(module)) is not None}
     saved = [(config, config._experts_implementation) for config in configs.values()]
     try:
         for config, _ in saved:

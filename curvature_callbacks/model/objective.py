@@ -31,9 +31,10 @@ class Objective:
     """
 
     def __init__(self, model: nn.Module, loss: LossFunction, *, params_filter: ParamsFilter | None = None) -> None:
+        named = dict(model.named_parameters())
         chosen = {
             name: parameter
-            for name, parameter in model.named_parameters()
+            for name, parameter in named.items()
             if parameter.requires_grad and (params_filter is None or params_filter(name, parameter))
         }
         if not chosen:
@@ -44,8 +45,9 @@ class Objective:
             )
         self.dtype = _compute_dtype(chosen.values())
         self.device = next(iter(chosen.values())).device
-        self.parameters = {name: self._widen(parameter.detach()) for name, parameter in chosen.items()}
-        self._constants = self._other_tensors(model, chosen)
+        self.parameters = self._widened(chosen)
+        self._constants = self._widened({name: value for name, value in named.items() if name not in chosen})
+        self._constants |= {name: self._widen(buffer) for name, buffer in model.named_buffers() if _is_narrow(buffer.dtype)}
         self._module = _LossModule(model, loss)
 
     def leaves(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
@@ -82,12 +84,8 @@ class Objective:
     def _widen(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.dtype) if _is_narrow(tensor.dtype) else tensor
 
-    def _other_tensors(self, model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-        """Parameters left out, as constants, and buffers whose dtype differs from the one computed in."""
-        parameters = {name: parameter for name, parameter in model.named_parameters() if name not in chosen}
-        constants = {name: self._widen(parameter.detach()) for name, parameter in parameters.items()}
-        buffers = {name: self._widen(buffer) for name, buffer in model.named_buffers() if _is_narrow(buffer.dtype)}
-        return constants | buffers
+    def _widened(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: self._widen(tensor.detach()) for name, tensor in tensors.items()}
 
 
 def gradients(loss: Tensor, leaves: Mapping[str, Tensor], *, again: bool = False) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from curvature_callbacks.gram import convolution, pixel_pairs
 from tests.gram.rule_cases import RuleCase, T, weight
 
 # Torch says once that it pads a copy.
@@ -77,6 +78,20 @@ def layer_case(name: str) -> RuleCase:
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolution_layers(name: str, stem: bool):
     layer_case(name).assert_exact(stem=stem)
+
+
+@pytest.mark.parametrize("step", [1, 1 << 24], ids=["sample by sample", "all samples"])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolution_layers_by_patches(name: str, step: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(convolution, "_MAX_GROUPED", 0)
+    monkeypatch.setattr(convolution, "_PATCH_BYTES", step)
+    layer_case(name).assert_exact(stem=True)
+
+
+@pytest.mark.parametrize("name", [name for name in CONVOLUTIONS if "group" not in name and "all at once" not in name])
+def test_convolution_layers_by_pairs_of_pixels(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pixel_pairs, "_cheaper", lambda uses: True)
+    layer_case(name).assert_exact(stem=True)
 
 
 def test_rows_alone_in_their_microbatch():

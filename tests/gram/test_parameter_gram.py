@@ -5,9 +5,11 @@ import torch
 from torch import Tensor, nn
 
 from curvature_callbacks import compute_fisher_spectrum
+from curvature_callbacks.gram import factored as factored_module
 from curvature_callbacks.gram import parameter_gram as module
 from curvature_callbacks.gram import regions as regions_module
 from curvature_callbacks.gram.elementwise import Elementwise
+from curvature_callbacks.gram.scratch import Scratch
 from curvature_callbacks.gram.sources import Placed, View
 from curvature_callbacks.gram.uses import Dense, Lookup, OuterProduct, Use
 
@@ -19,7 +21,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 def gram_of(passes: list[list[Use]], sizes: list[int], shape: tuple[int, ...], rows: Tensor | None = None) -> Tensor:
     """Of uses of the whole parameter."""
     view = View("weight", 0, ((torch.Size(shape).numel(), 1),), shape, True)
-    found = module.parameter_gram([[Placed(view, use) for use in uses] for uses in passes], sizes, module.Scratch(), rows=rows)
+    found = module.parameter_gram([[Placed(view, use) for use in uses] for uses in passes], sizes, Scratch(), rows=rows)
     assert found is not None
     return found
 
@@ -48,10 +50,10 @@ def test_one_product(shape: tuple[int, int, int, int], transposed: bool):
 
 def test_both_forms_are_taken_and_agree(monkeypatch: pytest.MonkeyPatch):
     shape, calls = (3, 2, 20, 30), []
-    original = module._factored
-    monkeypatch.setattr(module, "_factored", lambda *factors: calls.append(1) or original(*factors))
+    original = factored_module._inner_products
+    monkeypatch.setattr(factored_module, "_inner_products", lambda *factors: calls.append(1) or original(*factors))
     factored = gram_of([[product_use(*shape)]], [3], (30, 20))
-    monkeypatch.setattr(module, "_PAIRS", 0)
+    monkeypatch.setattr(factored_module, "_PAIRS", 0)
     materialised = gram_of([[product_use(*shape)]], [3], (30, 20))
     assert len(calls) == 1
     assert torch.allclose(factored, materialised)
@@ -136,7 +138,7 @@ def test_uses_of_parts_that_lie_apart_do_not_mix():
     first, second = product_gradients(3, 2, 4, 5), product_gradients(3, 4, 4, 2, seed=20)
     G = torch.cat([first, second], 1)
     passes = [[part(product_use(3, 4, 4, 2, seed=20), 20, 2, 4), part(product_use(3, 2, 4, 5), 0, 5, 4)]]
-    found = module.parameter_gram(passes, [3], module.Scratch())
+    found = module.parameter_gram(passes, [3], Scratch())
     assert torch.allclose(found, G @ G.T)
 
 
@@ -145,18 +147,18 @@ def test_uses_of_parts_that_overlap_are_added_where_they_do():
     G[:, :5] += product_gradients(3, 2, 4, 5).view(3, 5, 4)
     G[:, 3:] += product_gradients(3, 4, 4, 5, seed=20).view(3, 5, 4)
     passes = [[part(product_use(3, 2, 4, 5), 0, 5, 4), part(product_use(3, 4, 4, 5, seed=20), 12, 5, 4)]]
-    found = module.parameter_gram(passes, [3], module.Scratch())
+    found = module.parameter_gram(passes, [3], Scratch())
     assert torch.allclose(found, G.flatten(1) @ G.flatten(1).T)
 
 
 def test_overlaps_that_cannot_be_written_out_have_no_gram(monkeypatch: pytest.MonkeyPatch):
     passes = [[part(product_use(3, 2, 4, 5), 0, 5, 4), part(product_use(3, 4, 4, 5, seed=20), 12, 5, 4)]]
     monkeypatch.setattr(regions_module, "_DENSE_BYTES", 3 * 32 * 8 - 1)
-    assert module.parameter_gram(passes, [3], module.Scratch()) is None
+    assert module.parameter_gram(passes, [3], Scratch()) is None
     monkeypatch.setattr(regions_module, "_DENSE_BYTES", 3 * 32 * 8)
-    assert module.parameter_gram(passes, [3], module.Scratch()) is not None
+    assert module.parameter_gram(passes, [3], Scratch()) is not None
     mixed = [part(product_use(3, 2, 4, 5), 0, 5, 4, transposed=True), part(product_use(3, 4, 4, 5, seed=20), 12, 5, 4)]
-    assert module.parameter_gram([mixed], [3], module.Scratch()) is None
+    assert module.parameter_gram([mixed], [3], Scratch()) is None
 
 
 @pytest.mark.parametrize("chunk", [1, 1 << 26])
@@ -178,7 +180,7 @@ def test_counted_rows_are_those_of_the_gradient_scaled_up(kind: str, chunk: int,
 
 
 def test_one_buffer_serves_all_dtypes_and_sizes():
-    scratch = module.Scratch()
+    scratch = Scratch()
     large = scratch.take(10, torch.zeros(1))
     assert scratch.take(4, torch.zeros(1)).data_ptr() == large.data_ptr()
     assert scratch.take(4, torch.zeros(1, dtype=torch.float64)).dtype == torch.float64
