@@ -237,8 +237,9 @@ def compute_fisher_spectrum(
 
     Cost: 1.0 to 1.5 gradients of the same rows on transformers of width 192 and more (one CPU thread;
     benchmarks/results/fisher.json has these and dearer cases), two to three more where the layout of the model is not
-    certified yet; parameters without a capture rule take N single-row gradients, listed in `metadata["fallback"]`. One more backward pass for every further draw
-    and target, for `exact` for every position and class, and an eigensolve of all their gradients together. Memory: inputs and
+    certified yet; parameters without a capture rule take N single-row gradients, listed in `metadata["fallback"]`. One more
+    backward pass for every further draw and target, for `exact` for every position and class, and an eigensolve of all
+    their gradients together. Memory: inputs and
     output gradients of all passes but the last within `memory_budget`; 32 MiB of gradients at a time (64 MiB for convolutions,
     at most 256 MiB for parameters that go row by row, are used through computed copies or through views that overlap); `8 S^2`
     bytes a parameter for S pseudo-samples. A loss that is only known as a mean takes one more forward pass over every row.
