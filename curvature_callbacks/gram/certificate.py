@@ -40,7 +40,7 @@ def certificate_errors(
         surrogates: for each microbatch what its backward passes differentiate; None for the sum of losses. Of more than four
             the first four are proved.
         rows: parameter to the rows counted in its Gram, scaled up to all, where these are not all.
-        seed: of the signs.
+        seed: of the weights.
 
     Raises:
         RefusedError: the loss of the rows does not separate (only where it is known as the batch's mean).
@@ -48,12 +48,12 @@ def certificate_errors(
     Cost: one gradient (two of half the batch where the loss is only known as a mean); memory P.
     """
     generator = torch.Generator().manual_seed(seed)
-    signs = [
+    weights = [
         [_random(batch_size(batch), generator, used=number < _PASSES) for number in range(len(chosen))]
         for batch, chosen in zip(microbatches, surrogates, strict=True)
     ]
-    found = _signed_gradients(objective, microbatches, surrogates, signs)
-    w = torch.cat([one for batch in signs for one in batch]).to(torch.float64)
+    found = _weighted_gradients(objective, microbatches, surrogates, weights)
+    w = torch.cat([one for batch in weights for one in batch]).to(torch.float64)
     floor = _ROUNDING * sum(gram.diagonal().sum().item() for gram in grams.values())
     return {name: _error(gram, w, _counted(found[name], rows.get(name)), floor) for name, gram in grams.items()}
 
@@ -64,9 +64,9 @@ def _counted(gradient: Tensor, rows: Tensor | None) -> Tensor:
     return gradient[rows].flatten() * math.sqrt(len(gradient) / len(rows))
 
 
-def _error(gram: Tensor, w: Tensor, signed: Tensor, floor: float) -> float:
+def _error(gram: Tensor, w: Tensor, weighted: Tensor, floor: float) -> float:
     w = w.to(gram.device)
-    predicted, actual = (w @ gram @ w).item(), dot(signed, signed).item()
+    predicted, actual = (w @ gram @ w).item(), dot(weighted, weighted).item()
     proved = (gram.diagonal() * w.square()).sum().item()
     scale = max(proved, actual, floor)
     return abs(predicted - actual) / scale if scale > 0 else 0.0
@@ -84,30 +84,34 @@ def _signs_of(w: Tensor) -> Tensor:
     return signs
 
 
-def _signed_gradients(
+def _weighted_gradients(
     objective: Objective,
     microbatches: Sequence[Any],
     surrogates: Sequence[Sequence[Surrogate | None]],
-    signs: Sequence[Sequence[Tensor]],
+    weights: Sequence[Sequence[Tensor]],
 ) -> dict[str, Tensor]:
     leaves = objective.leaves()
     totals = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-    for batch, chosen, w in zip(microbatches, surrogates, signs, strict=True):
-        for name, gradient in gradients(_signed_loss(objective, batch, chosen, w, leaves), leaves).items():
+    for batch, chosen, w in zip(microbatches, surrogates, weights, strict=True):
+        for name, gradient in gradients(_weighted_loss(objective, batch, chosen, w, leaves), leaves).items():
             totals[name] += gradient
     return totals
 
 
-def _signed_loss(
-    objective: Objective, batch: Any, chosen: Sequence[Surrogate | None], signs: Sequence[Tensor], leaves: Mapping[str, Tensor]
+def _weighted_loss(
+    objective: Objective,
+    batch: Any,
+    chosen: Sequence[Surrogate | None],
+    weights: Sequence[Tensor],
+    leaves: Mapping[str, Tensor],
 ) -> Tensor:
     """`sum_s w_s l_s`, by halves of the batch where single losses are unknown."""
     losses = objective(batch, leaves)
     if chosen[0] is None and losses.per_sample is None:
-        signs[0].copy_(_signs_of(signs[0]))
-        return _signed_halves(objective, batch, signs[0], leaves)
+        weights[0].copy_(_signs_of(weights[0]))
+        return _signed_halves(objective, batch, weights[0], leaves)
     total = losses.total.new_zeros(())
-    for surrogate, w in zip(chosen[:_PASSES], signs, strict=False):
+    for surrogate, w in zip(chosen[:_PASSES], weights, strict=False):
         values = losses.per_sample if surrogate is None else surrogate(losses)
         assert values is not None
         total = total + values @ w.to(values)

@@ -14,7 +14,7 @@ from curvature_callbacks.gram.elementwise import Elementwise
 from curvature_callbacks.gram.layout import Layout, LayoutOf
 from curvature_callbacks.gram.uses import Tap, Use
 
-# On a CPU thread samples as groups cost 1.0 to 1.9 times the gradient of the batch within these bounds; beyond them 16 times
+# On a CPU thread samples as groups cost 1.0 to 2.0 times the gradient of the batch within these bounds; beyond them 16 times
 # at 128 channels (4 x 4, N = 64) and 7 times at 3, where patches cost 7 and 5 times.
 _MAX_GROUPED: Final = 64 * 32 * 9  # weights of one group
 _MIN_CHANNELS: Final = 8  # inputs of one group

@@ -83,14 +83,14 @@ def block_grams(
 
     One forward pass per microbatch and one backward pass per surrogate record inputs and output gradients of every operation
     with a rule; the others' parameters take one gradient per row. Grams of a layout not met before are proved by random
-    signs, parameter by parameter; one that fails is read sequence-first, then computed again row by row.
+    weights, parameter by parameter; one that fails is read sequence-first, then computed again row by row.
 
     Args:
         objective: the loss of a microbatch.
         microbatches: what N spans; cross terms between them are exact.
         blocks: parameter groups.
         trust: carried from probe to probe, updated here.
-        seed: seed of draws, of the certificate's signs and of subsampled parameters.
+        seed: seed of draws, of the certificate's weights and of subsampled parameters.
         options: what to compute.
 
     Returns:

@@ -35,7 +35,8 @@ def parameter_gram(
         scratch: memory for the chunks.
         rows: sorted rows of the parameter to count, the sum scaled up to all of them; only where it is used as a whole.
 
-    Cost: as above; extra memory 32 MiB of gradients (64 MiB for a convolution), or 96 MiB of position pairs.
+    Cost: as above; extra memory 32 MiB of gradients (64 MiB and 16 MiB of patches for a convolution), or 96 MiB of position
+    pairs.
     """
     if not any(passes):
         return torch.zeros(sum(sizes), sum(sizes), dtype=torch.float64)

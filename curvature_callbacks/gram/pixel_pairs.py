@@ -25,6 +25,7 @@ def pair_gram(uses: Sequence[Convolution]) -> Tensor | None:
         uses: one a pass, of one kernel.
 
     Cost: `N^2 (T_in^2 C_in + T_out^2 C_out)` operations against `2 N T_out P + N^2 P` with gradients, P = kernel elements.
+    Memory: at most three times 16 MiB of pairs.
     """
     fits = all(use.has_own_images and _shape(use) == _shape(uses[0]) for use in uses)
     return _Pairs(uses).gram() if fits and _cheaper(uses) else None
@@ -37,7 +38,8 @@ def _cheaper(uses: Sequence[Convolution]) -> bool:
     D, t = first.output_gradients.shape[1], prod(first.output_gradients.shape[2:])
     offsets = prod(first.geometry.kernel)
     pairs = N * N * (T * T * C + t * t * D + _SHIFT_COST * offsets * t * t)
-    return N * T * T * first.inputs.element_size() <= _BLOCK_BYTES and pairs < (2 * N * t + N * N) * C * D * offsets
+    row_bytes = N * max(T, t) ** 2 * first.inputs.element_size()
+    return row_bytes <= _BLOCK_BYTES and pairs < (2 * N * t + N * N) * C * D * offsets
 
 
 def _shape(use: Convolution) -> tuple[object, ...]:
@@ -70,7 +72,7 @@ class _Pairs:
         return total
 
     def _blocks(self, N: int) -> Iterator[tuple[int, int]]:
-        row_bytes = N * len(self._pixels) ** 2 * self._pixels.element_size()
+        row_bytes = N * max(len(self._pixels), len(self._outputs)) ** 2 * self._pixels.element_size()
         height = min(max(_FEWEST_SAMPLES, N // 4), max(1, _BLOCK_BYTES // row_bytes))
         for start in range(0, N, height):
             yield start, min(start + height, N)

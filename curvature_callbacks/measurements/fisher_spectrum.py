@@ -224,7 +224,7 @@ def compute_fisher_spectrum(
         eigensolve_device: `auto` (the model's device), `cpu` or `cuda`; the eigensolve is float64 everywhere.
         deterministic: use PyTorch's deterministic algorithms inside, restored after; the same bits run to run. CUDA needs the
             environment variable `CUBLAS_WORKSPACE_CONFIG=:4096:8`.
-        seed: seeds labels, targets and parameters drawn, and the certificate's signs.
+        seed: seeds labels, targets and parameters drawn, and the certificate's weights.
 
     Returns:
         The spectra; with fewer than two usable samples a warning and empty ones. A warning also where rows were left out, or
@@ -240,7 +240,7 @@ def compute_fisher_spectrum(
     certified yet; parameters without a capture rule take N single-row gradients, listed in `metadata["fallback"]`. One more
     backward pass for every further draw and target, for `exact` for every position and class, and an eigensolve of all
     their gradients together. Memory: inputs and
-    output gradients of all passes but the last within `memory_budget`; 32 MiB of gradients at a time (64 MiB for convolutions,
+    output gradients of all passes but the last within `memory_budget`; 32 MiB of gradients at a time (80 MiB for convolutions,
     at most 256 MiB for parameters that go row by row, are used through computed copies or through views that overlap); `8 S^2`
     bytes a parameter for S pseudo-samples. A loss that is only known as a mean takes one more forward pass over every row.
 

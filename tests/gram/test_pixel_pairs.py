@@ -101,6 +101,16 @@ def test_cheaper_only_for_many_channels_on_few_positions():
 
 def test_memory_bounds_the_form(monkeypatch: pytest.MonkeyPatch):
     use = drawn(4, (2, 2), geometry())
+    monkeypatch.setattr(pixel_pairs, "_BLOCK_BYTES", 4 * 16 * 8)
+    assert pair_gram([use]) is not None
+    monkeypatch.setattr(pixel_pairs, "_BLOCK_BYTES", 4 * 16 * 8 - 1)
+    assert pair_gram([use]) is None
+
+
+def test_memory_counts_a_grid_of_outputs_larger_than_that_of_pixels(monkeypatch: pytest.MonkeyPatch):
+    use = drawn(4, (2,), geometry(1, padding=2), channels=(90, 80))  # four outputs
+    monkeypatch.setattr(pixel_pairs, "_BLOCK_BYTES", 4 * 16 * 8)
+    assert pair_gram([use]) is not None
     monkeypatch.setattr(pixel_pairs, "_BLOCK_BYTES", 4 * 16 * 8 - 1)
     assert pair_gram([use]) is None
 
