@@ -1,6 +1,5 @@
 """Storage: where the factors of earlier passes wait until the last pass completes them."""
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, final
@@ -9,11 +8,10 @@ import torch
 
 from curvature_callbacks.gram.sources import Placed
 from curvature_callbacks.gram.uses import Dense, OuterProduct, Use
+from curvature_callbacks.memory import device_budget, host_budget
 
 _CPU: Final = torch.device("cpu")
-_CPU_BYTES: Final = 2 << 30
 _Bytes = dict[int, int]  # address of a storage to its size: shared ones count once
-_FREE_SHARE: Final = 0.5  # of the memory that is free when a probe begins
 
 
 @final
@@ -32,12 +30,8 @@ class MemoryBudget:
 
 def memory_budget(device: torch.device, device_bytes: int | None = None) -> MemoryBudget:
     """The budget for a model on `device`: 2 GiB on a CPU; on an accelerator half of its free memory, then of the host's."""
-    if device.type == "cpu":
-        return MemoryBudget(device_bytes=_CPU_BYTES if device_bytes is None else device_bytes)
-    host = int(_FREE_SHARE * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    if device_bytes is None:
-        device_bytes = int(_FREE_SHARE * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else _CPU_BYTES
-    return MemoryBudget(device_bytes=device_bytes, host_bytes=host)
+    on_device = device_budget(device) if device_bytes is None else device_bytes
+    return MemoryBudget(device_bytes=on_device, host_bytes=0 if device.type == "cpu" else host_budget())
 
 
 @final
