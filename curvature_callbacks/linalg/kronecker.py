@@ -38,6 +38,23 @@ class Factor:
         assert self.axes is not None
         return vectors[..., self.axes]
 
+    def restored(self, coordinates: Tensor, size: int) -> Tensor:
+        """The vectors (..., d) with these `coordinates` (..., r) in the eigenbasis, d = `size`. Cost: as `rotated`."""
+        if self.basis is not None:
+            return coordinates @ self.basis.T
+        assert self.axes is not None
+        vectors = coordinates.new_zeros(*coordinates.shape[:-1], size)
+        vectors[..., self.axes] = coordinates
+        return vectors
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Factor":
+        """The same on `device`, the basis in `dtype`."""
+        return Factor(
+            eigenvalues=self.eigenvalues.to(device),
+            basis=None if self.basis is None else self.basis.to(device, dtype),
+            axes=None if self.axes is None else self.axes.to(device),
+        )
+
 
 def factor_of_matrix(matrix: Tensor, *, dtype: torch.dtype) -> Factor:
     """Eigenpairs of a symmetric positive semi-definite `matrix` (d, d), the basis in `dtype`; one of nan if it is not finite.
@@ -119,30 +136,72 @@ class KroneckerFactors:
 
 
 def top_eigenvalues(factors: KroneckerFactors, k: int) -> Tensor:
-    """The k largest eigenvalues of `A x G`, (min(k, r_A r_G),) float64 on CPU, descending.
-
-    Best-first search over the two sorted lists: `(i, j)` is looked at after `(i, j - 1)`, or after `(i - 1, 0)` for j = 0.
-
-    Cost: O(k log k); the r_A r_G products are not formed.
-    """
-    a, g = factors.A.eigenvalues[:k].tolist(), factors.G.eigenvalues[:k].tolist()
-    front = [(-a[0] * g[0], 0, 0)] if a and g else []
-    found: list[float] = []
-    while front and len(found) < k:
-        value, i, j = heapq.heappop(front)
-        found.append(-value)
-        if j + 1 < len(g):
-            heapq.heappush(front, (-a[i] * g[j + 1], i, j + 1))
-        if j == 0 and i + 1 < len(a):
-            heapq.heappush(front, (-a[i + 1] * g[0], i + 1, 0))
-    return torch.tensor(found, dtype=torch.float64)
+    """The k largest eigenvalues of `A x G`, (min(k, r_A r_G),) float64 on CPU, descending; see `outer_pairs`."""
+    return outer_pairs(factors, k).eigenvalues
 
 
 def top_corrected_eigenvalues(factors: KroneckerFactors, k: int) -> Tensor:
     """The k largest EKFAC eigenvalues, (min(k, r_A r_G),) float64 on CPU, descending."""
-    assert factors.corrected is not None
-    flat = factors.corrected.flatten()
-    return flat.topk(min(k, len(flat))).values.cpu()
+    return outer_pairs(factors, k, corrected=True).eigenvalues
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class KroneckerPairs:
+    """Eigenpairs of `A x G` or of EKFAC by the eigenvectors of the factors their vectors are products of.
+
+    Attributes:
+        eigenvalues: (k,) float64 on CPU.
+        outputs: (k,) int64 on CPU, which eigenvector of G.
+        inputs: (k,) int64 on CPU, which eigenvector of A.
+    """
+
+    eigenvalues: Tensor
+    outputs: Tensor
+    inputs: Tensor
+
+
+def outer_pairs(factors: KroneckerFactors, k: int, *, corrected: bool = False, largest: bool = True) -> KroneckerPairs:
+    """The k largest (smallest) of the r_A r_G eigenvalues within the factors' ranks, the outermost first.
+
+    Best-first search over the two sorted lists: `(i, j)` is looked at after `(i, j - 1)`, or after `(i - 1, 0)` for j = 0.
+
+    Args:
+        factors: with `corrected` for EKFAC.
+        k: wanted; at most r_A r_G are returned.
+        corrected: EKFAC's eigenvalues rather than the products.
+        largest: the largest, descending; else the smallest, ascending.
+
+    Cost: O(k log k), the products are not formed; for EKFAC, whose eigenvalues follow no order, O(r_A r_G).
+    """
+    if corrected:
+        assert factors.corrected is not None
+        flat = factors.corrected.flatten()
+        values, places = (part.cpu() for part in flat.topk(min(k, len(flat)), largest=largest))
+        width = max(factors.corrected.shape[1], 1)
+        return KroneckerPairs(eigenvalues=values, outputs=places // width, inputs=places % width)
+    a, g = (factor.eigenvalues if largest else factor.eigenvalues.flip(0) for factor in (factors.A, factors.G))
+    found = _best_first(a[:k].tolist(), g[:k].tolist(), k, sign=-1.0 if largest else 1.0)
+    inputs, outputs = (torch.tensor([item[axis] for item in found], dtype=torch.int64) for axis in (1, 2))
+    return KroneckerPairs(
+        eigenvalues=torch.tensor([item[0] for item in found], dtype=torch.float64),
+        outputs=outputs if largest else len(g) - 1 - outputs,
+        inputs=inputs if largest else len(a) - 1 - inputs,
+    )
+
+
+def _best_first(a: list[float], g: list[float], k: int, *, sign: float) -> list[tuple[float, int, int]]:
+    """The first k of the products `a_i g_j` with i and j, in the order of `sign` times them; both lists are in it."""
+    front = [(sign * a[0] * g[0], 0, 0)] if a and g else []
+    found: list[tuple[float, int, int]] = []
+    while front and len(found) < k:
+        value, i, j = heapq.heappop(front)
+        found.append((sign * value, i, j))
+        if j + 1 < len(g):
+            heapq.heappush(front, (sign * a[i] * g[j + 1], i, j + 1))
+        if j == 0 and i + 1 < len(a):
+            heapq.heappush(front, (sign * a[i + 1] * g[0], i + 1, 0))
+    return found
 
 
 @final

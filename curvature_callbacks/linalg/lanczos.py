@@ -1,22 +1,32 @@
-"""Lanczos with full reorthogonalisation for the outer eigenpairs of a symmetric operator."""
+"""Lanczos for the outer eigenpairs of a symmetric operator: full basis or restarted, with a residual for every pair."""
 
 import time
-from dataclasses import dataclass
-from typing import Final, Literal, final, get_args
+from typing import Final, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from curvature_callbacks.errors import check_choice, check_positive
-from curvature_callbacks.linalg.accumulate import coefficients, dot, norm, subtract_combination
+from curvature_callbacks.errors import ConfigurationError, check_choice, check_positive
 from curvature_callbacks.linalg.eigenpairs import Eigenpairs
+from curvature_callbacks.linalg.iteration import LOOK_EVERY, Iteration
+from curvature_callbacks.linalg.krylov import Krylov
 from curvature_callbacks.linalg.operator import Operator
+from curvature_callbacks.linalg.reorthogonalisation import Full, Off, Partial, Reorthogonalisation, Selective
+from curvature_callbacks.linalg.ritz import Ritz
+from curvature_callbacks.linalg.space import InnerProducts
+from curvature_callbacks.linalg.wanted import Which, wanted
+from curvature_callbacks.memory import device_budget
 
-Which = Literal["LA", "SA", "LM", "BE"]
+__all__ = ["ReorthMode", "Which", "check_options", "lanczos"]
 
-_LOOK_EVERY: Final = 5  # steps between looks at the recurrence; each look is the only host synchronisation
-_SECOND_PASS: Final = 0.7  # a pass that shrinks the vector below this share is repeated (Daniel et al. 1976: 1/sqrt(2))
-_NOISE: Final = 10.0  # noise floor of a residual and of beta, in units of eps |lambda|_max
+ReorthMode = Literal["auto", "full", "partial", "selective", "off", "thick_restart"]
+
+_SWEEP: Final = 1e-5  # a run to this accuracy or better also asks that no copy of a multiple eigenvalue is missing
+_WARM_LOOK_EVERY: Final = 2  # a warm run for one pair took 2 to 4 products
+_DEFAULT_BASIS: Final = 40  # 10 + 5 pairs of a GPT-2: 168 products with 30 vectors, 145 with 40, 130 with 60
+_LEAST_ROOM: Final = 8  # basis vectors beyond the wanted ones that a restarted run needs at least
+_NOISE_SHARE: Final = 0.1  # of a single warm vector: measured, see the tests
+_BLOCK_NOISE_SHARE: Final = 1.0  # of the sum of several
 
 
 def lanczos(
@@ -26,6 +36,12 @@ def lanczos(
     which: Which = "LA",
     tol: float = 1e-3,
     max_matvecs: int | None = None,
+    max_seconds: float | None = None,
+    reorth_mode: ReorthMode = "auto",
+    reorth_window: int = 8,
+    reorth_period: int = 5,
+    basis_size: int | None = None,
+    initial_vectors: Tensor | None = None,
     seed: int = 0,
     return_eigenvectors: bool = False,
     true_residuals: bool = False,
@@ -33,19 +49,36 @@ def lanczos(
     """The `k` outer eigenpairs of a symmetric operator, with a residual for each.
 
     `A Q_m = Q_m T_m + beta_m q_{m+1} e_m'`, theta and s from `T_m s = theta s`, residual `|beta_m s_m|`. Per step: three-term
-    recurrence first, then one full pass over the basis, a second one when the first shrank the vector. Inner products and
-    T are float64. A vanishing beta (an invariant subspace) is deflation: the run continues with a random vector in the
-    orthogonal complement. Assumed and unchecked: symmetry (the measured `asymmetry` is reported).
+    recurrence first, then what `reorth_mode` says. Inner products and T are float64. A vanishing beta (an invariant subspace)
+    is deflation: the run continues with a random vector in the orthogonal complement, until that holds no further copy of a
+    wanted eigenvalue. One Krylov space shows one copy of a multiple eigenvalue only: a run with `tol` of 1e-5 or less looks
+    for others in the complement of what it found before it ends; one with a larger `tol` does not. Assumed and unchecked:
+    symmetry (the measured `asymmetry` is reported).
 
     Args:
-        operator: symmetric operator on vectors (P,).
+        operator: symmetric operator on vectors (P,). An attribute `space` says how inner products of sharded vectors add up.
         k: wanted pairs; at most P are returned.
         which: as in SciPy's `eigsh`: `LA` largest, `SA` smallest, `LM` largest magnitude, `BE` half from each end (the odd
             one from the top).
         tol: a pair has converged when its residual is at most `max(tol |theta|, 10 eps |lambda|_max)`.
-        max_matvecs: most basis vectors to build, one product each (up to 4 more are lost to the first deflation), at least
-            `k`; default `max(100, 2 k + 20)`. Pairs that have not converged by then are returned and flagged.
-        seed: seed of the start vector, drawn from a private generator.
+        max_matvecs: most products, at least `k` (up to 4 more are lost to each deflation); default `max(100, 2 k + 20)`. Pairs
+            that have not converged by then are returned and flagged.
+        max_seconds: stop at the first look after this time, likewise.
+        reorth_mode: orthogonalisation of each new vector beyond the recurrence.
+            `full`: against the whole basis.
+            `partial`: against the whole basis only where a running estimate says that orthogonality would fall below
+            `sqrt(eps)`; same eigenvalues, about half the passes.
+            `selective`: against the last `reorth_window` vectors, and against all at two of every `reorth_period` steps.
+            `off`: none. Ghosts (copies of converged pairs) are found by their vectors and dropped, here and in `selective`.
+            `thick_restart`: full, in a basis of `basis_size` vectors that is compressed to its best Ritz vectors when full
+            (Wu and Simon 2000).
+            `auto`: `full` where a basis of `max_matvecs` vectors fits the device's memory budget, else `thick_restart` with as
+            many as fit.
+        reorth_window: of `selective`.
+        reorth_period: of `selective`.
+        basis_size: vectors of `thick_restart`, at least `k + 8`; default `max(2 k + 20, 40)`.
+        initial_vectors: (P, j) eigenvectors of a similar operator: the run starts from their sum and random noise.
+        seed: seed of random vectors, drawn from a private generator.
         return_eigenvectors: also return the Ritz vectors (P, k).
         true_residuals: replace the residual estimates by `||A v - theta v||_2`, at `k` further products (on top of
             `max_matvecs`).
@@ -56,9 +89,11 @@ def lanczos(
     Raises:
         ConfigurationError: a bad option, before the first product.
 
-    Cost: one product and about `4 m P` multiplications at step m; memory `(max_matvecs + 1) P` in the operator's dtype.
+    Cost: one product and about `4 m P` multiplications at step m; memory `(max_matvecs + 1) P` in the operator's dtype,
+    `(basis_size + 1) P` for `thick_restart`.
 
-    References: Parlett, The Symmetric Eigenvalue Problem (1998), chapter 13; Daniel, Gragg, Kaufman and Stewart (1976).
+    References: Parlett, The Symmetric Eigenvalue Problem (1998), chapter 13; Daniel, Gragg, Kaufman and Stewart (1976); Wu and
+    Simon, "Thick-restart Lanczos method for large symmetric eigenvalue problems" (2000).
 
     Example:
         >>> import torch
@@ -67,17 +102,32 @@ def lanczos(
         >>> [round(value, 6) for value in lanczos(MatrixOperator(A), k=3, which="BE").eigenvalues.tolist()]
         [7.0, 6.0, -2.0]
     """
-    check_positive("k", k)
-    check_choice("which", which, get_args(Which))
-    budget = max(100, 2 * k + 20) if max_matvecs is None else max_matvecs
-    if budget < k:
-        raise ValueError(f"`max_matvecs` must be at least `k`={k}, got {budget}.")
-    if not tol > 0:
-        raise ValueError(f"`tol` must be positive, got {tol!r}.")
+    check_options(k=k, which=which, tol=tol, max_matvecs=max_matvecs, max_seconds=max_seconds, reorth_mode=reorth_mode)
+    check_positive("reorth_window", reorth_window)
+    check_positive("reorth_period", reorth_period)
+    _check_basis_size(basis_size, k, reorth_mode)
+    _check_initial_vectors(initial_vectors, operator)
     start = time.perf_counter()
-    krylov = _Krylov(operator, budget, seed)
-    ritz = _iterate(krylov, k, which, tol)
-    vectors = krylov.ritz_vectors(ritz.vectors) if return_eigenvectors or true_residuals else None
+    budget = max(100, 2 * k + 20) if max_matvecs is None else max_matvecs
+    mode, capacity = _basis(operator, k, budget, reorth_mode, basis_size)
+    krylov = Krylov(
+        operator,
+        capacity,
+        seed=seed,
+        start=_start(initial_vectors, operator, seed),
+        policy=_policy(mode, operator, window=reorth_window, period=reorth_period),
+    )
+    run = Iteration(
+        krylov=krylov,
+        wanted=wanted(k, which).at_most(krylov.dimension),
+        tol=tol,
+        max_matvecs=budget,
+        deadline=None if max_seconds is None else start + max_seconds,
+        patience=_WARM_LOOK_EVERY if initial_vectors is not None else LOOK_EVERY,
+        sweeping=tol <= _SWEEP,
+    )
+    ritz = run.result()
+    vectors = krylov.vectors(ritz.coordinates) if return_eigenvectors or true_residuals else None
     if true_residuals and vectors is not None:
         ritz.residuals = _true_residuals(operator, vectors, ritz)
         krylov.num_matvecs += vectors.shape[1]
@@ -88,194 +138,106 @@ def lanczos(
         eigenvectors=vectors if return_eigenvectors else None,
         num_matvecs=krylov.num_matvecs,
         which=which,
-        reorth_mode="full",
+        reorth_mode=mode,
         is_psd=operator.is_psd,
         tol=tol,
         lambda_abs_max=ritz.scale,
-        asymmetry=krylov.asymmetry() / ritz.scale if ritz.scale > 0 else 0.0,
+        asymmetry=krylov.asymmetry / ritz.scale if ritz.scale > 0 else 0.0,
         seconds=time.perf_counter() - start,
-        warnings=_warnings(ritz, k, operator.shape[0], tol),
+        warnings=_warnings(ritz, k, krylov, tol, run.diverged),
     )
 
 
-@final
-@dataclass(slots=True)
-class _Ritz:
-    """The wanted Ritz pairs of one look at T."""
-
-    values: Tensor  # (k,) descending
-    vectors: Tensor  # (m, k) coordinates in the Krylov basis
-    residuals: Tensor  # (k,)
-    scale: float  # largest |theta|
-    floor: float  # noise floor of a residual
-
-    def converged(self, tol: float) -> Tensor:
-        return self.residuals <= (tol * self.values.abs()).clamp_min(self.floor)
-
-
-class _Krylov:
-    """Basis and recurrence of one run; everything stays on the operator's device between looks."""
-
-    def __init__(self, operator: Operator, budget: int, seed: int) -> None:
-        self.operator = operator
-        P = operator.shape[0]
-        self.capacity = min(P, budget)
-        self.generator = torch.Generator().manual_seed(seed)
-        self.basis = torch.empty(self.capacity + 1, P, dtype=operator.dtype, device=operator.device)  # (capacity + 1, P)
-        self.alphas = torch.zeros(self.capacity, dtype=torch.float64, device=operator.device)
-        self.betas = torch.zeros(self.capacity, dtype=torch.float64, device=operator.device)
-        self.couplings = torch.zeros(self.capacity, dtype=torch.float64, device=operator.device)
-        self.size = 0
-        self.start = 0  # first step of the current segment, after the last deflation
-        self.settled = 0  # steps whose beta was looked at
-        self.num_matvecs = 0
-        self._place_random(0)
-
-    @property
-    def finished(self) -> bool:
-        return self.size == self.capacity
-
-    def step(self) -> None:
-        """One product, the three-term recurrence, then the basis."""
-        j = self.size
-        q = self.basis[j]
-        w = self.operator.matmat(q[:, None])[:, 0].clone()
-        self.num_matvecs += 1
-        self.alphas[j] = alpha = dot(q, w)
-        if j > 0:
-            self.couplings[j] = dot(self.basis[j - 1], w) - self.betas[j - 1]
-            w -= self.betas[j - 1] * self.basis[j - 1]
-        w -= alpha * q
-        self.betas[j] = beta = self._orthogonalise(w, j + 1)
-        torch.div(w, beta.clamp_min(torch.finfo(self.basis.dtype).tiny), out=self.basis[j + 1])
-        self.size = j + 1
-
-    def look(self) -> tuple[Tensor, Tensor]:
-        """`(alphas, betas)` on the host; the first vanished beta ends an invariant subspace, where the run restarts."""
-        alphas, betas = self.alphas[: self.size].cpu(), self.betas[: self.size].cpu()
-        scale = max(alphas.abs().max().item(), betas.max().item())
-        vanished = betas <= _NOISE * torch.finfo(self.basis.dtype).eps * scale
-        vanished[: self.settled] = False  # deflated at an earlier look
-        if vanished.any():
-            j = int(vanished.nonzero()[0])
-            self.size = self.settled = self.start = j + 1
-            self.betas[j] = 0.0
-            self._place_random(j + 1)
-            return alphas[: j + 1], torch.cat([betas[:j], betas.new_zeros(1)])
-        self.settled = self.size
-        return alphas, betas
-
-    def ritz_vectors(self, coordinates: Tensor) -> Tensor:
-        """(P, k) from coordinates (m, k)."""
-        weights = coordinates.to(self.basis)
-        vectors: Tensor = self.basis[: weights.shape[0]].T @ weights
-        return vectors
-
-    def asymmetry(self) -> float:
-        return self.couplings[: self.size].abs().max().item()
-
-    def _orthogonalise(self, w: Tensor, count: int) -> Tensor:
-        before = norm(w)
-        subtract_combination(w, self.basis[:count], coefficients(self.basis[:count], w))
-        after = norm(w)
-        # On an accelerator the second pass is cheaper than the synchronisation that would tell whether it is needed.
-        if w.device.type != "cpu" or after < _SECOND_PASS * before:
-            subtract_combination(w, self.basis[:count], coefficients(self.basis[:count], w))
-            after = norm(w)
-        return after
-
-    def _place_random(self, index: int) -> None:
-        """A random unit vector orthogonal to the first `index` basis vectors, in place `index`."""
-        P = self.basis.shape[1]
-        if index >= P:
-            self.basis[index].zero_()
-            return
-        q = torch.randn(P, generator=self.generator, dtype=self.basis.dtype).to(self.basis.device)
-        for _ in range(3 if index else 0):
-            q /= norm(q)
-            subtract_combination(q, self.basis[:index], coefficients(self.basis[:index], q))
-        self.basis[index] = q / norm(q)
+def check_options(
+    *,
+    k: int,
+    which: str,
+    tol: float,
+    max_matvecs: int | None,
+    max_seconds: float | None = None,
+    reorth_mode: str = "auto",
+) -> None:
+    """Raise a `ConfigurationError` unless a run can have these."""
+    check_positive("k", k)
+    check_choice("which", which, get_args(Which))
+    check_choice("reorth_mode", reorth_mode, get_args(ReorthMode))
+    if max_matvecs is not None and max_matvecs < k:
+        raise ConfigurationError(f"`max_matvecs` must be at least `k`={k}, got {max_matvecs}.")
+    if not tol > 0:
+        raise ConfigurationError(f"`tol` must be positive, got {tol!r}.")
+    if max_seconds is not None and not max_seconds > 0:
+        raise ConfigurationError(f"`max_seconds` must be positive, got {max_seconds!r}.")
 
 
-def _iterate(krylov: _Krylov, k: int, which: Which, tol: float) -> _Ritz:
-    P = krylov.operator.shape[0]
-    wanted = min(k, P)
-    patience = _LOOK_EVERY
-    while True:
-        for _ in range(patience):
-            krylov.step()
-            if krylov.finished:
-                break
-        alphas, betas = krylov.look()
-        if betas[-1] == 0:
-            patience = 1  # steps after a vanished beta are lost, so look at each from here on
-        ritz = _ritz(alphas, betas, wanted, which, krylov.basis.dtype, exhausted=krylov.size == P)
-        if krylov.finished:
-            return ritz
-        converged = krylov.size > max(wanted, krylov.start) and bool(ritz.converged(tol).all())
-        if converged and _adds_nothing(alphas, betas, krylov.start, wanted, which, tol, ritz.floor):
-            return ritz
+def _check_basis_size(basis_size: int | None, k: int, reorth_mode: ReorthMode) -> None:
+    if basis_size is None:
+        return
+    if reorth_mode != "thick_restart":
+        raise ConfigurationError(f"`basis_size` needs `reorth_mode`='thick_restart', got {reorth_mode!r}.")
+    if basis_size < k + _LEAST_ROOM:
+        raise ConfigurationError(f"`basis_size` must be at least `k` + {_LEAST_ROOM} = {k + _LEAST_ROOM}, got {basis_size}.")
 
 
-def _adds_nothing(alphas: Tensor, betas: Tensor, start: int, k: int, which: Which, tol: float, floor: float) -> bool:
-    """Whether the segment since the last deflation, at step `start`, holds no further copy of a wanted eigenvalue.
-
-    One Krylov space sees one copy of a multiple eigenvalue; each restart in the complement sees the next. The wanted pairs of
-    the segments before are final once the outermost values of the current one have converged inside them.
-    """
-    if start < k:
-        return start == 0
-    before = torch.linalg.eigvalsh(_tridiagonal(alphas[:start], betas[:start]))
-    wanted = before[_choose(before, k, which)]  # descending
-    values, vectors = torch.linalg.eigh(_tridiagonal(alphas[start:], betas[start:]))
-    settled = (betas[-1] * vectors[-1]).abs() <= (tol * values.abs()).clamp_min(floor)
-    if which == "LM":
-        outermost = values.abs().argmax()
-        return bool(settled[outermost] & (values[outermost].abs() <= wanted.abs().min() + floor))
-    top = {"LA": k, "SA": 0, "BE": k - k // 2}[which]  # pairs wanted from the upper end
-    none_above = top == 0 or bool(settled[-1] & (values[-1] <= wanted[top - 1] + floor))
-    none_below = top == k or bool(settled[0] & (values[0] >= wanted[top] - floor))
-    return none_above and none_below
+def _check_initial_vectors(vectors: Tensor | None, operator: Operator) -> None:
+    if vectors is not None and (vectors.ndim != 2 or vectors.shape[0] != operator.shape[0] or vectors.shape[1] == 0):
+        raise ConfigurationError(
+            f"`initial_vectors` must have shape ({operator.shape[0]}, j), one vector a column, got {tuple(vectors.shape)}."
+        )
 
 
-def _tridiagonal(alphas: Tensor, betas: Tensor) -> Tensor:
-    return torch.diag(alphas) + torch.diag(betas[:-1], 1) + torch.diag(betas[:-1], -1)
+def _basis(operator: Operator, k: int, budget: int, mode: ReorthMode, size: int | None) -> tuple[ReorthMode, int]:
+    """The mode that runs and the basis vectors it has."""
+    if mode == "thick_restart":
+        return mode, size or max(2 * k + 20, _DEFAULT_BASIS)
+    if mode != "auto":
+        return mode, budget
+    vector = operator.shape[0] * operator.dtype.itemsize
+    fitting = device_budget(operator.device) // max(vector, 1) - 1
+    if min(budget, operator.shape[0]) <= fitting:
+        return "full", budget
+    return "thick_restart", max(k + _LEAST_ROOM, fitting)
 
 
-def _ritz(alphas: Tensor, betas: Tensor, k: int, which: Which, dtype: torch.dtype, *, exhausted: bool) -> _Ritz:
-    values, vectors = torch.linalg.eigh(_tridiagonal(alphas, betas))
-    scale = values.abs().max().item()
-    floor = _NOISE * torch.finfo(dtype).eps * scale
-    chosen = _choose(values, min(k, len(values)), which)
-    last = torch.zeros(()) if exhausted else betas[-1]
-    residuals = (last * vectors[-1, chosen]).abs().clamp_min(floor)
-    return _Ritz(values[chosen], vectors[:, chosen], residuals, scale, floor)
+def _policy(mode: ReorthMode, operator: Operator, *, window: int, period: int) -> Reorthogonalisation:
+    if mode == "partial":
+        return Partial(eps=torch.finfo(operator.dtype).eps, ahead=LOOK_EVERY)
+    if mode == "selective":
+        return Selective(window=window, period=period)
+    return Off() if mode == "off" else Full()
 
 
-def _choose(values: Tensor, k: int, which: Which) -> Tensor:
-    """Indices of the wanted ones among ascending `values`, in descending order of value."""
-    m = len(values)
-    if which == "LA":
-        chosen = torch.arange(m - k, m)
-    elif which == "SA":
-        chosen = torch.arange(k)
-    elif which == "LM":
-        chosen = values.abs().argsort(descending=True)[:k].sort().values
-    else:
-        chosen = torch.cat([torch.arange(k // 2), torch.arange(m - (k - k // 2), m)])
-    return chosen.flip(0)
+def _start(vectors: Tensor | None, operator: Operator, seed: int) -> Tensor | None:
+    """Sum of the unit vectors, of unit length, plus noise: what they lack must still be found."""
+    if vectors is None:
+        return None
+    norm = InnerProducts(operator).norm
+    vectors = vectors.to(operator.device, operator.dtype)
+    together = torch.zeros_like(vectors[:, 0])
+    for column in vectors.T:
+        column = column.contiguous()
+        together += column / norm(column).to(column.dtype)
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(len(together), generator=generator, dtype=operator.dtype).to(operator.device)
+    share = _NOISE_SHARE if vectors.shape[1] == 1 else _BLOCK_NOISE_SHARE
+    return together / norm(together).to(together.dtype) + share * noise / norm(noise).to(noise.dtype)
 
 
-def _true_residuals(operator: Operator, vectors: Tensor, ritz: _Ritz) -> Tensor:
+def _true_residuals(operator: Operator, vectors: Tensor, ritz: Ritz) -> Tensor:
+    norm = InnerProducts(operator).norm
     differences = operator.matmat(vectors) - vectors * ritz.values.to(vectors)
-    return torch.stack([norm(column).cpu() for column in differences.T]).clamp_min(ritz.floor)
+    return torch.stack([norm(column.contiguous()).cpu() for column in differences.T]).clamp_min(ritz.floor)
 
 
-def _warnings(ritz: _Ritz, k: int, P: int, tol: float) -> tuple[str, ...]:
+def _warnings(ritz: Ritz, k: int, krylov: Krylov, tol: float, diverged: bool) -> tuple[str, ...]:
     messages = []
-    if k > P:
-        messages.append(f"`k`={k} exceeds the dimension {P}: {P} pairs are returned.")
+    if k > krylov.dimension:
+        messages.append(f"`k`={k} exceeds the dimension {krylov.dimension}: {krylov.dimension} pairs are returned.")
+    if diverged:
+        messages.append("the recurrence grew beyond all bounds without reorthogonalisation: use `reorth_mode`='full'.")
     missing = int((~ritz.converged(tol)).sum())
     if missing:
         messages.append(f"{missing} of {len(ritz.values)} pairs did not reach `tol`={tol:g}: raise `max_matvecs` or `tol`.")
+    absent = min(k, krylov.dimension) - len(ritz.values)
+    if absent:
+        messages.append(f"{absent} further pairs were only ghosts of these: raise `max_matvecs` or use `reorth_mode`='full'.")
     return tuple(messages)

@@ -15,6 +15,7 @@ from curvature_callbacks.linalg.kronecker import (
     factor_of_diagonal,
     factor_of_matrix,
     factor_of_rows,
+    outer_pairs,
     top_corrected_eigenvalues,
     top_eigenvalues,
 )
@@ -207,3 +208,47 @@ def test_corrected_eigenvalues_are_sorted():
     corrected = KroneckerFactors(A=found.A, G=found.G, corrected=values)
     for k in (1, 5, 99):
         assert torch.equal(top_corrected_eigenvalues(corrected, k), values.flatten().sort(descending=True).values[:k])
+
+
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("k", [1, 5, 50])
+def test_outer_pairs_name_the_eigenvectors_of_the_dense_product(k: int, rank: int | None, largest: bool):
+    found, product = factors(rank=rank)
+    values = torch.linalg.eigvalsh(product)
+    values = values[values > 1e-12]
+    pairs = outer_pairs(found, k, largest=largest)
+    assert torch.allclose(pairs.eigenvalues, (values.flip(0) if largest else values)[:k])
+    for value, j, i in zip(pairs.eigenvalues, pairs.outputs, pairs.inputs, strict=True):
+        u = torch.outer(found.G.basis[:, j], found.A.basis[:, i]).flatten()
+        assert torch.allclose(product @ u, value * u, atol=1e-12)
+    assert len({(int(j), int(i)) for j, i in zip(pairs.outputs, pairs.inputs, strict=True)}) == len(pairs.eigenvalues)
+
+
+@pytest.mark.parametrize("largest", [True, False])
+def test_outer_pairs_of_ekfac_are_the_entries_they_name(largest: bool):
+    plain, _ = factors()
+    values = torch.rand(3, 4, generator=torch.Generator().manual_seed(0), dtype=D)
+    pairs = outer_pairs(KroneckerFactors(A=plain.A, G=plain.G, corrected=values), 5, corrected=True, largest=largest)
+    assert torch.equal(pairs.eigenvalues, values[pairs.outputs, pairs.inputs])
+    assert torch.equal(pairs.eigenvalues, values.flatten().sort(descending=largest).values[:5])
+
+
+def test_coordinates_and_vectors_are_inverse_within_the_rank():
+    A = semidefinite(5, rank=3)
+    full = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0), dtype=D)
+    values, vectors = torch.linalg.eigh(A)
+    inside = vectors[:, values > 1e-12]
+    found = factor_of_matrix(A, dtype=D)
+    assert torch.allclose(found.restored(found.rotated(full), 5), full @ inside @ inside.T)
+    diagonal = factor_of_diagonal(torch.tensor([0.5, 0.0, 2.0, 1.0, 0.0], dtype=D))
+    kept = full * torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0], dtype=D)
+    assert torch.equal(diagonal.restored(diagonal.rotated(full), 5), kept)
+
+
+def test_a_factor_changes_its_precision():
+    for found in (factor_of_matrix(semidefinite(3), dtype=D), factor_of_diagonal(torch.tensor([1.0, 2.0]))):
+        moved = found.to(torch.device("cpu"), torch.float32)
+        assert moved.eigenvalues.dtype == D
+        assert (moved.basis is None) == (found.basis is None)
+        assert moved.basis is None or moved.basis.dtype == torch.float32

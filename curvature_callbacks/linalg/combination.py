@@ -1,0 +1,86 @@
+"""LinearCombination: sums, multiples and shifts of operators."""
+
+import math
+from collections.abc import Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+from curvature_callbacks.errors import ConfigurationError
+from curvature_callbacks.linalg.operator import Operator
+
+
+@final
+class LinearCombination:
+    """`sum_i c_i A_i + shift I` as an operator: means over probes, differences of curvatures, damping.
+
+    Cost of one product: one product of every part, `P K` multiplications each beside it, and a second (P, K).
+
+    Args:
+        parts: (c_i, A_i), at least one; all operators of the same shape, dtype and device.
+        shift: multiple of the identity.
+
+    Raises:
+        ConfigurationError: no part, parts that do not fit together, a number that is not finite.
+
+    Example:
+        >>> import torch
+        >>> from curvature_callbacks.linalg.operator import MatrixOperator
+        >>> A = MatrixOperator(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
+        >>> LinearCombination([(0.5, A)], shift=1.0).matmat(torch.eye(2)).tolist()
+        [[2.0, 0.5], [0.5, 2.0]]
+    """
+
+    def __init__(self, parts: Sequence[tuple[float, Operator]], *, shift: float = 0.0) -> None:
+        if not parts:
+            raise ConfigurationError("`parts` must hold at least one (weight, operator), got none.")
+        _require_finite([weight for weight, _ in parts], shift)
+        first = parts[0][1]
+        for i, (_, operator) in enumerate(parts):
+            _require_same("shape", i, tuple(operator.shape), tuple(first.shape))
+            _require_same("dtype", i, operator.dtype, first.dtype)
+            _require_same("device", i, operator.device, first.device)
+        self._parts = tuple(parts)
+        self._shift = shift
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(P, P)`."""
+        return self._parts[0][1].shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of every part."""
+        return self._parts[0][1].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of every part."""
+        return self._parts[0][1].device
+
+    @property
+    def is_psd(self) -> bool:
+        """Whether every part is, and no weight and no shift is negative: a difference may be, but nothing says so."""
+        return self._shift >= 0 and all(weight >= 0 and operator.is_psd for weight, operator in self._parts)
+
+    def matmat(self, V: Tensor) -> Tensor:
+        """`sum_i c_i A_i V + shift V` for `V` (P, K)."""
+        total = self._shift * V
+        for weight, operator in self._parts:
+            total.add_(operator.matmat(V), alpha=weight)
+        return total
+
+
+def _require_finite(weights: Sequence[float], shift: float) -> None:
+    for name, value in (*((f"weight {i} of `parts`", weight) for i, weight in enumerate(weights)), ("`shift`", shift)):
+        if not math.isfinite(value):
+            raise ConfigurationError(f"{name} must be a finite number, got {value!r}: leave the part out to drop it.")
+
+
+def _require_same(what: str, i: int, found: object, expected: object) -> None:
+    if found != expected:
+        raise ConfigurationError(
+            f"all operators in `parts` must have the same {what}: number {i} has {found}, the first has {expected}. Build them "
+            "of the same parameters of the same model."
+        )

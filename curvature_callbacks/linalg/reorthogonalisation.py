@@ -1,0 +1,174 @@
+"""Reorthogonalisation: which basis vectors the next one is orthogonalised against, beyond the three-term recurrence."""
+
+from typing import Final, Protocol, final
+
+import torch
+from torch import Tensor
+
+_BASE: Final = 4.0  # orthogonality of neighbours after the three-term step, in units of eps: their products are float64 sums
+_CAUTION: Final = 4.0  # the estimate is a size, not a bound; true inner products were up to 3 times it
+
+
+class Reorthogonalisation(Protocol):
+    """A policy; asked before every step, told the recurrence whenever the run looks at it."""
+
+    @property
+    def orthonormal(self) -> bool:
+        """Whether the basis stays orthonormal, at least to `sqrt(eps)`."""
+        ...
+
+    def rows(self, size: int) -> slice | None:
+        """Basis vectors among the first `size` that the vector after them is orthogonalised against; None: none."""
+        ...
+
+    def observe(self, alphas: Tensor, betas: Tensor) -> int | None:
+        """Told the recurrence so far, (m,) float64 on the CPU each: the first vector that is not orthogonal, if any."""
+        ...
+
+    def reset(self, size: int) -> None:
+        """The vector at place `size` was made orthogonal to all before it; what was estimated for it is void."""
+        ...
+
+
+@final
+class Full:
+    """Against the whole basis at every step."""
+
+    orthonormal: Final = True
+
+    def rows(self, size: int) -> slice | None:
+        """All."""
+        return slice(0, size)
+
+    def observe(self, alphas: Tensor, betas: Tensor) -> int | None:
+        """Nothing depends on it."""
+        return None
+
+    def reset(self, size: int) -> None:
+        """Nothing was estimated."""
+
+
+@final
+class Off:
+    """The three-term recurrence alone: copies of converged pairs come back as ghosts."""
+
+    orthonormal: Final = False
+
+    def rows(self, size: int) -> slice | None:
+        """None."""
+        return None
+
+    def observe(self, alphas: Tensor, betas: Tensor) -> int | None:
+        """Nothing depends on it."""
+        return None
+
+    def reset(self, size: int) -> None:
+        """Nothing was estimated."""
+
+
+@final
+class Selective:
+    """Against the latest `window` vectors at every step, and against all at two steps running out of every `period`.
+
+    Two, because the recurrence carries what one vector has lost on to the next but one.
+    """
+
+    orthonormal: Final = False
+
+    def __init__(self, *, window: int, period: int) -> None:
+        self._window = window
+        self._period = period
+
+    def rows(self, size: int) -> slice | None:
+        """The window, or all."""
+        everything = size % self._period in (0, 1)
+        return slice(0 if everything else max(0, size - self._window), size)
+
+    def observe(self, alphas: Tensor, betas: Tensor) -> int | None:
+        """Nothing depends on it."""
+        return None
+
+    def reset(self, size: int) -> None:
+        """Nothing was estimated."""
+
+
+@final
+class Partial:
+    """Against the whole basis just before orthogonality would be lost to `sqrt(eps)`, by the recurrence of its estimate.
+
+    With `w_ji` the inner product of basis vectors j and i (Simon 1984, equation 2.4),
+    `b_j w_{j+1,i} = b_i w_{j,i+1} + (a_i - a_j) w_ji + b_{i-1} w_{j,i-1} - b_{j-1} w_{j-1,i}`, plus rounding of size eps. It
+    needs alphas and betas on the host, which are there at every look only. So at a look it is carried on over the steps done
+    since, and forecast over as many to come with the latest recurrence repeated: if that reaches `sqrt(eps)`, the next two
+    vectors are orthogonalised against all before, and if it would again after these, all of them until the next look. What a
+    forecast cannot see (a beta that all but vanishes) is lost work: the run goes back to that step.
+
+    References: Simon, "The Lanczos algorithm with partial reorthogonalization" (1984).
+
+    Args:
+        eps: of the basis's dtype.
+        ahead: steps between two looks.
+    """
+
+    orthonormal: Final = True
+
+    def __init__(self, *, eps: float, ahead: int) -> None:
+        self._lost = eps**0.5
+        self._limit = eps**0.5 / _CAUTION
+        self._base = _BASE * eps
+        self._ahead = ahead
+        self._until = 0  # vectors up to this one are orthogonalised against all
+        self._latest = torch.zeros(0, dtype=torch.float64)  # (j,) w_ji for i < j
+        self.reset(0)
+
+    def rows(self, size: int) -> slice | None:
+        """All where the plan says so."""
+        return slice(0, size) if size <= self._until else None
+
+    def observe(self, alphas: Tensor, betas: Tensor) -> int | None:
+        """Carry the estimate on, and plan the steps until the next look unless a vector has been lost."""
+        m = len(alphas)
+        while self._size < m:
+            self._advance(alphas, betas, self._size, purged=self._size + 1 <= self._until)
+            self._size += 1
+            if self._latest.max() > self._lost:
+                return self._size
+        self._until = m
+        for count in (0, 2, self._ahead):
+            self._until = m + count
+            if self._forecast(alphas, betas, count) < self._limit:
+                break
+        return None
+
+    def reset(self, size: int) -> None:
+        """Begin anew with the vector at place `size`; the two after it are orthogonalised against all as well."""
+        self._size = size  # steps that were counted
+        self._until = size + 2 if size else 0
+        self._before = torch.zeros(max(0, size - 1), dtype=torch.float64)  # w_{j-1,i} for i < j - 1
+        self._latest = torch.full((size,), self._base, dtype=torch.float64)
+
+    def _advance(self, alphas: Tensor, betas: Tensor, j: int, *, purged: bool) -> None:
+        """From the estimates of vectors j - 1 and j to those of j and j + 1."""
+        following = torch.full((j + 1,), self._base, dtype=torch.float64)
+        if not purged and j > 0:
+            beta = betas[j].clamp_min(torch.finfo(torch.float64).tiny)
+            own = torch.cat([self._latest, torch.ones(1, dtype=torch.float64)])  # w_jj = 1
+            past = torch.cat([self._before, torch.ones(1, dtype=torch.float64)])  # w_{j-1,j-1} = 1
+            terms = betas[:j] * own[1:] + (alphas[:j] - alphas[j]) * own[:j] - betas[j - 1] * past
+            terms[1:] += betas[: j - 1] * own[: j - 1]
+            noise = self._base * (betas[:j] + betas[j])
+            following[:j] = ((terms.abs() + noise) / beta).clamp(max=1.0)
+        self._before, self._latest = self._latest, following
+
+    def _forecast(self, alphas: Tensor, betas: Tensor, purged: int) -> float:
+        """Largest estimate over the steps ahead, of which the first `purged` are orthogonalised against all."""
+        saved = self._before, self._latest
+        worst = 0.0
+        m = len(alphas)
+        alphas = torch.cat([alphas, alphas[-1:].expand(self._ahead)])
+        betas = torch.cat([betas, betas[-1:].expand(self._ahead)])
+        for step in range(self._ahead):
+            self._advance(alphas, betas, m + step, purged=step < purged)
+            worst = max(worst, self._latest.abs().max().item())
+        self._before, self._latest = saved
+        return worst
