@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature_callbacks.batches import to_device
-from curvature_callbacks.errors import ConfigurationError, RefusedError
+from curvature_callbacks.errors import ConfigurationError, ProbeError, RefusedError
 from curvature_callbacks.gram.engine import BlockGrams, GramOptions, block_grams, parameter_operations
 from curvature_callbacks.gram.kronecker import LayerKronecker
 from curvature_callbacks.gram.positions import Sharing
@@ -21,9 +21,11 @@ from curvature_callbacks.model.blocks import Blocks, BlockStructure, group_block
 from curvature_callbacks.model.checks import check_model, second_order_obstacle
 from curvature_callbacks.model.losses import Loss, resolve_loss
 from curvature_callbacks.model.objective import Objective, ParamsFilter, gradients
+from curvature_callbacks.model.stability import Optimizers, Stability, read_stability
 from curvature_callbacks.model.surrogates import EMPIRICAL, FisherType, SampleUnit, surrogates
 from curvature_callbacks.operators.fisher import EmpiricalFisherOperator
 from curvature_callbacks.operators.hessian import HessianOperator
+from curvature_callbacks.operators.preconditioned import PreconditionedOperator
 
 _logger = logging.getLogger("curvature_callbacks")
 
@@ -42,6 +44,7 @@ class Problem:
         step: optimizer steps completed.
         trust: what earlier probes of the run, with the same loss and block structure, found out; updated.
         sharing: types of Fisher whose Grams are to come with Kronecker factors, and how positions enter these.
+        optimizer: what trains the model, or several of them; only read.
 
     Raises:
         ConfigurationError: no trainable parameter, an undeterminable loss, no microbatch.
@@ -59,6 +62,7 @@ class Problem:
         step: int = 0,
         trust: Trust | None = None,
         sharing: Mapping[FisherType, Sharing] | None = None,
+        optimizer: Optimizers | None = None,
     ) -> None:
         if not microbatches:
             raise ConfigurationError("`batches` must hold at least one microbatch, got none.")
@@ -68,6 +72,7 @@ class Problem:
         self.microbatches = [to_device(batch, device) for batch in microbatches]
         self.seed = seed
         self.step = step
+        self.optimizer = optimizer
         self._trust = Trust() if trust is None else trust
         if self._trust.loss is None:
             self._trust.loss = resolve_loss(loss, self.microbatches[0])
@@ -199,6 +204,33 @@ class Problem:
         if obstacle:
             raise RefusedError(obstacle)
         return HessianOperator(self.objective, self.microbatches, names)
+
+    def stability(self, names: Iterable[str] | None = None) -> Stability:
+        """Where the optimizer's next step of the named parameters is stable; see `read_stability`.
+
+        Raises:
+            ConfigurationError: the problem has no optimizer, or one of other parameters.
+            RefusedError: the optimizer's update is not known.
+        """
+        if self.optimizer is None:
+            raise ConfigurationError(
+                "`optimizer` is needed for its preconditioner, got None: pass the one that trains the model."
+            )
+        named = dict(self.model.named_parameters())
+        wanted = self.objective.parameters if names is None else names
+        return read_stability(self.optimizer, {name: named[name] for name in wanted}, dtype=self.objective.dtype)
+
+    def preconditioned_hessian(self, names: Iterable[str] | None = None) -> PreconditionedOperator:
+        """`P^-1/2 H P^-1/2`, P the preconditioner of the optimizer's latest step; of those named parameters that it moves.
+
+        Raises:
+            ConfigurationError, RefusedError: as `stability` and `hessian`.
+            ProbeError: none of them moves yet.
+        """
+        stability = self.stability(names)
+        if stability.preconditioner is None:
+            raise ProbeError(f"there is no preconditioned Hessian: {stability.reason}")
+        return PreconditionedOperator(self.hessian(stability.names), 1 / stability.preconditioner)
 
     def empirical_fisher(
         self, names: Iterable[str] | None = None, *, sample_unit: SampleUnit = "sequence"

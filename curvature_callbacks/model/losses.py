@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, final, get_args
+from functools import partial
+from typing import Any, Final, Literal, final, get_args
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from curvature_callbacks.batches import batch_size
 from curvature_callbacks.errors import ConfigurationError, check_choice
 from curvature_callbacks.model.own_loss import OwnLoss
 from curvature_callbacks.model.sample_losses import (
+    IGNORED,
     Predictive,
     SampleLosses,
     binary_cross_entropies,
@@ -18,12 +20,24 @@ from curvature_callbacks.model.sample_losses import (
     squared_errors,
 )
 
-__all__ = ["Loss", "LossCallable", "LossFunction", "Predictive", "SampleLosses", "TargetLossName", "resolve_loss"]
+__all__ = [
+    "Criterion",
+    "Loss",
+    "LossCallable",
+    "LossFunction",
+    "Predictive",
+    "SampleLosses",
+    "TargetLossName",
+    "resolve_loss",
+]
 
 TargetLossName = Literal["cross_entropy", "mse", "bce"]
+Criterion = nn.CrossEntropyLoss | nn.MSELoss | nn.BCEWithLogitsLoss
 LossCallable = Callable[[nn.Module, Any], Tensor]
-Loss = TargetLossName | LossCallable | None
+Loss = TargetLossName | Criterion | LossCallable | None
 LossFunction = Callable[[nn.Module, Any], SampleLosses]
+
+_CRITERIA: Final = {nn.CrossEntropyLoss: "cross_entropy", nn.MSELoss: "mse", nn.BCEWithLogitsLoss: "bce"}
 
 
 def resolve_loss(loss: Loss, batch: Any) -> LossFunction:
@@ -31,18 +45,22 @@ def resolve_loss(loss: Loss, batch: Any) -> LossFunction:
 
     Args:
         loss: None for the model's own `.loss` (mapping batches), `cross_entropy`, `mse` or `bce` for `(inputs, targets)`
-            batches, or `(model, batch) -> scalar mean | (N,) losses`.
+            batches, or `(model, batch) -> scalar mean | (N,) losses`. PyTorch's `CrossEntropyLoss`, `MSELoss` and
+            `BCEWithLogitsLoss` with `reduction="mean"` and without weights mean the same as these names, the first with its
+            `label_smoothing` and `ignore_index`. It may also come with mapping batches: then it takes the positions and
+            the shift of the model's own cross-entropy and smooths its labels.
         batch: an example.
 
     Raises:
         ConfigurationError: the loss cannot be determined from these; for None at the first call, when the model gives none.
     """
+    if isinstance(loss, nn.modules.loss._Loss):  # what all criteria of torch derive from
+        return _criterion_loss(loss, batch)
     if callable(loss):
         return _CallableLoss(loss)
     if loss is not None:
         check_choice("loss", loss, get_args(TargetLossName))
-        _require_pair(batch, loss)
-        return _TargetLoss(loss)
+        return _target_loss(loss, loss, batch)
     if not isinstance(batch, Mapping):
         raise ConfigurationError(
             f"the loss of a {type(batch).__name__} batch cannot be determined: pass a loss function "
@@ -83,17 +101,66 @@ class _CallableLoss:
 class _TargetLoss:
     """A standard loss on `(inputs, targets)`: mean over rows, for cross-entropy over the targets that are not ignored."""
 
-    name: TargetLossName
+    form: Callable[[Tensor, Tensor], SampleLosses]
+    has_classes: bool  # on axis 1 of the logits, and of targets that are probabilities
 
     def __call__(self, model: nn.Module, batch: Any) -> SampleLosses:
         inputs, targets = batch[0], batch[1]
         output = model(inputs)
         logits = getattr(output, "logits", output)
-        if self.name == "cross_entropy":
-            return cross_entropy(logits.movedim(1, -1) if logits.ndim > 2 else logits, targets)
-        return squared_errors(logits, targets) if self.name == "mse" else binary_cross_entropies(logits, targets)
+        if self.has_classes:
+            return self.form(_classes_last(logits), _classes_last(targets) if targets.is_floating_point() else targets)
+        return self.form(logits, targets)
 
 
-def _require_pair(batch: Any, loss: str) -> None:
+def _classes_last(tensor: Tensor) -> Tensor:
+    return tensor.movedim(1, -1) if tensor.ndim > 2 else tensor
+
+
+def _criterion_loss(criterion: nn.Module, batch: Any) -> LossFunction:
+    """The loss a criterion of PyTorch stands for, where it is a mean over targets that all weigh the same."""
+    name = _CRITERIA.get(type(criterion))
+    if name is None:
+        raise ConfigurationError(
+            f"`loss` must be CrossEntropyLoss, MSELoss or BCEWithLogitsLoss where it is a criterion of PyTorch, got "
+            f"{criterion!r}: wrap it in a function `(model, batch) -> scalar mean or (N,) losses`."
+        )
+    _require_plain_mean(criterion)
+    if not isinstance(criterion, nn.CrossEntropyLoss):
+        return _target_loss(name, criterion, batch)
+    smoothing, ignored = criterion.label_smoothing, criterion.ignore_index
+    if not 0 <= smoothing <= 1:
+        raise ConfigurationError(f"`label_smoothing` of `loss` must lie between 0 and 1, got {smoothing}.")
+    if not isinstance(batch, Mapping):
+        return _target_loss(name, criterion, batch, label_smoothing=smoothing, ignore_index=ignored)
+    if ignored != IGNORED:
+        raise ConfigurationError(
+            f"`ignore_index` of `loss` must be {IGNORED} on mapping batches, as in the model's own loss, got {ignored}: let "
+            f"the collator mark ignored labels by {IGNORED}, or pass a loss function."
+        )
+    return OwnLoss(label_smoothing=smoothing)
+
+
+def _require_plain_mean(criterion: nn.Module) -> None:
+    weights = [name for name in ("weight", "pos_weight") if getattr(criterion, name, None) is not None]
+    if weights:
+        raise ConfigurationError(
+            f"`loss`={criterion!r} has `{weights[0]}`: single targets would not weigh the same, and the number of targets "
+            "would not be what the mean divides by. Pass a function `(model, batch) -> scalar mean or (N,) losses`."
+        )
+    if criterion.reduction != "mean":
+        raise ConfigurationError(
+            f"`reduction` of `loss`={criterion!r} must be 'mean', got {criterion.reduction!r}: curvature is that of the mean "
+            "loss, so that it does not grow with the batch."
+        )
+
+
+def _target_loss(name: str, loss: Any, batch: Any, **options: Any) -> _TargetLoss:
     if not isinstance(batch, list | tuple) or len(batch) != 2:
         raise ConfigurationError(f"`loss`={loss!r} needs `(inputs, targets)` batches, got {type(batch).__name__}.")
+    forms: dict[str, Callable[[Tensor, Tensor], SampleLosses]] = {
+        "cross_entropy": partial(cross_entropy, **options),
+        "mse": squared_errors,
+        "bce": binary_cross_entropies,
+    }
+    return _TargetLoss(forms[name], has_classes=name == "cross_entropy")

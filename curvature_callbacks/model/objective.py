@@ -28,6 +28,7 @@ class Objective:
         parameters: name to detached value in `dtype`, the trainable parameters in the model's order; tied ones once.
         dtype: dtype everything is differentiated in.
         device: device of the first parameter.
+        is_widened: whether any parameter of the model, trainable or not, is stored in bfloat16 or float16.
     """
 
     def __init__(self, model: nn.Module, loss: LossFunction, *, params_filter: ParamsFilter | None = None) -> None:
@@ -45,6 +46,7 @@ class Objective:
             )
         self.dtype = _compute_dtype(chosen.values())
         self.device = next(iter(chosen.values())).device
+        self.is_widened = any(_is_narrow(parameter.dtype) for parameter in named.values())
         self.parameters = self._widened(chosen)
         self._constants = self._widened({name: value for name, value in named.items() if name not in chosen})
         self._constants |= {name: self._widen(buffer) for name, buffer in model.named_buffers() if _is_narrow(buffer.dtype)}

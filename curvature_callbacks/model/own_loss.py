@@ -1,27 +1,30 @@
 """OwnLoss: the model's own loss, row by row."""
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from curvature_callbacks.batches import batch_size, take_rows
 from curvature_callbacks.errors import ConfigurationError, ProbeError
+from curvature_callbacks.model.loss_forms import (
+    LossForm,
+    candidate_forms,
+    count_targets,
+    labels_of,
+    logits_of,
+    matching_forms,
+    with_reversed_labels,
+    without_labels,
+)
 from curvature_callbacks.model.sample_losses import (
-    IGNORED,
     SampleLosses,
-    binary_cross_entropies,
     cross_entropy,
     shifted_cross_entropy,
-    squared_errors,
     without_targets,
 )
-
-_MATCH: Final = 1e-4  # relative agreement with the model's own loss; float32 sums differ by about 1e-6
-
-_Form = Callable[[Tensor, Tensor], SampleLosses]
 
 
 @final
@@ -29,7 +32,7 @@ _Form = Callable[[Tensor, Tensor], SampleLosses]
 class _Settled:
     """What is known about batches of one layout; `form` None: none fits, the model's mean has to do."""
 
-    form: _Form | None
+    form: LossForm | None
     needs_labels: bool | None = None  # whether the logits do; None: not tried yet
 
 
@@ -43,39 +46,56 @@ class OwnLoss:
     `labels`, the model is called without them from then on: it would compute a loss that is not used. One object may serve a
     whole run.
 
+    Questions answered by spans have two targets a row, start and end. Their models average over starts and over ends before
+    they average the two; here every target weighs the same, which differs where a batch has more starts than ends beyond the
+    sequence.
+
+    Args:
+        label_smoothing: None for the loss as it is; a number for the cross-entropy with these labels smoothed, at the
+            positions and with the shift of the model's own, which has to be a cross-entropy of `labels` then. This is what
+            `label_smoothing_factor` makes of the loss in Hugging Face's Trainer.
+
     Cost: two more evaluations of the loss at the first call; two more forward passes at the first without gradients.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, label_smoothing: float | None = None) -> None:
+        self._label_smoothing = label_smoothing
         self._settled: dict[Hashable, _Settled] = {}
 
     def __call__(self, model: nn.Module, batch: Any) -> SampleLosses:
         """Losses of `batch`, a mapping called as `model(**batch)`.
 
         Raises:
-            ConfigurationError: the model returns no loss.
-            ProbeError: it returns no logits where it gave them before.
+            ConfigurationError: the model returns no loss, or not the cross-entropy that is to be smoothed.
+            ProbeError: it returns no logits where it gave them before; with smoothing also, its loss is not finite before its
+                form is known.
         """
         known = self._settled.get(_layout(batch))
         if known is not None and known.form is not None and known.needs_labels is False:
-            logits = _fitting_logits(model, model(**_without_labels(batch)), batch, known.form)
-            return known.form(logits, batch["labels"])
+            return self._rebuilt(known.form, _fitting_logits(model, model(**without_labels(batch)), batch, known.form), batch)
         output = model(**batch)
         loss = _loss_of(output, batch)
         if known is None:
-            counts = _count_targets(batch, shifted=_is_causal(model))
+            counts = count_targets(model, output, batch)
             if not counts.any():  # the model's mean is 0 / 0 and tells nothing about the form
                 return without_targets(counts, loss.device, loss.dtype)
             known = self._settle(model, batch, output, loss)
+        if self._label_smoothing is not None:
+            _require_cross_entropy(known.form, loss)
         if known.form is None:
-            return _mean_times_targets(loss, _count_targets(batch, shifted=_is_causal(model)))
+            return _mean_times_targets(loss, count_targets(model, output, batch))
         logits = _fitting_logits(model, output, batch, known.form)
         if known.needs_labels is None and not torch.is_grad_enabled():  # a pass with gradients may be watched: one call only
             known.needs_labels = _logits_need_labels(model, batch, logits)
-        return known.form(logits, batch["labels"])
+        return self._rebuilt(known.form, logits, batch)
+
+    def _rebuilt(self, form: LossForm, logits: Tensor, batch: Mapping[str, Any]) -> SampleLosses:
+        if self._label_smoothing is None:
+            return form(logits, labels_of(batch))
+        return form(logits, labels_of(batch), label_smoothing=self._label_smoothing)
 
     def _settle(self, model: nn.Module, batch: Mapping[str, Any], output: Any, loss: Tensor) -> _Settled:
-        matching = _matching_forms(model, output, batch)
+        matching = matching_forms(model, output, batch, loss.detach())
         if not matching and not loss.isfinite() and not torch.is_grad_enabled():
             matching = _matching_finite_rows(model, output, batch)
         found = _Settled(matching[0] if matching else None)
@@ -85,9 +105,8 @@ class OwnLoss:
 
 
 def _layout(batch: Mapping[str, Any]) -> Hashable:
-    labels = batch.get("labels")
-    kind = (labels.is_floating_point(), labels.ndim) if isinstance(labels, Tensor) else None
-    return frozenset(batch), kind
+    labels = labels_of(batch)
+    return frozenset(batch), None if labels is None else (labels.is_floating_point(), labels.ndim)
 
 
 def _loss_of(output: Any, batch: Mapping[str, Any]) -> Tensor:
@@ -100,50 +119,39 @@ def _loss_of(output: Any, batch: Mapping[str, Any]) -> Tensor:
     return loss
 
 
-def _matching_forms(model: nn.Module, output: Any, batch: Mapping[str, Any]) -> list[_Form]:
-    """The forms that give the value of the model's loss."""
-    loss = _loss_of(output, batch).detach()
-    logits, labels = getattr(output, "logits", None), batch.get("labels")
-    if not isinstance(logits, Tensor) or not isinstance(labels, Tensor):
-        return []
-    return [form for form in _forms(model, logits, labels) if _agrees(form(logits.detach(), labels), loss)]
+def _require_cross_entropy(form: LossForm | None, loss: Tensor) -> None:
+    if form in (cross_entropy, shifted_cross_entropy):
+        return
+    if form is None and not loss.isfinite():
+        raise ProbeError(f"the model's own loss is {loss.item()}: it cannot tell yet whether labels are shifted.")
+    raise ConfigurationError(
+        "`loss`=CrossEntropyLoss on mapping batches takes positions and shift from the model's own loss, which has to be the "
+        "mean cross-entropy of `.logits` at `labels`, and for this model it is not: pass a loss function "
+        "`(model, batch) -> scalar mean or (N,) losses`."
+    )
 
 
-def _matching_finite_rows(model: nn.Module, output: Any, batch: Mapping[str, Any]) -> list[_Form]:
+def _matching_finite_rows(model: nn.Module, output: Any, batch: Mapping[str, Any]) -> list[LossForm]:
     """The same of the rows whose logits are finite: one bad row hides the value of all others."""
-    logits = getattr(output, "logits", None)
-    if not isinstance(logits, Tensor) or len(logits) != batch_size(batch):
+    logits = logits_of(output, batch)
+    if logits is None or len(logits) != batch_size(batch):
         return []
     finite = logits.flatten(1).isfinite().all(1)
-    rows = take_rows(batch, finite.nonzero()[:, 0])
-    return _matching_forms(model, model(**rows), rows) if finite.any() else []
-
-
-def _agrees(rebuilt: SampleLosses, loss: Tensor) -> bool:
-    mean = rebuilt.total / rebuilt.num_targets.sum()
-    return bool((mean - loss).abs() <= _MATCH * loss.abs())
-
-
-def _forms(model: nn.Module, logits: Tensor, labels: Tensor) -> list[_Form]:
-    """The standard forms these shapes allow, the likely one first."""
-    if labels.is_floating_point() and labels.numel() == logits.numel():
-        return [squared_errors, binary_cross_entropies]
-    if labels.is_floating_point():
+    if not finite.any():
         return []
-    if logits.ndim == labels.ndim + 1 == 3 and logits.shape[:2] == labels.shape:
-        return [shifted_cross_entropy, cross_entropy] if _is_causal(model) else [cross_entropy, shifted_cross_entropy]
-    if logits.ndim == labels.ndim + 1 == 2 and len(logits) == len(labels):
-        return [cross_entropy]
-    return []
+    rows = take_rows(batch, finite.nonzero()[:, 0])
+    again = model(**rows)
+    return matching_forms(model, again, rows, _loss_of(again, rows).detach())
 
 
-def _fitting_logits(model: nn.Module, output: Any, batch: Mapping[str, Any], form: _Form) -> Tensor:
-    logits: Any = getattr(output, "logits", None)
-    if not isinstance(logits, Tensor) or form not in _forms(model, logits, batch["labels"]):
-        found = f"of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else "no tensor"
+def _fitting_logits(model: nn.Module, output: Any, batch: Mapping[str, Any], form: LossForm) -> Tensor:
+    logits, labels = logits_of(output, batch), labels_of(batch)
+    if logits is None or form not in candidate_forms(model, logits, batch):
+        found = "no tensor" if logits is None else f"of shape {tuple(logits.shape)}"
         raise ProbeError(
-            f"the model's `.logits` are {found} for labels of shape {tuple(batch['labels'].shape)}: its loss was rebuilt from "
-            "them in a form that does not fit any more. Pass a loss function where the model's output changes."
+            f"the model's `.logits` are {found} for labels of shape {None if labels is None else tuple(labels.shape)}: its "
+            "loss was rebuilt from them in a form that does not fit any more. Pass a loss function where the model's output "
+            "changes."
         )
     return logits
 
@@ -154,40 +162,20 @@ def _logits_need_labels(model: nn.Module, batch: Mapping[str, Any], logits: Tens
     Without the reversal, a sequence-to-sequence model that makes inputs of its labels, else of its inputs, would pass where a
     batch has the same for both.
     """
-    labels = batch["labels"]
-    reversed_labels = labels.flatten().flip(0).reshape(labels.shape)
-    if torch.equal(reversed_labels, labels):
+    others = with_reversed_labels(batch)
+    if others is None:
         return None
-    others = ({**batch, "labels": reversed_labels}, _without_labels(batch))
-    return not all(_gives(model, other, logits) for other in others)
+    return not all(_gives(model, other, batch, logits) for other in (others, without_labels(batch)))
 
 
-def _gives(model: nn.Module, batch: Mapping[str, Any], logits: Tensor) -> bool:
+def _gives(model: nn.Module, other: Mapping[str, Any], batch: Mapping[str, Any], logits: Tensor) -> bool:
     try:
-        found: Any = getattr(model(**batch), "logits", None)
+        found = logits_of(model(**other), batch)
     except Exception:  # whatever a model raises without its labels, it needs them
         return False
-    same_kind = isinstance(found, Tensor) and found.dtype == logits.dtype
-    return same_kind and torch.equal(found.nan_to_num(), logits.nan_to_num())
-
-
-def _without_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in batch.items() if key != "labels"}
+    return found is not None and found.dtype == logits.dtype and torch.equal(found.nan_to_num(), logits.nan_to_num())
 
 
 def _mean_times_targets(loss: Tensor, counts: Tensor) -> SampleLosses:
     total = loss * counts.sum().to(loss.device) if counts.any() else loss.new_zeros(())
     return SampleLosses(total, counts, None)
-
-
-def _is_causal(model: nn.Module) -> bool:
-    name = type(model).__name__
-    return "CausalLM" in name or "LMHead" in name
-
-
-def _count_targets(batch: Mapping[str, Any], *, shifted: bool) -> Tensor:
-    labels = batch.get("labels")
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim == 0:
-        return torch.ones(batch_size(batch), dtype=torch.int64)
-    valid = labels[:, 1:] if shifted and labels.ndim > 1 else labels
-    return (valid != IGNORED).reshape(len(labels), -1).sum(1)

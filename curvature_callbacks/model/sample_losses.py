@@ -55,22 +55,42 @@ class SampleLosses:
     predictive: Predictive | None = None
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> SampleLosses:
-    """Cross-entropy of `logits` (N, ..., C) at `labels` (N, ...), summed over each row's valid positions."""
+def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0, ignore_index: int = IGNORED) -> SampleLosses:
+    """Cross-entropy of `logits` (N, ..., C) at `labels` (N, ...), summed over each row's valid positions.
+
+    Labels that are no integers are the classes' probabilities, (N, ..., C), and every one of them counts. Smoothing mixes a
+    share of the uniform distribution into the labels: the losses change, their GGN and the predictive do not, because the
+    second derivative by the logits does not see the labels.
+    """
     N, C = len(labels), logits.shape[-1]
     logits = logits.reshape(N, -1, C)
-    labels = labels.to(logits.device).reshape(N, -1)
-    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
-    valid = labels != IGNORED
+    if labels.is_floating_point():
+        targets, valid = labels.to(logits).reshape(-1, C), torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
+    else:
+        targets = labels.to(logits.device).flatten()
+        valid = (targets != ignore_index).reshape(N, -1)
+    losses = F.cross_entropy(
+        logits.flatten(0, 1), targets, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
+    )
     return _of_targets(losses.reshape(N, -1), Predictive("categorical", logits, valid))
 
 
-def shifted_cross_entropy(logits: Tensor, labels: Tensor) -> SampleLosses:
+def shifted_cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> SampleLosses:
     """Position t predicts label t + 1, as causal language models do inside themselves.
 
     The labels are shifted, not the logits: a slice of those would be copied, forward and backward.
     """
-    return cross_entropy(logits, F.pad(labels[:, 1:], (0, 1), value=IGNORED))
+    return cross_entropy(logits, F.pad(labels[:, 1:], (0, 1), value=IGNORED), label_smoothing=label_smoothing)
+
+
+def span_cross_entropy(logits: Tensor, positions: Tensor) -> SampleLosses:
+    """Cross-entropy of `logits` (N, 2, T) at `positions` (N, 2): start and end of a span, two targets of the same row.
+
+    As Hugging Face has it, a position beyond T does not count and a negative one is the first. Every target that counts
+    weighs the same: the mean of the means over starts and over ends, where these count equally often.
+    """
+    T = logits.shape[-1]
+    return cross_entropy(logits, torch.where(positions < T, positions.clamp(min=0), IGNORED))
 
 
 def squared_errors(logits: Tensor, labels: Tensor) -> SampleLosses:

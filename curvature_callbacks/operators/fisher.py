@@ -1,5 +1,6 @@
-"""The empirical Fisher, by one product with J and one with J' through graphs that are built once."""
+"""The empirical and the sampled Fisher, by one product with J and one with J' through graphs that are built once."""
 
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any, final, get_args
 
@@ -10,40 +11,34 @@ from curvature_callbacks.batches import batch_size, take_rows
 from curvature_callbacks.errors import ConfigurationError, ProbeError, check_choice
 from curvature_callbacks.model.objective import Objective, gradients
 from curvature_callbacks.model.sample_losses import SampleLosses
-from curvature_callbacks.model.surrogates import SampleUnit
-from curvature_callbacks.operators.vectors import flatten, unflatten
+from curvature_callbacks.model.surrogates import FisherType, SampleUnit, Surrogate, surrogates
+from curvature_callbacks.operators.graphs import MicrobatchOperator
+from curvature_callbacks.operators.jacobian import DirectRows, LossRows, SlopedRows
+from curvature_callbacks.operators.vectors import unflatten
 
 
-@final
-class EmpiricalFisherOperator:
-    """`F = J' J / normaliser`, row s of J the gradient of the loss of sample s, restricted to the named parameters.
+class FisherOperator(MicrobatchOperator[LossRows]):
+    """`F = J' J / normaliser`, row s of J the gradient of the loss of pseudo-sample s in the named parameters.
 
     `sequence`: a sample is a row, its loss summed over its valid targets, `F = (1/N) sum_i g_i g_i'`. `token`: a sample is a
     valid target, `F = (1/sum_i n_i) sum_it g_it g_it'`. Rows without a valid target, with a loss or with a gradient (in the
     named parameters) that is not finite are left out, of N too.
 
-    `J'w` is built once as a graph that is linear in a dummy w and differentiated by w for `J v`; the losses' own graph gives
-    `J'u`. It must not outlive its probe: fused optimizers change parameters without bumping their version, so a stale graph
-    goes unnoticed. Assumed and unchecked here: every operation is twice differentiable (`check_adjoint` tests it).
-
-    Args:
-        objective: the loss of a microbatch.
-        microbatches: what N spans.
-        names: parameters to differentiate by, default all; only their part of the graph is built.
-        sample_unit: `sequence` or `token`.
+    Where the loss is a cross-entropy, its slope in the logits is kept and J is that slope times the logits' Jacobian: no
+    derivative of a softmax is left in a product. Assumed and unchecked here: every operation is twice differentiable
+    (`check_adjoint` tests it).
 
     Attributes:
-        rows: (N,) int64, the rows used, counted over all microbatches; row s of J is row `rows[s]` for `sequence`.
+        sample_unit: `sequence` or `token`.
+        num_draws: label draws per sample; 1 where labels are given.
+        rows: (N,) int64, the rows used, counted over all microbatches.
         num_targets: sum of `n_i` over these.
-        normaliser: N for `sequence`, `num_targets` for `token`.
+        normaliser: `num_draws` times N for `sequence`, times `num_targets` for `token`.
         num_losses: S, the rows of J.
 
-    Raises:
-        ConfigurationError: losses of single rows (`token`: of single targets) are not known.
-        ProbeError: no row can be used.
-
-    Cost: 1 to 1.3 gradients to build, 1.4 to 1.6 a product on transformers (half of it for J v); memory about 2.5 times a
-    gradient's, for all microbatches together. Where a row is not finite, one single-row gradient for each row on top.
+    Cost: 1.2 to 1.6 gradients to build, 1.2 to 1.45 a product (half of it for J v); as much as to build once
+    more for microbatches whose graph is not kept. Memory: about twice a gradient's for every kept one, of it a buffer as
+    large as the logits for every draw. Where a row is not finite, one single-row gradient for each row on top.
     """
 
     is_psd = True
@@ -52,90 +47,64 @@ class EmpiricalFisherOperator:
         self,
         objective: Objective,
         microbatches: Sequence[Any],
-        names: Iterable[str] | None = None,
+        names: Iterable[str] | None,
         *,
-        sample_unit: SampleUnit = "sequence",
+        sample_unit: SampleUnit,
+        num_draws: int,
+        memory_budget: int | None,
     ) -> None:
         check_choice("sample_unit", sample_unit, get_args(SampleUnit))
+        super().__init__(objective, microbatches, names, memory_budget)
         self.sample_unit = sample_unit
-        self._objective = objective
-        self._named_leaves = objective.leaves(names)
-        self._leaves = list(self._named_leaves.values())
-        self._shapes = [leaf.shape for leaf in self._leaves]
-        size = sum(shape.numel() for shape in self._shapes)
-        self.shape = (size, size)
-        self.dtype = objective.dtype
-        self.device = objective.device
-        if not self._build(microbatches, _numbered(microbatches)) and not self._build(*self._finite_part(microbatches)):
+        self.num_draws = num_draws
+        if not self._built(microbatches, _numbered(microbatches)) and not self._built(*self._finite_part(microbatches)):
             raise ProbeError("every row of this probe has a finite gradient, but not all of them together.")
 
     @property
     def num_losses(self) -> int:
         """S, the rows of J."""
-        return len(self._losses)
+        return sum(self._counts)
 
-    def matmat(self, V: Tensor) -> Tensor:
-        """`F V` for `V` (P, K), column by column: several at once gain nothing on CPU and cost memory."""
-        return torch.stack([self.vjp(self.jvp(column)) / self.normaliser for column in V.T], dim=1)
+    @property
+    def num_outputs(self) -> int:
+        """S as well, for `check_adjoint`."""
+        return self.num_losses
 
     def jvp(self, v: Tensor) -> Tensor:
-        """`J v` (S,) for `v` (P,). Cost: 0.7 to 0.8 gradients."""
-        parts = unflatten(v, self._shapes)
-        used = [(line, part.contiguous()) for line, part in zip(self._lines, parts, strict=True) if line is not None]
-        if not used:
-            return torch.zeros_like(self._losses)
-        lines, weights = zip(*used, strict=True)
-        (product,) = torch.autograd.grad(
-            lines, [self._dummy], weights, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        return product
+        """`J v` (S,) for `v` (P,), microbatch after microbatch, in each draw after draw. Cost: half a product."""
+        parts, found = unflatten(v.contiguous(), self._shapes), []
+        self._graphs.each(self._graph, lambda graph: found.append(graph.jvp(parts)))
+        return torch.cat(found)
 
     def vjp(self, u: Tensor) -> Tensor:
-        """`J' u = sum_s u_s g_s` (P,) for `u` (S,). Cost: one backward pass, 0.65 to 0.75 gradients."""
-        if not self._losses.requires_grad:
-            return torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
-        found = torch.autograd.grad(
-            self._losses, self._leaves, u.to(self._losses), retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        return flatten(found)
+        """`J' u = sum_s u_s g_s` (P,) for `u` (S,). Cost: one backward pass, half a product."""
+        pieces = iter(torch.split(u, self._counts))
+        return self._sum(1, lambda graph: [graph.vjp(next(pieces))], 1.0)[0]
 
-    def _build(self, microbatches: Sequence[Any], rows: Sequence[Tensor]) -> bool:
-        """Losses and the graph of `J'w` of these rows; False, and nothing to rely on, when something in them is not finite."""
-        found = [self._objective(batch, self._named_leaves) for batch in microbatches]
-        valid = [losses.num_targets.cpu() > 0 for losses in found]
-        if not any(part.any() for part in valid):
+    @abstractmethod
+    def _rows(self, losses: SampleLosses, place: int) -> LossRows:
+        """The rows of J of one microbatch."""
+
+    def _graph(self, place: int) -> LossRows:
+        return self._rows(self._objective(self._microbatches[place], self._named_leaves), place)
+
+    def _built(self, microbatches: Sequence[Any], rows: Sequence[Tensor]) -> bool:
+        """Graphs of these rows; False, and nothing to rely on, when something in them is not finite."""
+        self._microbatches = microbatches
+        found: list[tuple[Tensor, int, int, bool]] = []
+
+        def note(graph: LossRows) -> None:
+            found.append((graph.valid, graph.num_targets, graph.num_losses, graph.is_finite))
+
+        self._keep(note)
+        if not any(valid.any() for valid, *_ in found):
             raise ProbeError("no row of this probe has both a valid target and a finite gradient: there is no Fisher.")
-        self.rows = torch.cat([numbers[part] for numbers, part in zip(rows, valid, strict=True)])
-        self.num_targets = sum(int(losses.num_targets.sum()) for losses in found)
-        self.normaliser = len(self.rows) if self.sample_unit == "sequence" else self.num_targets
-        self._losses = torch.cat([self._of_rows(losses, part) for losses, part in zip(found, valid, strict=True)])
-        self._dummy = torch.zeros_like(self._losses, requires_grad=True)
-        self._lines = self._transposed_graph()
-        parts = [self._losses, *(line for line in self._lines if line is not None)]
-        return all(bool(part.detach().isfinite().all()) for part in parts)
-
-    def _transposed_graph(self) -> list[Tensor | None]:
-        """`J'w` at w = 0, leaf by leaf; None where the losses do not depend on the leaf."""
-        if not self._losses.requires_grad:
-            return [None] * len(self._leaves)
-        found = torch.autograd.grad(self._losses, self._leaves, self._dummy, create_graph=True, allow_unused=True)
-        return [line if line is not None and line.requires_grad else None for line in found]
-
-    def _of_rows(self, losses: SampleLosses, valid: Tensor) -> Tensor:
-        """(S,) losses of the samples in the valid rows."""
-        if losses.per_sample is None:
-            raise ConfigurationError(
-                "the empirical Fisher needs the loss of every row, and this one is only known as the mean of a batch: return "
-                "one loss per row."
-            )
-        if self.sample_unit == "sequence":
-            return losses.per_sample[valid.to(losses.per_sample.device)]
-        if losses.per_target is None:
-            raise ConfigurationError(
-                "`sample_unit`='token' needs the losses of single targets, and a loss function gives those of rows: use "
-                "'sequence', the model's own loss or a named one."
-            )
-        return losses.per_target[valid.to(losses.per_target.device)].flatten()
+        self.rows = torch.cat([numbers[valid] for numbers, (valid, *_) in zip(rows, found, strict=True)])
+        self.num_targets = sum(targets for _, targets, *_ in found)
+        self._counts = [count for *_, count, _ in found]
+        self.normaliser = self.num_draws * (len(self.rows) if self.sample_unit == "sequence" else self.num_targets)
+        self._scale = 1 / self.normaliser
+        return all(is_finite for *_, is_finite in found)
 
     def _finite_part(self, microbatches: Sequence[Any]) -> tuple[list[Any], list[Tensor]]:
         """The rows with a finite gradient, in their microbatches, and their numbers."""
@@ -152,6 +121,119 @@ class EmpiricalFisherOperator:
         loss = self._objective(row, self._named_leaves).total
         found = gradients(loss, self._named_leaves).values()
         return all(bool(part.detach().isfinite().all()) for part in (loss, *found))
+
+
+@final
+class EmpiricalFisherOperator(FisherOperator):
+    """The Fisher of the given labels; see `FisherOperator` for what it is, its attributes and its cost.
+
+    Args:
+        objective: the loss of a microbatch.
+        microbatches: what N spans.
+        names: parameters to differentiate by, default all; only their part of the graph is built.
+        sample_unit: `sequence` or `token`.
+        memory_budget: bytes for graphs; default `device_budget`.
+
+    Raises:
+        ConfigurationError: losses of single rows (`token`: of single targets) are not known.
+        ProbeError: no row can be used.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        microbatches: Sequence[Any],
+        names: Iterable[str] | None = None,
+        *,
+        sample_unit: SampleUnit = "sequence",
+        memory_budget: int | None = None,
+    ) -> None:
+        super().__init__(objective, microbatches, names, sample_unit=sample_unit, num_draws=1, memory_budget=memory_budget)
+
+    def _rows(self, losses: SampleLosses, place: int) -> LossRows:
+        each, predictive = self._each(losses), losses.predictive
+        if predictive is None or predictive.kind != "categorical":  # outputs are few: nothing to gain from their slopes
+            return DirectRows(losses, each, self._leaves)
+        slopes = [_slope(losses.total, predictive.logits)]
+        return SlopedRows(losses, predictive.logits, slopes, self._leaves, by_target=self.sample_unit == "token")
+
+    def _each(self, losses: SampleLosses) -> Tensor:
+        """(N,) losses of rows, or (N, M) of targets."""
+        if losses.per_sample is None:
+            raise ConfigurationError(
+                "the empirical Fisher needs the loss of every row, and this one is only known as the mean of a batch: return "
+                "one loss per row."
+            )
+        if self.sample_unit == "sequence":
+            return losses.per_sample
+        if losses.per_target is None:
+            raise ConfigurationError(
+                "`sample_unit`='token' needs the losses of single targets, and a loss function gives those of rows: use "
+                "'sequence', the model's own loss or a named one."
+            )
+        return losses.per_target
+
+
+@final
+class SampledFisherOperator(FisherOperator):
+    """The Fisher of labels drawn from the model's own predictive, at all valid targets; see `FisherOperator`.
+
+    Labels, and for `sequence` the whole operator, are those of the Gram with the same seed (`FisherType(fisher="sampled")`);
+    `token` takes every valid target at these labels, where the Gram takes some. For squared and binary losses of D outputs the
+    rows of J are scaled as `Predictive` says, so that the mean over draws is the GGN.
+
+    Args:
+        objective: the loss of a microbatch.
+        microbatches: what N spans.
+        names: parameters to differentiate by, default all; only their part of the graph is built.
+        sample_unit: `sequence` or `token`.
+        num_draws: label draws per sample.
+        seed: of the draws; the microbatch at place b draws with `seed + b`.
+        memory_budget: bytes for graphs; default `device_budget`.
+
+    Raises:
+        ConfigurationError: the likelihood of the loss is not known.
+        ProbeError: no row can be used.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        microbatches: Sequence[Any],
+        names: Iterable[str] | None = None,
+        *,
+        sample_unit: SampleUnit = "sequence",
+        num_draws: int = 1,
+        seed: int = 0,
+        memory_budget: int | None = None,
+    ) -> None:
+        self._kind = FisherType(fisher="sampled", num_draws=num_draws)
+        self._seed = seed
+        self._drawn: dict[int, list[Surrogate]] = {}
+        super().__init__(
+            objective, microbatches, names, sample_unit=sample_unit, num_draws=num_draws, memory_budget=memory_budget
+        )
+
+    def _built(self, microbatches: Sequence[Any], rows: Sequence[Tensor]) -> bool:
+        self._drawn.clear()  # those of other rows
+        return super()._built(microbatches, rows)
+
+    def _rows(self, losses: SampleLosses, place: int) -> LossRows:
+        """Labels are drawn once: a rebuilt pass may differ in a last bit, and that must not draw another one."""
+        if place not in self._drawn:
+            self._drawn[place] = surrogates(self._kind, losses, seed=self._seed + place)
+        assert losses.predictive is not None, "surrogates have drawn from it"
+        logits = losses.predictive.logits
+        slopes = [_slope(surrogate(losses).sum(), logits) for surrogate in self._drawn[place]]
+        return SlopedRows(losses, logits, slopes, self._leaves, by_target=self.sample_unit == "token")
+
+
+def _slope(total: Tensor, logits: Tensor) -> Tensor:
+    """(N, M, C) gradient of a sum over rows; each entry is that of its own target's loss."""
+    if not total.requires_grad:
+        return torch.zeros((), dtype=logits.dtype, device=logits.device).expand(logits.shape)
+    (found,) = torch.autograd.grad(total, logits, retain_graph=True)
+    return found
 
 
 def _numbered(microbatches: Sequence[Any]) -> list[Tensor]:

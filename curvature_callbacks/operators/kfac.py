@@ -1,0 +1,300 @@
+"""K-FAC and EKFAC as operators on flat vectors, and their eigenpairs, both from the factors' eigenbases."""
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final, final, get_args
+
+import torch
+from torch import Tensor
+
+from curvature_callbacks.errors import ConfigurationError, ProbeError, RefusedError, check_choice, check_positive
+from curvature_callbacks.linalg.accumulate import coefficients, norm, subtract_combination
+from curvature_callbacks.linalg.eigenpairs import Eigenpairs
+from curvature_callbacks.linalg.kronecker import KroneckerFactors, outer_pairs
+from curvature_callbacks.linalg.lanczos import Which
+
+_NOISE: Final = 10.0  # noise floor of a residual, in units of eps lambda_max, as in `lanczos`
+_NULL_PASSES: Final = 2  # projections of a null vector; the second mends a random vector that lies almost in the range
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class KroneckerLayer:
+    """The Kronecker factors of a layer and the parameters they belong to.
+
+    Attributes:
+        factors: of the matrix (d_out, d_in), the bias as its last column; a convolution's kernel is flattened into d_in.
+        weight: parameter name.
+        bias: parameter name, or None without one.
+        transposed: whether the weight is stored as (d_in, d_out): Hugging Face's Conv1D and embedding tables.
+    """
+
+    factors: KroneckerFactors
+    weight: str
+    bias: str | None
+    transposed: bool
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Weight and, where there is one, bias."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+
+@final
+class KFACOperator:
+    """K-FAC's block-diagonal approximation of a Fisher, `A x G` for each layer, or EKFAC's in the same eigenbasis.
+
+    On the matrix V (d_out, d_in) of a layer: `U_G (S * (U_G' V U_A)) U_A'`, with `S_jk = mu_j lambda_k` for K-FAC and EKFAC's
+    corrected eigenvalues for EKFAC; zero outside the ranks of the factors. Normalisation, Fisher type and how positions
+    enter are those of the factors. Vectors span the covered parameters only, in the order of `parameters`: what has no factors
+    is absent, not a block of zeros or of ones.
+
+    Args:
+        layers: the factors; layers with no parameter in `parameters` are left out.
+        parameters: name to parameter (its shape, dtype and device are used) in the order of the flat vectors.
+        corrected: EKFAC rather than K-FAC.
+
+    Attributes:
+        names: the covered parameters.
+        uncovered: the parameters without factors.
+        shape: `(P, P)`, P the elements of the covered parameters.
+
+    Raises:
+        RefusedError: no parameter is covered.
+        ConfigurationError: `parameters` has the weight of a layer without its bias, or the reverse: `A x G` has no block of
+            this form.
+        ProbeError: factors that are not finite.
+
+    Cost of a product: `4 d_in d_out (r_A + r_G)` operations a layer, no gradient. Memory: the factors' bases, and three
+    matrices (d_out, d_in) a column.
+    """
+
+    is_psd = True
+
+    def __init__(self, layers: Iterable[KroneckerLayer], parameters: Mapping[str, Tensor], *, corrected: bool = False) -> None:
+        chosen = [layer for layer in layers if any(name in parameters for name in layer.members)]
+        _check(chosen, parameters)
+        covered = {name for layer in chosen for name in layer.members}
+        self.names = tuple(name for name in parameters if name in covered)
+        self.uncovered = tuple(name for name in parameters if name not in covered)
+        self.corrected = corrected
+        first = parameters[self.names[0]]
+        self.dtype, self.device = first.dtype, first.device
+        places = _places(self.names, parameters)
+        self.shape = (places[self.names[-1]].stop, places[self.names[-1]].stop)
+        self._layers = [_Layer(layer, places, parameters[layer.weight], corrected=corrected) for layer in chosen]
+
+    def matmat(self, V: Tensor) -> Tensor:
+        """`A V` for `V` (P, K), all columns at once."""
+        return self._mapped(V, scaled=True)
+
+    def projected(self, V: Tensor) -> Tensor:
+        """The part of `V` (P, K) within the ranks of the factors; the rest has eigenvalue zero. Cost: one product."""
+        return self._mapped(V, scaled=False)
+
+    def _mapped(self, V: Tensor, *, scaled: bool) -> Tensor:
+        result = torch.empty_like(V, memory_format=torch.contiguous_format)
+        for layer in self._layers:
+            coordinates = layer.rotated(V)
+            layer.write(layer.restored(coordinates * layer.spectrum if scaled else coordinates), result)
+        return result
+
+    def top(
+        self, *, k: int, which: Which = "LA", tol: float = 1e-3, seed: int = 0, return_eigenvectors: bool = False
+    ) -> Eigenpairs:
+        """The `k` outer eigenpairs, exact up to the factors' own eigensolves, with true residuals; no Krylov space.
+
+        Eigenvalues by a search over the products of those of the factors, eigenvectors `u_G x u_A`. All other directions have
+        eigenvalue zero; a wanted zero is reported with a vector of the null space, found by projection. So the ends are those
+        of the P x P matrix, as from `lanczos`: ask for `LA` to spend all k on the top.
+
+        Args:
+            k: wanted pairs, at least one; at most P are returned.
+            which: `LA` largest, `SA` smallest, `LM` largest magnitude (here the largest), `BE` half from each end (the odd one
+                from the top).
+            tol: a pair has converged when its residual is at most `max(tol theta, 10 eps lambda_max)`.
+            seed: seed of the start vectors in the null space.
+            return_eigenvectors: also return the vectors (P, k).
+
+        Returns:
+            The pairs, eigenvalues descending; `reorth_mode` is `kronecker`, `asymmetry` zero by construction.
+
+        Raises:
+            ConfigurationError: a bad option.
+
+        Cost: one product a pair, two more for a zero. Memory: k vectors of size P.
+        """
+        check_positive("k", k)
+        check_choice("which", which, get_args(Which))
+        if not tol > 0:
+            raise ConfigurationError(f"`tol` must be positive, got {tol!r}.")
+        start = time.perf_counter()
+        search = _Search(self._layers, self, seed)
+        chosen = search.choose(min(k, self.shape[0]), which)
+        vectors, residuals = search.solve(chosen)
+        values = torch.tensor([pair.value for pair in chosen], dtype=torch.float64)
+        converged = residuals <= (tol * values).clamp_min(search.floor)
+        return Eigenpairs(
+            eigenvalues=values,
+            residuals=residuals.clamp_min(search.floor),
+            converged=converged,
+            eigenvectors=vectors.T if return_eigenvectors else None,
+            num_matvecs=search.num_matvecs,
+            which=which,
+            reorth_mode="kronecker",
+            is_psd=True,
+            tol=tol,
+            lambda_abs_max=search.scale,
+            asymmetry=0.0,
+            seconds=time.perf_counter() - start,
+            warnings=_warnings(converged, k, self.shape[0], tol),
+        )
+
+
+@final
+class _Layer:
+    """The factors of one layer and where its parameters stand in a flat vector."""
+
+    def __init__(self, layer: KroneckerLayer, places: Mapping[str, slice], weight: Tensor, *, corrected: bool) -> None:
+        self._weight = places[layer.weight]
+        self._bias = None if layer.bias is None else places[layer.bias]
+        self._stored = (weight.shape[0], weight.numel() // weight.shape[0])
+        self._transposed = layer.transposed
+        d_out, d_in = reversed(self._stored) if layer.transposed else self._stored
+        self._d_out, self._d_in = d_out, d_in + (self._bias is not None)
+        self.A, self.G = (factor.to(weight.device, weight.dtype) for factor in (layer.factors.A, layer.factors.G))
+        for factor, size in ((self.A, self._d_in), (self.G, self._d_out)):
+            assert factor.basis is None or len(factor.basis) == size, f"factors of `{layer.weight}` have another layout"
+        self.factors, self.corrected = layer.factors, corrected
+        spectrum = layer.factors.corrected if corrected else torch.outer(self.G.eigenvalues, self.A.eigenvalues)
+        assert spectrum is not None
+        self.spectrum = spectrum.to(weight)  # (r_G, r_A)
+
+    def rotated(self, V: Tensor) -> Tensor:
+        """Coordinates (K, r_G, r_A) in the eigenbasis of the layer's part of `V` (P, K)."""
+        matrices = V[self._weight].T.reshape(-1, *self._stored)
+        matrices = matrices.mT if self._transposed else matrices  # (K, d_out, d_in)
+        if self._bias is not None:
+            matrices = torch.cat([matrices, V[self._bias].T[..., None]], dim=2)
+        return self.G.rotated(self.A.rotated(matrices).mT).mT
+
+    def restored(self, coordinates: Tensor) -> Tensor:
+        """Matrices (K, d_out, d_in) from coordinates."""
+        return self.A.restored(self.G.restored(coordinates.mT, self._d_out).mT, self._d_in)
+
+    def write(self, matrices: Tensor, out: Tensor) -> None:
+        """Put matrices (K, d_out, d_in) into the layer's part of `out` (P, K)."""
+        if self._bias is not None:
+            out[self._bias] = matrices[..., -1].T
+            matrices = matrices[..., :-1]
+        out[self._weight] = (matrices.mT if self._transposed else matrices).flatten(1).T
+
+    def write_eigenvector(self, j: int, i: int, out: Tensor) -> None:
+        """`u_G x u_A` of eigenvectors j of G and i of A, into the layer's part of `out` (P, 1)."""
+        coordinates = self.spectrum.new_zeros(1, *self.spectrum.shape)
+        coordinates[0, j, i] = 1.0
+        self.write(self.restored(coordinates), out)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """An eigenvalue and what its vector is made of; `layer` is -1 for a zero outside the factors' ranks."""
+
+    value: float
+    layer: int = -1
+    output: int = -1
+    input: int = -1
+
+
+@final
+class _Search:
+    """Outer eigenpairs of the block-diagonal matrix from those of its layers."""
+
+    def __init__(self, layers: list[_Layer], operator: KFACOperator, seed: int) -> None:
+        self._layers, self._operator = layers, operator
+        self._generator = torch.Generator().manual_seed(seed)
+        self._num_zeros = operator.shape[0] - sum(layer.spectrum.numel() for layer in layers)
+        self.scale = max((pair.value for pair in self._outer(1, largest=True)), default=0.0)
+        self.floor = _NOISE * torch.finfo(operator.dtype).eps * self.scale
+        self.num_matvecs = 0
+
+    def choose(self, k: int, which: Which) -> list[_Pair]:
+        """The wanted ones of the P eigenvalues, descending."""
+        bottom = {"LA": 0, "LM": 0, "SA": k, "BE": k // 2}[which]
+        best = self._outer(k - bottom, largest=True)
+        zeros = min(k - len(best), self._num_zeros)
+        # Among equal eigenvalues both searches may meet the same pair.
+        missing = k - len(best) - zeros
+        smallest = [pair for pair in self._outer(missing + len(best), largest=False) if pair not in best][:missing]
+        return [*best, *reversed(smallest), *[_Pair(0.0)] * zeros]
+
+    def solve(self, chosen: list[_Pair]) -> tuple[Tensor, Tensor]:
+        """Eigenvectors (k, P) and residuals (k,)."""
+        P = self._operator.shape[0]
+        vectors = torch.zeros(len(chosen), P, dtype=self._operator.dtype, device=self._operator.device)  # (k, P)
+        residuals = []
+        for place, pair in enumerate(chosen):
+            if pair.layer < 0:
+                vectors[place] = self._null_vector(vectors[len(chosen) - chosen.count(pair) : place])
+            else:
+                self._layers[pair.layer].write_eigenvector(pair.output, pair.input, vectors[place, :, None])
+            self.num_matvecs += 1
+            v = vectors[place]
+            residuals.append(norm(self._operator.matmat(v[:, None])[:, 0] - pair.value * v))
+        return vectors, torch.stack(residuals).cpu()
+
+    def _outer(self, count: int, *, largest: bool) -> list[_Pair]:
+        found = []
+        for index, layer in enumerate(self._layers):
+            pairs = outer_pairs(layer.factors, count, corrected=layer.corrected, largest=largest)
+            listed = zip(*(part.tolist() for part in (pairs.eigenvalues, pairs.outputs, pairs.inputs)), strict=True)
+            found += [_Pair(value, index, output, input) for value, output, input in listed]
+        return sorted(found, key=lambda pair: pair.value, reverse=largest)[:count]
+
+    def _null_vector(self, before: Tensor) -> Tensor:
+        """A unit vector (P,) outside the ranges of all layers, orthogonal to the null vectors `before` (n, P)."""
+        v = torch.randn(before.shape[1], generator=self._generator, dtype=before.dtype).to(before.device)
+        for _ in range(_NULL_PASSES):
+            v -= self._operator.projected(v[:, None])[:, 0]
+            self.num_matvecs += 1
+            subtract_combination(v, before, coefficients(before, v))
+            v /= norm(v).clamp_min(torch.finfo(v.dtype).tiny)
+        return v
+
+
+def _check(layers: list[KroneckerLayer], parameters: Mapping[str, Tensor]) -> None:
+    if not layers:
+        raise RefusedError(
+            f"none of the {len(parameters)} parameters is in a layer with Kronecker factors: measure others, or ask for "
+            "another operator."
+        )
+    for layer in layers:
+        missing = [name for name in layer.members if name not in parameters]
+        if missing:
+            raise ConfigurationError(
+                f"`parameters` must hold both the weight and the bias of a layer, got {' and '.join(layer.members)} without "
+                f"{missing[0]}: choose blocks or a `params_filter` that keep them together."
+            )
+        if not layer.factors.A.eigenvalues.isfinite().all() or not layer.factors.G.eigenvalues.isfinite().all():
+            raise ProbeError(f"the Kronecker factors of `{layer.weight}` are not finite at this probe.")
+
+
+def _places(names: Iterable[str], parameters: Mapping[str, Tensor]) -> dict[str, slice]:
+    """Name to its part of a flat vector."""
+    found, stop = {}, 0
+    for name in names:
+        start, stop = stop, stop + parameters[name].numel()
+        found[name] = slice(start, stop)
+    return found
+
+
+def _warnings(converged: Tensor, k: int, P: int, tol: float) -> tuple[str, ...]:
+    messages = []
+    if k > P:
+        messages.append(f"`k`={k} exceeds the dimension {P}: {P} pairs are returned.")
+    missing = int((~converged).sum())
+    if missing:
+        messages.append(f"{missing} of {len(converged)} pairs did not reach `tol`={tol:g}: they are at rounding level.")
+    return tuple(messages)

@@ -1,0 +1,181 @@
+"""What every operator promises: a fixed symmetric linear map on flat vectors that leaves the model as it found it."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from curvature_callbacks import MatrixOperator, Problem
+from curvature_callbacks.linalg.combination import LinearCombination
+from curvature_callbacks.linalg.operator import Operator
+from curvature_callbacks.measurements.base import offline_problem
+from curvature_callbacks.operators.difference import FiniteDifferenceHessianOperator
+from tests.cases import CASES
+from tests.reference import relative_error
+
+
+@dataclass(frozen=True)
+class Contract:
+    """How an operator is built, and how far its products may be off, relative to the largest, by dtype."""
+
+    build: Callable[[Problem], Operator]
+    float32: float = 1e-4
+    float64: float = 1e-10
+
+
+def matrix(problem: Problem) -> Operator:
+    objective = problem.objective
+    P = sum(value.numel() for value in objective.parameters.values())
+    G = torch.randn(P, 5, generator=torch.Generator().manual_seed(3), dtype=objective.dtype)
+    return MatrixOperator(G @ G.T, is_psd=True)
+
+
+def difference(problem: Problem) -> Operator:
+    return FiniteDifferenceHessianOperator(problem.objective, problem.microbatches)
+
+
+def combination(problem: Problem) -> Operator:
+    return LinearCombination([(1.0, problem.hessian()), (-0.5, problem.empirical_fisher())], shift=0.1)
+
+
+# Append a builder here.
+OPERATORS: dict[str, Contract] = {
+    "matrix": Contract(matrix),
+    "hessian": Contract(Problem.hessian),
+    "empirical Fisher": Contract(Problem.empirical_fisher),
+    "empirical Fisher of tokens": Contract(lambda problem: problem.empirical_fisher(sample_unit="token")),
+    "difference": Contract(difference, float32=3e-3, float64=1e-5),
+    "combination": Contract(combination),
+}
+# Case to the prefixes of the parameters to differentiate by: tokens; buffers and modules with a state of their own.
+MODELS = {"gpt2": ("transformer.h.1.ln_1", "transformer.ln_f"), "convnet": ("",)}
+SIZES = (2, 1, 2)
+
+
+@dataclass(frozen=True)
+class Subject:
+    problem: Problem
+    build: Callable[[], Operator]
+    tolerance: float
+
+    def vectors(self, count: int, *, seed: int = 0) -> Tensor:
+        """(P, count) of the operator's dtype."""
+        P = sum(value.numel() for value in self.problem.objective.parameters.values())
+        return torch.randn(P, count, generator=torch.Generator().manual_seed(seed), dtype=self.problem.objective.dtype)
+
+
+@pytest.fixture(params=[("gpt2", "float32"), ("convnet", "float32"), ("convnet", "float64")], ids=" ".join)
+def model(request: Any) -> tuple[str, torch.dtype]:
+    return request.param[0], getattr(torch, request.param[1])
+
+
+@pytest.fixture(params=OPERATORS)
+def subject(request: Any, model: tuple[str, torch.dtype]) -> Iterator[Subject]:
+    contract, (case, dtype) = OPERATORS[request.param], model
+    tolerance = {torch.float32: contract.float32, torch.float64: contract.float64}[dtype]
+    options: Any = {"loss": CASES[case].loss, "params_filter": lambda name, _: name.startswith(MODELS[case])}
+    with offline_problem(CASES[case].model(dtype).train(), CASES[case].microbatches(SIZES), **options) as problem:
+        yield Subject(problem, lambda: contract.build(problem), tolerance)
+
+
+def traces(problem: Problem) -> dict[str, Any]:
+    """Everything of the model and the process that a product might touch."""
+    model = problem.model
+    return {
+        "parameters": [(p.data_ptr(), p._version, p.detach().clone(), p.requires_grad) for p in model.parameters()],
+        "gradients": [(id(p.grad), p.grad.clone()) for p in model.parameters() if p.grad is not None],
+        "buffers": [(buffer.data_ptr(), buffer.clone()) for buffer in model.buffers()],
+        "flags": [(module.training, len(module._forward_hooks), len(module._backward_hooks)) for module in model.modules()],
+        "batches": [[value.clone() for value in _values(batch)] for batch in problem.microbatches],
+        "generator": torch.get_rng_state(),
+        "grad mode": torch.is_grad_enabled(),
+    }
+
+
+def _values(batch: Any) -> list[Tensor]:
+    return list(batch.values()) if isinstance(batch, dict) else list(batch)
+
+
+def same(found: Any, expected: Any) -> bool:
+    if isinstance(found, Tensor):
+        return torch.equal(found, expected)
+    if isinstance(found, list | tuple):
+        return len(found) == len(expected) and all(map(same, found, expected))
+    return bool(found == expected)
+
+
+class TestOperator:
+    def test_it_is_an_operator(self, subject: Subject) -> None:
+        operator = subject.build()
+        P = len(subject.vectors(1))
+        assert isinstance(operator, Operator)
+        assert operator.shape == (P, P)
+        assert operator.dtype == subject.problem.objective.dtype
+        assert operator.device == subject.problem.objective.device
+        assert isinstance(operator.is_psd, bool)
+
+    @pytest.mark.parametrize("count", [1, 3])
+    def test_shape_and_dtype_of_products(self, subject: Subject, count: int) -> None:
+        operator, V = subject.build(), subject.vectors(count)
+        product = operator.matmat(V)
+        assert product.shape == V.shape
+        assert product.dtype == operator.dtype
+        assert product.device == operator.device
+        assert not product.requires_grad
+        assert product.isfinite().all()
+        assert product.any()
+
+    def test_it_is_symmetric(self, subject: Subject) -> None:
+        U = subject.vectors(4)
+        products = U.T @ subject.build().matmat(U)
+        assert relative_error(products, products.T) < subject.tolerance
+
+    def test_it_is_linear(self, subject: Subject) -> None:
+        operator, U = subject.build(), subject.vectors(2)
+        combined = operator.matmat(2 * U[:, :1] - 3 * U[:, 1:])
+        separate = operator.matmat(U)
+        assert relative_error(combined, 2 * separate[:, :1] - 3 * separate[:, 1:]) < subject.tolerance
+        assert torch.equal(operator.matmat(0 * U), 0 * U)
+
+    def test_columns_are_products_of_their_own(self, subject: Subject) -> None:
+        operator, U = subject.build(), subject.vectors(3)
+        columns = torch.cat([operator.matmat(column[:, None]) for column in U.T], dim=1)
+        assert relative_error(operator.matmat(U), columns) < min(subject.tolerance, 1e-5)
+
+    def test_strided_columns_are_the_same_vectors(self, subject: Subject) -> None:
+        operator, U = subject.build(), subject.vectors(3)
+        expected = operator.matmat(U[:, 1:2].clone(memory_format=torch.contiguous_format))
+        assert relative_error(operator.matmat(U[:, 1:2]), expected) < min(subject.tolerance, 1e-5)
+
+    def test_the_same_answer_twice_and_built_again(self, subject: Subject) -> None:
+        operator, U = subject.build(), subject.vectors(2)
+        kept = U.clone()
+        first = operator.matmat(U)
+        assert torch.equal(operator.matmat(U), first)
+        assert torch.equal(subject.build().matmat(U), first)
+        assert torch.equal(U, kept)
+
+    def test_what_is_called_positive_is(self, subject: Subject) -> None:
+        operator, U = subject.build(), subject.vectors(8)
+        forms = (U * operator.matmat(U)).sum(0)
+        assert not operator.is_psd or (forms >= -subject.tolerance * forms.abs().max()).all()
+
+    def test_nothing_is_touched(self, subject: Subject) -> None:
+        for parameter in subject.problem.model.parameters():
+            parameter.grad = torch.full_like(parameter, 3.0)
+        before = traces(subject.problem)
+        operator, U = subject.build(), subject.vectors(2)
+        operator.matmat(U)
+        after = traces(subject.problem)
+        assert [name for name in before if not same(after[name], before[name])] == []
+
+    def test_what_a_product_gives_is_the_callers(self, subject: Subject) -> None:
+        """Writing into it changes no later product."""
+        operator, U = subject.build(), subject.vectors(1)
+        first = operator.matmat(U)
+        kept = first.clone()
+        first.zero_()
+        assert torch.equal(operator.matmat(U), kept)

@@ -1,0 +1,201 @@
+"""Kept and rebuilt graphs give the same products, and their measured sizes are what the budget is held against."""
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node, get_gradient_edge
+
+from curvature_callbacks import RefusedError
+from curvature_callbacks.measurements.base import offline_problem
+from curvature_callbacks.operators.adjoint import check_adjoint
+from curvature_callbacks.operators.fisher import EmpiricalFisherOperator, SampledFisherOperator
+from curvature_callbacks.operators.ggn import GGNOperator
+from curvature_callbacks.operators.graphs import KeptGraphs, held_bytes
+from curvature_callbacks.operators.hessian import HessianOperator
+from curvature_callbacks.operators.second_order import check_second_order
+from curvature_callbacks.problem import Problem
+from tests.cases import CASES
+
+OPERATORS = (HessianOperator, GGNOperator, EmpiricalFisherOperator, SampledFisherOperator)
+
+
+def problem_of(name: str) -> Any:
+    case = CASES[name]
+    return offline_problem(case.model(), case.microbatches(), loss=case.loss, params_filter=None)
+
+
+def operator_of(kind: type, problem: Problem, **options: Any) -> Any:
+    return kind(problem.objective, problem.microbatches, **options)
+
+
+def vectors(size: int, K: int = 2) -> Tensor:
+    return torch.randn(size, K, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("kind", OPERATORS)
+@pytest.mark.parametrize("name", ["gpt2", "resnet", "mlp", "mixtral"])
+def test_rebuilt_graphs_give_the_bits_of_kept_ones(name: str, kind: type):
+    with problem_of(name) as problem:
+        kept, none = operator_of(kind, problem), operator_of(kind, problem, memory_budget=0)
+        some = operator_of(kind, problem, memory_budget=kept.graph_bytes - 1)
+        V = vectors(kept.shape[0])
+        expected = kept.matmat(V)
+        assert (kept.num_microbatches, kept.num_kept) == (3, 3)
+        assert (none.num_kept, none.graph_bytes) == (0, 0)
+        assert 0 < some.num_kept < 3
+        for operator in (some, none):
+            assert torch.equal(operator.matmat(V), expected)
+            assert torch.equal(operator.matmat(V), expected)
+
+
+@pytest.mark.parametrize("budget", [None, 0])
+def test_self_checks_pass_either_way(budget: int | None):
+    with problem_of("mlp") as problem:
+        assert check_second_order(operator_of(HessianOperator, problem, memory_budget=budget), seed=0) < 1e-10
+        for kind in OPERATORS[1:]:
+            assert check_adjoint(operator_of(kind, problem, memory_budget=budget), seed=0) < 1e-10
+
+
+@pytest.mark.parametrize("kind", OPERATORS)
+def test_kept_graphs_take_no_pass_and_rebuilt_ones_one_for_all_columns(kind: type):
+    with problem_of("mlp") as problem:
+        calls: list[int] = []
+        handle = problem.model.register_forward_hook(lambda *_: calls.append(1))
+        for budget, expected in ((None, 0), (0, 3)):
+            operator = operator_of(kind, problem, memory_budget=budget)
+            assert len(calls) == 3
+            calls.clear()
+            operator.matmat(vectors(operator.shape[0]))
+            assert len(calls) == expected
+            calls.clear()
+        handle.remove()
+
+
+class Given:
+    """A graph of a size that is told."""
+
+    alive = 0
+
+    def __init__(self, size: int) -> None:
+        self.held = torch.zeros(size, dtype=torch.uint8)
+        Given.alive += 1
+        weakref.finalize(self, Given._gone)
+
+    @staticmethod
+    def _gone() -> None:
+        Given.alive -= 1
+
+    def product(self, parts: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        return list(parts)
+
+    def nodes(self) -> Iterator[Node]:
+        return iter(())
+
+    def tensors(self) -> list[Tensor]:
+        return [self.held]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "budget", "kept"),
+    [
+        ((4, 4, 4), 12, 3),
+        ((4, 4, 4), 11, 1),  # room for the ones built again
+        ((4, 4, 4), 3, 0),
+        ((2, 8, 2), 10, 1),
+        ((2, 8, 2, 5), 10, 1),
+        ((1, 1, 8), 10, 3),
+        ((2, 1, 8), 10, 1),
+        ((9, 1, 1), 10, 1),
+    ],
+)
+def test_as_many_are_kept_as_leave_room_for_one_that_is_built_again(sizes: tuple[int, ...], budget: int, kept: int):
+    built: list[int] = []
+
+    def build(place: int) -> Given:
+        built.append(place)
+        return Given(sizes[place])
+
+    graphs = KeptGraphs(build, len(sizes), device=torch.device("cpu"), budget=budget)
+    assert built == list(range(len(sizes)))
+    assert Given.alive == graphs.num_kept == kept
+    built.clear()
+    most = 0
+
+    def look(graph: Given) -> None:
+        nonlocal most
+        most = max(most, Given.alive)
+
+    graphs.each(build, look)
+    again = [place for place in range(len(sizes)) if place in built]
+    assert graphs.graph_bytes + max((sizes[place] for place in again), default=0) <= max(budget, max(sizes))
+    assert most == graphs.num_kept + bool(again)  # each is freed before the next is built
+
+
+def chain(x: Tensor) -> Tensor:
+    return (x.sin().exp() * x).sum()
+
+
+class Probe:
+    """The graph of a scalar, or of its gradient."""
+
+    def __init__(self, x: Tensor, *, twice: bool) -> None:
+        value = chain(x)
+        self._edge = get_gradient_edge(torch.autograd.grad(value, x, create_graph=True)[0] if twice else value)
+
+    def product(self, parts: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        return parts
+
+    def nodes(self) -> Iterator[Node]:
+        yield self._edge.node
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return ()
+
+
+def test_bytes_are_those_of_the_distinct_saved_tensors():
+    x = torch.randn(1000, dtype=torch.float64, requires_grad=True)
+    first = Probe(x, twice=False)
+    assert held_bytes(first) == 2 * 8000  # x and the exponential, which two operations saved each
+    assert held_bytes(first, known=[x]) == 8000
+    assert held_bytes(Probe(x, twice=True), known=[x]) > held_bytes(first, known=[x])
+
+
+@pytest.mark.parametrize("kind", OPERATORS)
+def test_graphs_go_with_their_operator(kind: type):
+    with problem_of("mlp") as problem:
+        operator = operator_of(kind, problem)
+        operator.matmat(vectors(operator.shape[0]))
+        leaves = [weakref.ref(leaf) for leaf in operator._leaves]
+        gc.disable()
+        try:
+            del operator
+            assert all(leaf() is None for leaf in leaves)  # by counting references: no cycle waits for the collector
+        finally:
+            gc.enable()
+
+
+class Noisy(nn.Module):
+    """Draws in its forward pass, in evaluation mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.a(x)) * torch.rand(4, dtype=x.dtype))
+
+
+@pytest.mark.parametrize(
+    ("kind", "check"),
+    [(HessianOperator, check_second_order), (GGNOperator, check_adjoint), (EmpiricalFisherOperator, check_adjoint)],
+)
+def test_a_model_that_draws_is_refused_where_graphs_are_rebuilt(kind: type, check: Callable[..., float]):
+    case = CASES["mlp"]
+    found = offline_problem(Noisy().double(), case.microbatches(), loss=case.loss, params_filter=None)
+    with found as problem, pytest.raises(RefusedError):
+        check(operator_of(kind, problem, memory_budget=0), seed=0)
