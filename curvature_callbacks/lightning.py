@@ -112,7 +112,9 @@ class CurvatureCallback(Callback):
         if probes is None:
             probes = self._captured = self._settings.captured_probes()
         sinks: list[Sink] = [self._memory, *_sinks(trainer)]
-        self._monitor = self._settings.monitor(pl_module, probes=probes, sinks=sinks, loss=loss)
+        self._monitor = self._settings.monitor(
+            pl_module, probes=probes, sinks=sinks, loss=loss, optimizer=trainer.optimizers or None
+        )
         if self._loaded is not None:
             self._monitor.load_state_dict(self._loaded)
             self._loaded = None

@@ -16,10 +16,12 @@ from curvature_callbacks.errors import ConfigurationError, check_choice, check_p
 from curvature_callbacks.failures import Failures
 from curvature_callbacks.gram.trust import Trust
 from curvature_callbacks.measurements import Measurement, OfFisher, OfKronecker, checked_measurements
+from curvature_callbacks.measurements.edge_ratio import check_optimizer
 from curvature_callbacks.model.blocks import BlockStructure, check_block_structure, group_blocks
 from curvature_callbacks.model.isolation import isolated
 from curvature_callbacks.model.losses import Loss
 from curvature_callbacks.model.objective import ParamsFilter
+from curvature_callbacks.model.stability import Optimizers
 from curvature_callbacks.probes import CapturedProbes, Draw, Probes, as_probes, stable_seed
 from curvature_callbacks.problem import Problem
 from curvature_callbacks.record import PROBE, Record
@@ -56,6 +58,7 @@ class CurvatureMonitor:
         num_microbatches: microbatches a probe, when `probes` is a loader.
         microbatch_size: rows of each.
         seed: with the step it determines every draw and start vector.
+        optimizer: what trains the model, or several of them, for measurements of it (`EdgeRatio`); only read.
 
     Attributes:
         history: every record so far.
@@ -90,6 +93,7 @@ class CurvatureMonitor:
         num_microbatches: int = 4,
         microbatch_size: int = 8,
         seed: int = 0,
+        optimizer: Optimizers | None = None,
     ) -> None:
         check_choice("draw", draw, get_args(Draw))
         check_block_structure(block_structure)
@@ -108,6 +112,7 @@ class CurvatureMonitor:
         }
         self._draw = draw
         self._seed = seed
+        self._optimizer = optimizer
         self._trust = Trust()
         self._states = States()
         self._failures = Failures()
@@ -135,6 +140,7 @@ class CurvatureMonitor:
         keep = self._problem_options["params_filter"]
         names = [name for name, value in trainable.items() if keep is None or keep(name, value)]
         group_blocks(self._model, names, self._problem_options["block_structure"])
+        check_optimizer(self._measure, self._optimizer, {name: trainable[name] for name in names})
         seed = self._probe_seed(step)
         self._checked = True
         try:
@@ -271,7 +277,14 @@ class CurvatureMonitor:
         active = [one for one in self._measure if one.name not in self._failures.switched_off]
         sharing = {one.fisher_type: one.sharing for one in reversed(active) if isinstance(one, OfKronecker)}
         return Problem(
-            self._model, microbatches, seed=seed, step=step, trust=self._trust, sharing=sharing, **self._problem_options
+            self._model,
+            microbatches,
+            seed=seed,
+            step=step,
+            trust=self._trust,
+            sharing=sharing,
+            optimizer=self._optimizer,
+            **self._problem_options,
         )
 
     def _probe_seed(self, step: int) -> int:

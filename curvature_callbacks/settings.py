@@ -11,6 +11,7 @@ from curvature_callbacks.measurements import Measurement, checked_measurements
 from curvature_callbacks.model.blocks import BlockStructure, check_block_structure
 from curvature_callbacks.model.losses import Loss, TargetLossName
 from curvature_callbacks.model.objective import ParamsFilter
+from curvature_callbacks.model.stability import Optimizers
 from curvature_callbacks.monitor import CurvatureMonitor
 from curvature_callbacks.probes import CapturedProbes, Draw, Probes
 from curvature_callbacks.schedules import EveryNSteps
@@ -64,13 +65,16 @@ class Settings:
         """Keyword arguments of `probes_from_loader`."""
         return {"num_microbatches": self.num_microbatches, "microbatch_size": self.microbatch_size}
 
-    def monitor(self, model: nn.Module, *, probes: Probes, sinks: Sequence[Sink], loss: Loss) -> CurvatureMonitor:
+    def monitor(
+        self, model: nn.Module, *, probes: Probes, sinks: Sequence[Sink], loss: Loss, optimizer: Optimizers | None
+    ) -> CurvatureMonitor:
         """The monitor of one run."""
         shared: dict[str, Any] = {
             "params_filter": self.params_filter,
             "block_structure": self.block_structure,
             "draw": self.draw,
             "seed": self.seed,
+            "optimizer": optimizer,
         }
         when = EveryNSteps(n=self.every_n_steps)
         return CurvatureMonitor(model, probes=probes, measure=self.measure, when=when, sinks=sinks, loss=loss, **shared)

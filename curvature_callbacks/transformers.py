@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, final
 
 from torch import nn
+from torch.optim import Optimizer
 
 from curvature_callbacks._optional import require
 from curvature_callbacks.errors import ConfigurationError
@@ -112,6 +113,7 @@ class CurvatureCallback(TrainerCallback):
         control: TrainerControl,
         model: nn.Module | None = None,
         train_dataloader: Any = None,
+        optimizer: Optimizer | None = None,
         **kwargs: Any,
     ) -> None:
         """Build the monitor, check everything, measure step 0."""
@@ -126,7 +128,9 @@ class CurvatureCallback(TrainerCallback):
             _TrainerTensorBoard(self),
             _TrainerLog(self._trainer, state),
         ]
-        self._monitor = self._settings.monitor(model, probes=probes, sinks=sinks, loss=self._settings.loss_fn)
+        self._monitor = self._settings.monitor(
+            model, probes=probes, sinks=sinks, loss=self._settings.loss_fn, optimizer=optimizer
+        )
         saved: Any = state.stateful_callbacks
         if state.global_step > 0 and self._state_key in saved:
             self._monitor.load_state_dict(saved[self._state_key])

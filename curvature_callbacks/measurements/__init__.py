@@ -2,6 +2,7 @@
 
 from curvature_callbacks.measurements.base import Measurement, OfFisher, OfKronecker
 from curvature_callbacks.measurements.choice import checked_measurements
+from curvature_callbacks.measurements.edge_ratio import EdgeRatio
 from curvature_callbacks.measurements.fisher_spectrum import FisherSpectrum
 from curvature_callbacks.measurements.gradient_noise import GradientNoise
 from curvature_callbacks.measurements.kfac_coverage import KFACCoverage
@@ -9,6 +10,7 @@ from curvature_callbacks.measurements.kfac_quality import KFACQuality
 from curvature_callbacks.measurements.top_eigenpairs import TopEigenpairs
 
 __all__ = [
+    "EdgeRatio",
     "FisherSpectrum",
     "GradientNoise",
     "KFACCoverage",

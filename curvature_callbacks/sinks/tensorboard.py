@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Final, final
 
 import torch
@@ -12,6 +13,7 @@ from curvature_callbacks.record import BLOCK_CURVES, Record, metric_tag, scalar_
 _REDRAW: Final = 1.5  # growth after which a heat map is drawn again: each takes 0.1 s, as long as a small probe
 _WORST: Final = 10  # rows of a table of worst blocks
 _SPECTRA: Final = ("eigenvalues", "full_eigenvalues", "block_diagonal_eigenvalues")  # whole ones, not the largest few
+_DENSITY: Final = ("grid", "density", "density_standard_error")
 
 
 @final
@@ -20,7 +22,8 @@ class TensorBoardSink:
 
     Scalars as in `record.scalar_tags`; for the metrics with a curve a block `curvature_<measurement>_<metric>/heat_map`, block
     against step (needs matplotlib; drawn again when it has grown by half); `curvature_<measurement>_spectrum/<block>`, a
-    histogram of log10 eigenvalues; `curvature/worst_blocks` and `curvature/errors`, text. Non-finite values are not written.
+    histogram of log10 eigenvalues; `curvature_<measurement>/density`, a spectral density with two standard errors as a band
+    (needs matplotlib); `curvature/worst_blocks` and `curvature/errors`, text. Non-finite values are not written.
 
     Args:
         writer: `torch.utils.tensorboard.SummaryWriter`, or what has its methods.
@@ -40,6 +43,7 @@ class TensorBoardSink:
             self._writer.add_scalar(tag, value, step)
         for record in records:
             self._write_spectrum(record, step)
+            self._write_density(record, step)
         self._write_heat_maps(records, step)
         self._write_texts(records, step)
         self._writer.flush()
@@ -52,6 +56,11 @@ class TensorBoardSink:
                 part = record.block or name.removesuffix("_eigenvalues")
                 tag = f"curvature_{tag_segment(record.measurement)}_spectrum/{tag_segment(part)}"
                 self._writer.add_histogram(tag, torch.tensor(positive), step)
+
+    def _write_density(self, record: Record, step: int) -> None:
+        if all(name in record.arrays for name in _DENSITY) and is_available("matplotlib"):
+            tag = metric_tag(replace(record, headline=()), "density")
+            self._writer.add_figure(tag, _curve(*(record.arrays[name] for name in _DENSITY)), step, close=True)
 
     def _write_heat_maps(self, records: Sequence[Record], step: int) -> None:
         if not is_available("matplotlib"):
@@ -92,6 +101,25 @@ def _table(records: Sequence[Record]) -> str:
         for record in records
     ]
     return "\n".join([header, *rows])
+
+
+def _curve(grid: Sequence[float], density: Sequence[float], errors: Sequence[float]) -> Any:
+    """log10 of a density with two standard errors on either side; what is below 1e-6 of its largest value is cut off."""
+    from matplotlib.figure import Figure  # as in `_heat_map`
+
+    floor = 1e-6 * max(density)
+    low, high = (
+        [max(value + sign * error, floor) for value, error in zip(density, errors, strict=True)] for sign in (-2.0, 2.0)
+    )
+    figure = Figure(figsize=(5.0, 3.0))
+    figure.subplots_adjust(left=0.15, right=0.97, bottom=0.17, top=0.95)
+    axes = figure.add_subplot()
+    axes.set_yscale("log")
+    axes.fill_between(grid, low, high, alpha=0.3)
+    axes.plot(grid, [max(value, floor) for value in density])
+    axes.set_xlabel("eigenvalue")
+    axes.set_ylabel("density")
+    return figure
 
 
 def _heat_map(values: dict[int, dict[str, float]]) -> Any:

@@ -156,3 +156,20 @@ def test_writing_uses_no_global_generator(written: Any) -> None:
     before = torch.get_rng_state()
     written([block("a"), block("b")])
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_spectral_density_becomes_a_figure(written: Any) -> None:
+    arrays = {"grid": [-1.0, 0.0, 1.0], "density": [0.0, 2.0, 0.1], "density_standard_error": [0.0, 1.5, 0.1]}
+    record = Record(step=4, measurement="hessian_density", scalars={"trace": 1.0}, headline=("trace",), arrays=arrays)
+    incomplete = replace(record, measurement="other", arrays={"grid": [0.0], "density": [1.0]})
+    found = written([record, incomplete])
+    assert found.Tags()["images"] == ["curvature_hessian_density/density"]
+    assert [image.step for image in found.Images("curvature_hessian_density/density")] == [4]
+
+
+def test_a_density_is_drawn_with_a_band_of_two_standard_errors() -> None:
+    figure = tensorboard._curve([0.0, 1.0], [1.0, 2.0], [0.25, 0.5])
+    (axes,) = figure.axes
+    assert axes.lines[0].get_ydata().tolist() == [1.0, 2.0]
+    corners = axes.collections[0].get_paths()[0].vertices
+    assert {(x, y) for x, y in corners.tolist()} == {(0.0, 0.5), (1.0, 1.0), (1.0, 3.0), (0.0, 1.5)}
