@@ -5,7 +5,7 @@ READY := .venv/.ready
 PEERS := .venv/.peers
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all lint bench bench-fisher bench-gpu clean
+.PHONY: demo test test-all lint bench bench-fisher bench-eigen bench-gpu clean
 
 demo: $(READY)
 	$(BIN)/python examples/lightning_digits.py --logdir runs/demo/lightning_digits
@@ -32,9 +32,13 @@ bench: $(READY)
 bench-fisher: $(PEERS)
 	$(BIN)/python benchmarks/fisher.py --out benchmarks/results/fisher.json
 
+bench-eigen: $(PEERS)
+	$(BIN)/python benchmarks/eigen.py --out benchmarks/results/eigen.json
+
 bench-gpu: $(PEERS)
 	$(BIN)/python benchmarks/probe.py --device cuda --out benchmarks/results/probe_cuda.json
 	$(BIN)/python benchmarks/fisher.py --device cuda --out benchmarks/results/fisher_cuda.json
+	$(BIN)/python benchmarks/eigen.py --device cuda --out benchmarks/results/eigen_cuda.json
 
 clean:
 	rm -rf .venv runs
