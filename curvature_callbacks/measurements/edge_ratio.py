@@ -124,7 +124,7 @@ class EdgeRatio:
         if previous is not None and len(previous) != len(stability.scale):  # other parameters move now
             previous = None
         return lanczos(
-            PreconditionedOperator(hessian, stability.scale, shift=None),
+            PreconditionedOperator(hessian, stability.scale, shift=stability.decay),
             k=1,
             which="LA",
             tol=self.tol,
