@@ -12,16 +12,21 @@ evaluation mode and in float32 or better.
 """
 
 from curvature_callbacks.errors import ConfigurationError, ProbeError, RefusedError
+from curvature_callbacks.linalg.combination import LinearCombination
+from curvature_callbacks.linalg.density import Density
 from curvature_callbacks.linalg.eigenpairs import Eigenpairs
 from curvature_callbacks.linalg.lanczos import lanczos
 from curvature_callbacks.linalg.operator import MatrixOperator, Operator
+from curvature_callbacks.linalg.quadrature import spectral_density
 from curvature_callbacks.linalg.spectrum import Spectrum
 from curvature_callbacks.measurements import (
+    EdgeRatio,
     FisherSpectrum,
     GradientNoise,
     KFACCoverage,
     KFACQuality,
     Measurement,
+    SpectralDensity,
     TopEigenpairs,
 )
 from curvature_callbacks.measurements.fisher_spectra import FisherSpectra
@@ -42,6 +47,8 @@ __all__ = [
     "ConfigurationError",
     "CurvatureMonitor",
     "DatasetProbes",
+    "Density",
+    "EdgeRatio",
     "Eigenpairs",
     "EveryNSteps",
     "FisherSpectra",
@@ -52,6 +59,7 @@ __all__ = [
     "KFACCoverage",
     "KFACCoverageReport",
     "KFACQuality",
+    "LinearCombination",
     "MatrixOperator",
     "Measurement",
     "MemorySink",
@@ -63,6 +71,7 @@ __all__ = [
     "RefusedError",
     "Schedule",
     "Sink",
+    "SpectralDensity",
     "Spectrum",
     "TopEigenpairs",
     "compute_fisher_spectrum",
@@ -70,4 +79,5 @@ __all__ = [
     "compute_spectrum",
     "lanczos",
     "read_records",
+    "spectral_density",
 ]

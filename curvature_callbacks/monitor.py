@@ -4,19 +4,25 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Final, final, get_args
+from typing import Any, final, get_args
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from curvature_callbacks.batches import batch_size
 from curvature_callbacks.distributed import is_main_process, refuse_sharded_parameters
 from curvature_callbacks.errors import ConfigurationError, check_choice, check_positive
 from curvature_callbacks.failures import Failures
 from curvature_callbacks.gram.trust import Trust
-from curvature_callbacks.measurements import Measurement, OfFisher, OfKronecker, checked_measurements
-from curvature_callbacks.measurements.edge_ratio import check_optimizer
+from curvature_callbacks.measurements import (
+    Checked,
+    Measurement,
+    OfFisher,
+    OfKronecker,
+    check_optimizer,
+    checked_measurements,
+)
+from curvature_callbacks.measurements.probe import PROBE_HEADLINE, probe_record
 from curvature_callbacks.model.blocks import BlockStructure, check_block_structure, group_blocks
 from curvature_callbacks.model.isolation import isolated
 from curvature_callbacks.model.losses import Loss
@@ -30,8 +36,6 @@ from curvature_callbacks.sinks import MemorySink, Sink
 from curvature_callbacks.states import States
 
 _logger = logging.getLogger("curvature_callbacks")
-
-_SUMMARY: Final = ("probe_seconds", "failed")  # headline of the probe's own record
 
 
 @final
@@ -131,7 +135,7 @@ class CurvatureMonitor:
         Looks at the model, then at the loss and labels of the microbatches that `step` would draw. With a source that has no
         data yet (a stream), what is wrong with them can only be recorded by the first probe.
 
-        Cost: one draw and two forward passes over it.
+        Cost: one draw and two forward passes over it, one more for each measurement that has to ask the loss.
         """
         refuse_sharded_parameters(self._model)
         trainable = {name: value for name, value in self._model.named_parameters() if value.requires_grad}
@@ -148,7 +152,10 @@ class CurvatureMonitor:
                 microbatches = self._probes.draw(seed)
                 if microbatches is not None:
                     kinds = [one.fisher_type for one in self._measure if isinstance(one, OfFisher)]
-                    self._problem(microbatches, seed, step).check(kinds)
+                    problem = self._problem(microbatches, seed, step)
+                    problem.check(kinds)
+                    for one in [one for one in self._measure if isinstance(one, Checked)]:
+                        one.check(problem)
         except ConfigurationError:
             raise
         except torch.OutOfMemoryError as error:  # the probe will meet it, record it and report it
@@ -190,9 +197,17 @@ class CurvatureMonitor:
         except Exception as error:
             self._failures.say("captured batches", "curvature probes could not keep a training batch", error)
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs: the last step seen, the failures in a row, and the states that are plain data."""
-        return {"previous": self._previous, "failures": dict(self._failures.counts), "states": self._states.plain()}
+    def state_dict(self, *, tensors: bool = True) -> dict[str, Any]:
+        """What a checkpoint needs: the last step seen, the failures in a row, and the states of measurements.
+
+        Args:
+            tensors: False for a checkpoint in JSON; the vectors that eigensolvers start from are then left out.
+        """
+        return {
+            "previous": self._previous,
+            "failures": dict(self._failures.counts),
+            "states": self._states.saved(tensors=tensors),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`."""
@@ -212,11 +227,18 @@ class CurvatureMonitor:
                 problem = self._problem(microbatches, seed, step)
                 for measurement in self._measure:
                     records += self._measured(measurement, problem)
-                summary = self._summary(problem, records, time.perf_counter() - start)
+                summary = probe_record(
+                    problem,
+                    records,
+                    seconds=time.perf_counter() - start,
+                    sink_seconds=self._sink_seconds,
+                    switched_off=self._failures.switched_off,
+                    draw=self._draw,
+                )
         except Exception as error:
             failed = self._failures.recorded(PROBE, step, error)
             scalars = {"failed": 1.0, "probe_seconds": time.perf_counter() - start}
-            summary = replace(failed, scalars=scalars, headline=_SUMMARY)
+            summary = replace(failed, scalars=scalars, headline=PROBE_HEADLINE)
         return [summary, *records]
 
     def _measured(self, measurement: Measurement, problem: Problem) -> list[Record]:
@@ -232,36 +254,6 @@ class CurvatureMonitor:
         self._failures.succeeded(name)
         seconds = time.perf_counter() - start
         return [replace(record, seconds=seconds) for record in found]
-
-    def _summary(self, problem: Problem, records: Sequence[Record], seconds: float) -> Record:
-        """The probe about itself."""
-        scalars = {
-            "probe_seconds": seconds,
-            "sink_seconds": self._sink_seconds,
-            "matvecs": float(sum(record.num_matvecs for record in records)),
-            "rows": float(sum(map(batch_size, problem.microbatches))),
-            "failed": float(len({record.measurement for record in records if record.failed} | self._failures.switched_off)),
-            "non_finite": float(sum(not _is_finite(value) for record in records for value in record.scalars.values())),
-        }
-        if self._has_gradient(problem):
-            scalars["gradient_equivalents"] = seconds / problem.gradient_seconds
-        metadata = {
-            "seed": problem.seed,
-            "draw": self._draw,
-            "torch": torch.__version__,
-            "blocks": list(problem.blocks),
-        }
-        return Record(
-            step=problem.step, measurement=PROBE, scalars=scalars, headline=_SUMMARY, seconds=seconds, metadata=metadata
-        )
-
-    def _has_gradient(self, problem: Problem) -> bool:
-        """Whether one gradient, the unit of all costs, could be timed."""
-        try:
-            return len(problem.gradients) > 0
-        except Exception as error:  # the measurements have met and reported what is wrong
-            _logger.debug("no gradient to compare the cost of this probe with: %s", error)
-            return False
 
     def _hand_on(self, records: Sequence[Record]) -> None:
         start = time.perf_counter()
@@ -289,7 +281,3 @@ class CurvatureMonitor:
 
     def _probe_seed(self, step: int) -> int:
         return stable_seed(self._seed, step if self._draw == "fresh" else "fixed")
-
-
-def _is_finite(value: float) -> bool:
-    return value - value == 0.0

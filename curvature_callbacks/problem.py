@@ -1,33 +1,34 @@
 """Problem: model, blocks, loss and microbatches of one probe; what measurements share is built once."""
 
-import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, final
+from typing import Any, Final, final
 
 import torch
 from torch import Tensor, nn
 
 from curvature_callbacks.batches import to_device
 from curvature_callbacks.errors import ConfigurationError, ProbeError, RefusedError
-from curvature_callbacks.gram.engine import BlockGrams, GramOptions, block_grams, parameter_operations
+from curvature_callbacks.gram.engine import BlockGrams
 from curvature_callbacks.gram.kronecker import LayerKronecker
 from curvature_callbacks.gram.positions import Sharing
-from curvature_callbacks.gram.storage import memory_budget
+from curvature_callbacks.gram.shared import SharedGrams
 from curvature_callbacks.gram.trust import Trust
-from curvature_callbacks.linalg.spectrum import LinAlgError
 from curvature_callbacks.model.blocks import Blocks, BlockStructure, group_blocks
 from curvature_callbacks.model.checks import check_model, second_order_obstacle
 from curvature_callbacks.model.losses import Loss, resolve_loss
 from curvature_callbacks.model.objective import Objective, ParamsFilter, gradients
 from curvature_callbacks.model.stability import Optimizers, Stability, read_stability
 from curvature_callbacks.model.surrogates import EMPIRICAL, FisherType, SampleUnit, surrogates
-from curvature_callbacks.operators.fisher import EmpiricalFisherOperator
+from curvature_callbacks.operators.difference import FiniteDifferenceHessianOperator
+from curvature_callbacks.operators.fisher import EmpiricalFisherOperator, SampledFisherOperator
+from curvature_callbacks.operators.ggn import GGNOperator
 from curvature_callbacks.operators.hessian import HessianOperator
+from curvature_callbacks.operators.kfac import KFACOperator, KroneckerLayer
 from curvature_callbacks.operators.preconditioned import PreconditionedOperator
 
-_logger = logging.getLogger("curvature_callbacks")
+_TRANSPOSED: Final = ("transposed linear", "embedding")  # operations whose weight is stored as (d_in, d_out)
 
 
 @final
@@ -82,9 +83,9 @@ class Problem:
             self._trust.blocks = names, group_blocks(model, names, block_structure)
         self.blocks: Blocks = self._trust.blocks[1]
         self.gradient_seconds = 0.0  # wall time of one gradient, once `gradients` was asked for
-        self._sharing = dict(sharing or {})
-        self._grams: dict[tuple[FisherType, int | None, bool], BlockGrams] = {}
-        self._kronecker: dict[tuple[FisherType, Sharing], Mapping[str, LayerKronecker]] = {}
+        self._shared = SharedGrams(
+            self.objective, self.microbatches, self.blocks, trust=self._trust, seed=seed, sharing=sharing or {}
+        )
 
     def check(self, kinds: Sequence[FisherType] = ()) -> None:
         """Raise a `ConfigurationError` when no sample has a valid target, or the loss has not one of these types of Fisher.
@@ -108,63 +109,12 @@ class Problem:
     def grams(
         self, kind: FisherType = EMPIRICAL, *, max_params_per_block: int | None = None, memory_budget: int | None = None
     ) -> BlockGrams:
-        """Grams of all blocks for a type of Fisher; see `gram.engine.block_grams`. Kept for the next who asks the same.
-
-        Args:
-            kind: type of Fisher.
-            max_params_per_block: count a random part of larger blocks only.
-            memory_budget: bytes on the device for the factors of earlier passes; default see `gram.storage.memory_budget`.
-        """
-        key = self._key(kind, max_params_per_block)
-        if key not in self._grams:
-            sharing = self._sharing.get(kind) if max_params_per_block is None else None
-            if sharing is not None and (kind, sharing) not in self._kronecker:
-                self._with_factors(kind, sharing, memory_budget)
-            if key not in self._grams:
-                self._grams[key] = self._block_grams(kind, max_params_per_block, None, memory_budget)
-        return self._grams[key]
+        """Grams of all blocks for a type of Fisher; see `SharedGrams.grams`."""
+        return self._shared.grams(kind, max_params_per_block=max_params_per_block, memory_budget=memory_budget)
 
     def kronecker(self, kind: FisherType, *, sharing: Sharing) -> Mapping[str, LayerKronecker]:
-        """Weight to the Kronecker factors of its layer, in the order of the model.
-
-        They come from the pass that gives the Grams, where `sharing` announced them before it or no Gram was asked
-        for yet; otherwise the pass is made again.
-        """
-        key = kind, sharing
-        if key not in self._kronecker:
-            grams = self._block_grams(kind, None, sharing, None)
-            self._kronecker[key] = self._ordered(grams.kronecker)
-            self._grams.setdefault(self._key(kind, None), grams)
-        return self._kronecker[key]
-
-    def _with_factors(self, kind: FisherType, sharing: Sharing, memory: int | None) -> None:
-        """Grams and factors in one pass; neither where there can be no factors: who asks for them meets the cause then."""
-        try:
-            grams = self._block_grams(kind, None, sharing, memory)
-        except (torch.OutOfMemoryError, LinAlgError) as error:
-            _logger.debug("no Kronecker factors at this probe, its Grams are tried without: %s", error)
-            return
-        self._grams[self._key(kind, None)] = grams
-        self._kronecker[kind, sharing] = self._ordered(grams.kronecker)
-
-    def _ordered(self, layers: Mapping[str, LayerKronecker]) -> dict[str, LayerKronecker]:
-        """In the model's order, not that in which the backward pass met them."""
-        return {name: layers[name] for name in self.objective.parameters if name in layers}
-
-    def _key(self, kind: FisherType, max_params_per_block: int | None) -> tuple[FisherType, int | None, bool]:
-        """Numbers of deterministic algorithms may differ in the last bits from those of others."""
-        return kind, max_params_per_block, torch.are_deterministic_algorithms_enabled()
-
-    def _block_grams(
-        self, kind: FisherType, max_params_per_block: int | None, sharing: Sharing | None, memory: int | None
-    ) -> BlockGrams:
-        options = GramOptions(
-            kind=kind,
-            max_params_per_block=max_params_per_block,
-            sharing=sharing,
-            budget=memory_budget(self.objective.device, memory),
-        )
-        return block_grams(self.objective, self.microbatches, self.blocks, trust=self._trust, seed=self.seed, options=options)
+        """Weight to the Kronecker factors of its layer; see `SharedGrams.kronecker`."""
+        return self._shared.kronecker(kind, sharing=sharing)
 
     @property
     def block_grams(self) -> BlockGrams:
@@ -173,11 +123,8 @@ class Problem:
 
     @cached_property
     def operations(self) -> Mapping[str, list[str]]:
-        """Parameter to the operations that use it. Cost: nothing beside `grams`, else one forward pass."""
-        for found in self._grams.values():
-            if all(name in found.kinds for name in found.fallback):  # what earlier probes refused is not watched any more
-                return found.kinds
-        return parameter_operations(self.objective, self.microbatches[0])
+        """Parameter to the operations that use it; see `SharedGrams.operations`."""
+        return self._shared.operations
 
     @cached_property
     def gradients(self) -> Mapping[str, Tensor]:
@@ -200,10 +147,22 @@ class Problem:
         Raises:
             RefusedError: the model's attention has no second derivative.
         """
-        obstacle = second_order_obstacle(self.model)
-        if obstacle:
-            raise RefusedError(obstacle)
+        self._refuse_single_derivatives()
         return HessianOperator(self.objective, self.microbatches, names)
+
+    def finite_difference_hessian(self, names: Iterable[str] | None = None) -> FiniteDifferenceHessianOperator:
+        """The same by differences of the gradient, for models without a second derivative."""
+        return FiniteDifferenceHessianOperator(self.objective, self.microbatches, names)
+
+    def ggn(self, names: Iterable[str] | None = None) -> GGNOperator:
+        """The generalised Gauss-Newton matrix of the mean loss, restricted to the named parameters.
+
+        Raises:
+            ConfigurationError: the likelihood of the loss is not known.
+            RefusedError: the model's attention has no second derivative, which products with J take as well.
+        """
+        self._refuse_single_derivatives()
+        return GGNOperator(self.objective, self.microbatches, names)
 
     def stability(self, names: Iterable[str] | None = None) -> Stability:
         """Where the optimizer's next step of the named parameters is stable; see `read_stability`.
@@ -239,9 +198,47 @@ class Problem:
 
         Raises:
             ConfigurationError: the losses of single rows (`token`: of single targets) are not known.
-            RefusedError: the model's attention has no second derivative, which products with J take as well.
+            RefusedError: as `ggn`.
         """
+        self._refuse_single_derivatives()
+        return EmpiricalFisherOperator(self.objective, self.microbatches, names, sample_unit=sample_unit)
+
+    def sampled_fisher(
+        self, names: Iterable[str] | None = None, *, sample_unit: SampleUnit = "sequence", num_draws: int = 1
+    ) -> SampledFisherOperator:
+        """The Fisher of labels drawn from the predictive with the probe's seed, restricted to the named parameters.
+
+        Raises:
+            ConfigurationError: the likelihood of the loss is not known.
+            RefusedError: as `ggn`.
+        """
+        self._refuse_single_derivatives()
+        return SampledFisherOperator(
+            self.objective, self.microbatches, names, sample_unit=sample_unit, num_draws=num_draws, seed=self.seed
+        )
+
+    def kfac(
+        self, names: Iterable[str] | None = None, *, kind: FisherType = EMPIRICAL, sharing: Sharing, corrected: bool
+    ) -> KFACOperator:
+        """K-FAC's approximation of a Fisher (EKFAC's where `corrected`), of those named parameters that are covered.
+
+        Raises:
+            RefusedError: none of them is.
+            ConfigurationError: a weight is named without its bias, or the reverse.
+        """
+        layers = self.kronecker(kind, sharing=sharing)
+        found = [
+            KroneckerLayer(
+                factors=layer.factors,
+                weight=layer.weight,
+                bias=layer.bias,
+                transposed=self.operations[layer.weight][0] in _TRANSPOSED,
+            )
+            for layer in layers.values()
+        ]
+        return KFACOperator(found, self.objective.leaves(names), corrected=corrected)
+
+    def _refuse_single_derivatives(self) -> None:
         obstacle = second_order_obstacle(self.model)
         if obstacle:
             raise RefusedError(obstacle)
-        return EmpiricalFisherOperator(self.objective, self.microbatches, names, sample_unit=sample_unit)

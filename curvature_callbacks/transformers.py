@@ -1,11 +1,13 @@
 """The callback for the Hugging Face Trainer."""
 
 import logging
+import pickle
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, final
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -16,7 +18,7 @@ from curvature_callbacks.model.blocks import BlockStructure
 from curvature_callbacks.model.losses import Loss
 from curvature_callbacks.model.objective import ParamsFilter
 from curvature_callbacks.monitor import CurvatureMonitor
-from curvature_callbacks.probes import Draw, Probes, probes_from_loader
+from curvature_callbacks.probes import Draw, Probes, probes_from_loader, stable_seed
 from curvature_callbacks.record import Record, headline
 from curvature_callbacks.settings import Settings
 from curvature_callbacks.sinks import JSONLinesSink, MemorySink, Sink
@@ -26,6 +28,7 @@ require("transformers", extra="transformers")
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments  # noqa: E402
 from transformers.integrations.integration_utils import TensorBoardCallback  # noqa: E402
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR  # noqa: E402
 
 _logger = logging.getLogger("curvature_callbacks")
 
@@ -131,15 +134,19 @@ class CurvatureCallback(TrainerCallback):
         self._monitor = self._settings.monitor(
             model, probes=probes, sinks=sinks, loss=self._settings.loss_fn, optimizer=optimizer
         )
-        saved: Any = state.stateful_callbacks
-        if state.global_step > 0 and self._state_key in saved:
-            self._monitor.load_state_dict(saved[self._state_key])
+        self._resume(args, state)
         self._monitor.check(state.global_step)
         self._step(state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Probe if due: gradients are freed, the parameters are those after `global_step` steps."""
         self._step(state)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Put the vectors that eigensolvers start from beside the Trainer's state, which is JSON."""
+        path = self._tensor_file(args, state)
+        if self._monitor is not None and state.is_world_process_zero and path.parent.is_dir():
+            _save(self._monitor.state_dict(), path)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Let go of the model and the captured batches."""
@@ -162,7 +169,22 @@ class CurvatureCallback(TrainerCallback):
             return
         self._monitor.step(state.global_step)
         saved: Any = state.stateful_callbacks
-        saved[self._state_key] = self._monitor.state_dict()
+        saved[self._state_key] = self._monitor.state_dict(tensors=False)  # this checkpoint is JSON
+
+    def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
+        """From the file beside the Trainer's own state, or without its tensors from that."""
+        assert self._monitor is not None
+        saved: Any = state.stateful_callbacks
+        if state.global_step == 0 or self._state_key not in saved:
+            return
+        places = [self._tensor_file(args, state)]
+        if isinstance(args.resume_from_checkpoint, str):
+            places.insert(0, Path(args.resume_from_checkpoint) / places[0].name)
+        self._monitor.load_state_dict(_loaded(places) or saved[self._state_key])
+
+    def _tensor_file(self, args: TrainingArguments, state: TrainerState) -> Path:
+        folder = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        return folder / f"curvature_{stable_seed(0, self._state_key):08x}.pt"
 
     def _probes(self, args: TrainingArguments, model: nn.Module, loader: Any) -> Probes:
         probes = probes_from_loader(loader, **self._settings.probe_sizes())
@@ -185,6 +207,22 @@ class CurvatureCallback(TrainerCallback):
         if self._capture_hook is not None:
             self._capture_hook.remove()
             self._capture_hook = None
+
+
+def _save(state: dict[str, Any], path: Path) -> None:
+    try:
+        torch.save(state, path)
+    except (OSError, RuntimeError) as error:  # a full disk
+        _logger.warning("the state of curvature measurements was not saved to %s: %s. Training is not affected.", path, error)
+
+
+def _loaded(places: Sequence[Path]) -> dict[str, Any] | None:
+    path = next((place for place in places if place.exists()), None)
+    try:
+        return None if path is None else torch.load(path, weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        _logger.warning("the state of curvature measurements in %s cannot be read, its vectors begin anew: %s", path, error)
+        return None
 
 
 @final

@@ -28,8 +28,8 @@ from curvature_callbacks import (
     Record,
     RefusedError,
     TopEigenpairs,
-    problem,
 )
+from curvature_callbacks.gram import shared
 from curvature_callbacks.gram.engine import GramOptions, block_grams
 from tests.training_cases import Checksum, Raising, Rows, Stream, assert_equal, cheap, loader, probed_steps, reports
 
@@ -96,13 +96,36 @@ def test_state_goes_on_where_it_was() -> None:
 def test_state_is_plain_data() -> None:
     watching = monitor(measure=[Raising(error=RefusedError("x")), Remembering(), GradientNoise(), *cheap()])
     watching.step(0)
-    state = watching.state_dict()
+    state = watching.state_dict(tensors=False)
     assert type(state["states"]["gradient_noise"]["whole"]["weight"]) is float
     assert "remembering" not in state["states"]  # a tensor
-    assert_equal(torch.load(io.BytesIO(saved(state)), weights_only=True), state)
     again = json.loads(json.dumps(state))
     assert again["states"]["gradient_noise"] == state["states"]["gradient_noise"]
     assert again["failures"] == state["failures"] == {"raising": 3} | dict.fromkeys(state["states"], 0) | {"remembering": 0}
+
+
+def test_a_checkpoint_that_holds_tensors_has_them_all() -> None:
+    watching = monitor(measure=[Remembering(), TopEigenpairs(k=2), GradientNoise()])
+    watching.step(0)
+    state = watching.state_dict()
+    assert torch.equal(state["states"]["remembering"], torch.zeros(1))
+    assert len(state["states"]["hessian"]["starts"][""]) == 21
+    assert_equal(torch.load(io.BytesIO(saved(state)), weights_only=True), state)
+    bare = json.loads(json.dumps(watching.state_dict(tensors=False)))
+    assert bare["states"]["hessian"] == {"error": state["states"]["hessian"]["error"], "starts": {"": None}}
+
+
+def test_eigenvectors_and_the_passed_self_check_go_on_after_a_checkpoint() -> None:
+    model, measure = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), [TopEigenpairs(k=1, which="LA", tol=1e-3)]
+    through, second, bare, cold = (monitor(model, measure=measure) for _ in range(4))
+    through.step(0)
+    second.load_state_dict(torch.load(io.BytesIO(saved(through.state_dict())), weights_only=True))
+    bare.load_state_dict(json.loads(json.dumps(through.state_dict(tensors=False))))
+    runs = {name: one.step(1)[1] for name, one in {"on": through, "resumed": second, "bare": bare, "cold": cold}.items()}
+    assert runs["resumed"].scalars == runs["on"].scalars
+    assert runs["resumed"].num_matvecs == runs["on"].num_matvecs < runs["bare"].num_matvecs
+    assert runs["bare"].num_matvecs == runs["cold"].num_matvecs - 3  # the self-check
+    assert runs["bare"].scalars == runs["cold"].scalars
 
 
 def saved(state: Any) -> bytes:
@@ -123,7 +146,7 @@ def test_averages_go_on_after_a_checkpoint() -> None:
         through.step(step)
     first.step(0)
     first.step(1)
-    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    second.load_state_dict(json.loads(json.dumps(first.state_dict(tensors=False))))
     second.step(2)
     second.step(3)
     assert noise(first) + noise(second) == noise(through)
@@ -295,7 +318,7 @@ def test_what_is_switched_off_asks_for_no_factors(monkeypatch: Any) -> None:
         asked.append(options.sharing)
         return block_grams(*args, options=options, **kwargs)
 
-    monkeypatch.setattr(problem, "block_grams", noted)
+    monkeypatch.setattr(shared, "block_grams", noted)
     watching = monitor(measure=[FisherSpectrum(), KFACQuality()])
     watching.load_state_dict({"previous": None, "failures": {"kfac_empirical_expand": 3}})
     watching.step(0)
@@ -308,7 +331,7 @@ def test_factors_that_do_not_fit_leave_the_grams(monkeypatch: Any) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return block_grams(*args, options=options, **kwargs)
 
-    monkeypatch.setattr(problem, "block_grams", out_of_memory)
+    monkeypatch.setattr(shared, "block_grams", out_of_memory)
     for measure in ([FisherSpectrum(), KFACQuality()], [KFACQuality(), FisherSpectrum()]):
         watching = monitor(measure=measure)
         watching.step(0)
@@ -342,7 +365,7 @@ def test_a_bad_argument_is_refused_at_construction(changes: dict[str, Any], matc
 @pytest.mark.parametrize(
     ("build", "match"),
     [
-        (lambda: TopEigenpairs(operator="hesian"), "one of 'hessian', 'empirical_fisher', got 'hesian'"),  # type: ignore[arg-type]
+        (lambda: TopEigenpairs(operator="hesian"), "one of 'hessian', 'ggn', .*, got 'hesian'"),  # type: ignore[arg-type]
         (lambda: TopEigenpairs(which="XX"), "`which` must be one of .*'BE'.*got 'XX'"),  # type: ignore[arg-type]
         (lambda: TopEigenpairs(k=0), "`k` must be an integer of at least 1"),
         (lambda: TopEigenpairs(k=4, max_matvecs=3), "`max_matvecs` must be at least `k`=4, got 3"),

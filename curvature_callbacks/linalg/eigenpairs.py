@@ -22,14 +22,16 @@ class Eigenpairs:
         eigenvectors: (P, k) columns in the operator's dtype and device, or None when not asked for.
         num_matvecs: operator products spent.
         which: the end or ends asked for.
-        reorth_mode: reorthogonalisation used: `full`, or `gram` for pairs from a Gram rather than a Krylov space (residuals
-            are then true ones).
+        reorth_mode: reorthogonalisation used; `gram` or `kronecker` for pairs from a Gram or from Kronecker factors rather than
+            a Krylov space (residuals are then true ones).
         is_psd: whether the operator is known to be positive semi-definite.
         tol: relative tolerance of `converged`, also the threshold below which a value counts as negative.
         lambda_abs_max: largest `|theta|` the run saw.
         asymmetry: largest `|q_{j-1}' A q_j - beta_{j-1}| / lambda_abs_max`, of a Gram `|K_ij - K_ji| / max |K|`; rounding
             level for a symmetric operator.
         seconds: wall time.
+        product_error: relative error of the products themselves, which no residual holds; 0 where they are exact to rounding.
+            Of finite differences: how far two steps are apart along the outermost vectors.
         warnings: what a reader of the numbers should know, in sentences.
     """
 
@@ -45,6 +47,7 @@ class Eigenpairs:
     lambda_abs_max: float
     asymmetry: float
     seconds: float
+    product_error: float = 0.0
     warnings: tuple[str, ...] = ()
 
     def metrics(self) -> dict[str, float]:
@@ -54,9 +57,10 @@ class Eigenpairs:
         spectrum, so a negative `lambda_min` proves negative curvature), with `residual_lambda_max` and
         `residual_lambda_min`, each where its end was asked for; `residual_max` is the largest *relative* residual
         `residual / |theta|` of the pairs that are not zero to rounding (zeros have none) and `num_converged` counts all those
-        within tolerance. For indefinite operators, once the smallest pair has converged: `most_negative_eigenvalue` (positive
-        when there is none), and with both ends, over the converged pairs, `ritz_negative_fraction` and
-        `ritz_negative_mass = sum |theta < 0| / sum |theta|`, where negative means `theta < -tol |lambda|_max`.
+        within tolerance; `product_error` where products are approximate. For indefinite operators, once the smallest pair has
+        converged: `most_negative_eigenvalue` (positive when there is none), and with both ends, over the converged pairs,
+        `ritz_negative_fraction` and `ritz_negative_mass = sum |theta < 0| / sum |theta|`, where negative means
+        `theta < -tol |lambda|_max`.
         """
         if len(self.eigenvalues) == 0:
             return {}
@@ -68,7 +72,20 @@ class Eigenpairs:
             values |= {"lambda_max": self.eigenvalues[0].item(), "residual_lambda_max": self.residuals[0].item()}
         if self._has_lower_end:
             values |= {"lambda_min": self.eigenvalues[-1].item(), "residual_lambda_min": self.residuals[-1].item()}
+        if self.product_error > 0:
+            values |= {"product_error": self.product_error}
         return values if self.is_psd else values | self._negative_curvature()
+
+    def starting_vector(self) -> Tensor:
+        """(P,) where a run for the same pairs of a similar operator should start: `sum_i v_i / |theta_i|` on the host.
+
+        Pairs converge the later the smaller their `|theta|`, so these weigh more.
+        """
+        assert self.eigenvectors is not None, "asked of a run that keeps its eigenvectors"
+        sizes = self.eigenvalues.abs().clamp_min(self.tol * self.lambda_abs_max)
+        weights = 1 / torch.where(sizes > 0, sizes, 1.0)
+        found: Tensor = (self.eigenvectors @ (weights / weights.max()).to(self.eigenvectors)).cpu()
+        return found
 
     @property
     def _has_upper_end(self) -> bool:

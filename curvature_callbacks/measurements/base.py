@@ -12,6 +12,7 @@ from curvature_callbacks.model.blocks import BlockStructure
 from curvature_callbacks.model.isolation import isolated
 from curvature_callbacks.model.losses import Loss
 from curvature_callbacks.model.objective import ParamsFilter
+from curvature_callbacks.model.stability import Optimizers
 from curvature_callbacks.model.surrogates import FisherType
 from curvature_callbacks.problem import Problem
 from curvature_callbacks.record import Record
@@ -21,8 +22,11 @@ from curvature_callbacks.record import Record
 class Measurement(Protocol):
     """What to compute at a probe. State is explicit: the monitor keeps it between probes.
 
+    A state made of dicts, lists, tuples, numbers, strings, None and tensors is saved in checkpoints; from those in JSON alone
+    its tensors come back as None.
+
     Write your own by giving these three; `examples/custom_measurement.py` has one. What it needs of the probe it can say
-    beforehand by being `OfFisher` or `OfKronecker` as well.
+    beforehand by being `OfFisher`, `OfKronecker`, `OfOptimizer` or `Checked` as well.
     """
 
     @property
@@ -59,6 +63,25 @@ class OfKronecker(OfFisher, Protocol):
         ...
 
 
+@runtime_checkable
+class OfOptimizer(Protocol):
+    """A measurement that may read the optimizer; where the run has none that it can read, it stops before step 1."""
+
+    @property
+    def needs_optimizer(self) -> bool:
+        """Whether it does."""
+        ...
+
+
+@runtime_checkable
+class Checked(Protocol):
+    """A measurement that can tell from a first probe whether the run can ever have it."""
+
+    def check(self, problem: Problem) -> None:
+        """Raise a `ConfigurationError`, which stops the run before step 1, if not. Cost: at most a forward pass."""
+        ...
+
+
 @contextmanager
 def offline_problem(
     model: nn.Module,
@@ -68,6 +91,7 @@ def offline_problem(
     params_filter: ParamsFilter | None,
     block_structure: BlockStructure = "layer",
     seed: int = 0,
+    optimizer: Optimizers | None = None,
 ) -> Iterator[Problem]:
     """A problem outside any training loop, isolated all the same and checked."""
     with isolated(model, seed=seed):
@@ -78,6 +102,7 @@ def offline_problem(
             params_filter=params_filter,
             block_structure=block_structure,
             seed=seed,
+            optimizer=optimizer,
         )
         problem.check()
         yield problem

@@ -1,12 +1,17 @@
-"""Which measurements a run makes."""
+"""Which measurements a run makes, and whether it has the optimizer they read."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
-from curvature_callbacks.errors import ConfigurationError
-from curvature_callbacks.measurements.base import Measurement
+import torch
+from torch import Tensor
+
+from curvature_callbacks.errors import ConfigurationError, RefusedError
+from curvature_callbacks.measurements.base import Measurement, OfOptimizer
 from curvature_callbacks.measurements.fisher_spectrum import FisherSpectrum
 from curvature_callbacks.measurements.kfac_coverage import KFACCoverage
 from curvature_callbacks.measurements.top_eigenpairs import TopEigenpairs
+from curvature_callbacks.model.stability import Optimizers, read_stability
 
 
 def checked_measurements(measure: Sequence[Measurement] | None) -> list[Measurement]:
@@ -23,3 +28,17 @@ def checked_measurements(measure: Sequence[Measurement] | None) -> list[Measurem
     if len(set(names)) < len(names):
         raise ConfigurationError(f"`measure` must hold measurements of different names, got {names}.")
     return chosen
+
+
+def check_optimizer(measure: Sequence[Measurement], optimizer: Optimizers | None, parameters: Mapping[str, Tensor]) -> None:
+    """Raise a `ConfigurationError` where one of them has no optimizer of these; what it refuses its first probe reports."""
+    reading = [one.name for one in measure if isinstance(one, OfOptimizer) and one.needs_optimizer]
+    if not reading:
+        return
+    if optimizer is None:
+        raise ConfigurationError(
+            f"measurement `{reading[0]}` needs the `optimizer`, got None: pass `optimizer=` to CurvatureMonitor (the callbacks "
+            "pass their trainer's; there it is missing when that has none)."
+        )
+    with suppress(RefusedError):
+        read_stability(optimizer, parameters, dtype=torch.float32)

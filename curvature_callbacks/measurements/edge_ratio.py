@@ -1,18 +1,13 @@
 """How close the optimizer is to the edge of stability."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, final
 
-import torch
 from torch import Tensor
 
-from curvature_callbacks.errors import ConfigurationError, RefusedError
 from curvature_callbacks.linalg.eigenpairs import Eigenpairs
 from curvature_callbacks.linalg.lanczos import check_options, lanczos
-from curvature_callbacks.measurements.base import Measurement
-from curvature_callbacks.model.stability import Optimizers, Stability, read_stability
+from curvature_callbacks.model.stability import Stability
 from curvature_callbacks.operators.hessian import HessianOperator
 from curvature_callbacks.operators.preconditioned import PreconditionedOperator
 from curvature_callbacks.operators.second_order import check_second_order
@@ -86,6 +81,11 @@ class EdgeRatio:
         """`edge`."""
         return "edge"
 
+    @property
+    def needs_optimizer(self) -> bool:
+        """Always."""
+        return True
+
     def init(self, problem: Problem) -> None:
         """None: the self-check has not run."""
 
@@ -133,19 +133,6 @@ class EdgeRatio:
             initial_vectors=None if previous is None else previous[:, None].to(hessian.device, hessian.dtype),
             return_eigenvectors=True,
         )
-
-
-def check_optimizer(measure: Sequence[Measurement], optimizer: Optimizers | None, parameters: Mapping[str, Tensor]) -> None:
-    """Raise a `ConfigurationError` where an `EdgeRatio` has no optimizer of these; what it refuses its first probe reports."""
-    if not any(isinstance(one, EdgeRatio) for one in measure):
-        return
-    if optimizer is None:
-        raise ConfigurationError(
-            "EdgeRatio needs the `optimizer`, got None: pass `optimizer=` to CurvatureMonitor (the callbacks pass their "
-            "trainer's; there it is missing when that has none)."
-        )
-    with suppress(RefusedError):
-        read_stability(optimizer, parameters, dtype=torch.float32)
 
 
 def _scalars(pairs: Eigenpairs, stability: Stability) -> dict[str, float]:

@@ -1,29 +1,79 @@
-"""Eigenproblem: an operator asked for by name, how it is checked and which eigensolver takes it."""
+"""Eigenproblem: an operator of one probe, how it is checked and which eigensolver takes it."""
 
-from dataclasses import dataclass
-from typing import Any, Final, Literal, final, get_args
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Final, final
 
 import torch
 from torch import Tensor
 
 from curvature_callbacks.batches import batch_size
-from curvature_callbacks.errors import ConfigurationError, ProbeError, check_choice, check_positive
+from curvature_callbacks.errors import ConfigurationError, ProbeError, check_positive
 from curvature_callbacks.linalg.eigenpairs import Eigenpairs
 from curvature_callbacks.linalg.gram_eigenpairs import eigenpairs_of_gram
-from curvature_callbacks.linalg.lanczos import Which, lanczos
-from curvature_callbacks.model.surrogates import FisherType, SampleUnit
+from curvature_callbacks.linalg.lanczos import ReorthMode, Which, check_options, lanczos
+from curvature_callbacks.linalg.operator import Operator
+from curvature_callbacks.linalg.symmetry import check_symmetric
+from curvature_callbacks.measurements.curvature import Curvature
 from curvature_callbacks.operators.adjoint import CHECK_PRODUCTS, check_adjoint
-from curvature_callbacks.operators.fisher import EmpiricalFisherOperator
+from curvature_callbacks.operators.difference import FiniteDifferenceHessianOperator, check_differences
+from curvature_callbacks.operators.fisher import EmpiricalFisherOperator, FisherOperator
+from curvature_callbacks.operators.ggn import GGNOperator
 from curvature_callbacks.operators.hessian import HessianOperator
+from curvature_callbacks.operators.kfac import KFACOperator
+from curvature_callbacks.operators.preconditioned import PreconditionedOperator
 from curvature_callbacks.operators.second_order import check_second_order
 from curvature_callbacks.problem import Problem
-
-OperatorName = Literal["hessian", "empirical_fisher"]
 
 # The Gram of all rows cost 1.39 gradients where one product with the Fisher cost 1.41: any spectrum for the price of one step
 # of Lanczos. Its eigensolve and its N x N products grow as N^3 and N^2; at 1000 rows they were still small.
 _MAX_GRAM_SAMPLES: Final = 1000
-_SECOND_ORDER_PRODUCTS: Final = 3  # what `check_second_order` spends on a model without custom operations
+_SYMMETRY_PRODUCTS: Final = 3  # what `check_symmetric` spends, and `check_second_order` without custom operations
+_DIFFERENCE_PRODUCTS: Final = 2
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What is asked of an eigensolver; see `lanczos` for every one.
+
+    Raises:
+        ConfigurationError: a bad option.
+    """
+
+    k: int
+    which: Which
+    tol: float
+    max_matvecs: int | None
+    max_seconds: float | None = None
+    reorth_mode: ReorthMode = "auto"
+    reorth_window: int = 8
+    reorth_period: int = 5
+    seed: int = 0
+    initial_vectors: Tensor | None = None
+    return_eigenvectors: bool = False
+    true_residuals: bool = False
+
+    def __post_init__(self) -> None:
+        check_options(
+            k=self.k,
+            which=self.which,
+            tol=self.tol,
+            max_matvecs=self.max_matvecs,
+            max_seconds=self.max_seconds,
+            reorth_mode=self.reorth_mode,
+        )
+        check_positive("reorth_window", self.reorth_window)
+        check_positive("reorth_period", self.reorth_period)
+
+    @property
+    def negative(self) -> bool:
+        """Whether it may bring negative eigenvalues."""
+        return self.which != "LA"
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of `lanczos`."""
+        return {option.name: getattr(self, option.name) for option in fields(self)}
 
 
 @final
@@ -33,69 +83,99 @@ class Eigenproblem:
 
     Attributes:
         operator: the operator; its graphs live as long as this.
+        names: the parameters its vectors span, in order.
         gram: (N, N) Gram of the operator's own rows, where its eigenpairs are to come from it; else None.
+        about: what it is made of, for records.
     """
 
-    operator: HessianOperator | EmpiricalFisherOperator
-    gram: Tensor | None
+    operator: Operator
+    names: tuple[str, ...]
+    gram: Tensor | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_iterative(self) -> bool:
+        """Whether Lanczos finds the pairs, from a start vector."""
+        return self.gram is None and not isinstance(self.operator, KFACOperator)
 
     def check(self, *, seed: int) -> tuple[float, int]:
         """Largest relative error of the operator's self-check, and the products it spent; raises a `RefusedError`."""
-        if isinstance(self.operator, HessianOperator):
-            return check_second_order(self.operator, seed=seed), _SECOND_ORDER_PRODUCTS
-        return check_adjoint(self.operator, seed=seed), CHECK_PRODUCTS
+        operator = self.operator
+        if isinstance(operator, PreconditionedOperator):
+            operator = operator.inner
+        if isinstance(operator, KFACOperator):
+            return 0.0, 0  # matrices, with nothing differentiated
+        if isinstance(operator, FisherOperator | GGNOperator):
+            return check_adjoint(operator, seed=seed), CHECK_PRODUCTS
+        if isinstance(operator, FiniteDifferenceHessianOperator):
+            return check_differences(operator, seed=seed), _DIFFERENCE_PRODUCTS
+        if isinstance(operator, HessianOperator):
+            return check_second_order(operator, seed=seed), _SYMMETRY_PRODUCTS
+        return check_symmetric(operator, seed=seed), _SYMMETRY_PRODUCTS
 
-    def solve(
-        self,
-        *,
-        k: int,
-        which: Which,
-        tol: float,
-        max_matvecs: int | None,
-        seed: int,
-        return_eigenvectors: bool = False,
-        true_residuals: bool = False,
-    ) -> Eigenpairs:
-        """The pairs; see `lanczos` and `eigenpairs_of_gram`, whose residuals are always true ones."""
-        if self.gram is not None and isinstance(self.operator, EmpiricalFisherOperator):
-            return eigenpairs_of_gram(
-                self.gram, self.operator, k=k, which=which, tol=tol, seed=seed, return_eigenvectors=return_eigenvectors
-            )
-        return lanczos(
-            self.operator,
-            k=k,
-            which=which,
-            tol=tol,
-            max_matvecs=max_matvecs,
-            seed=seed,
-            return_eigenvectors=return_eigenvectors,
-            true_residuals=true_residuals,
-        )
-
-    def metadata(self) -> dict[str, Any]:
-        """What the Fisher is made of."""
-        if isinstance(self.operator, HessianOperator):
-            return {}
-        return {
-            "fisher": "empirical",
-            "sample_unit": self.operator.sample_unit,
-            "num_samples": len(self.operator.rows),
-            "num_targets": self.operator.num_targets,
+    def solve(self, wish: Wish) -> Eigenpairs:
+        """The pairs: from the Gram or the factors where these give them, with true residuals, else by `lanczos`."""
+        options: dict[str, Any] = {
+            "k": wish.k,
+            "which": wish.which,
+            "tol": wish.tol,
+            "seed": wish.seed,
+            "return_eigenvectors": wish.return_eigenvectors,
         }
+        if self.gram is not None and isinstance(self.operator, EmpiricalFisherOperator):
+            return eigenpairs_of_gram(self.gram, self.operator, **options)
+        if isinstance(self.operator, KFACOperator):
+            return self.operator.top(**options)
+        if isinstance(self.operator, FiniteDifferenceHessianOperator):
+            return _with_product_error(self.operator, wish)
+        return lanczos(self.operator, **wish.options())
 
 
-def eigenproblem(
-    problem: Problem, name: OperatorName, block: str | None = None, *, sample_unit: SampleUnit = "sequence"
-) -> Eigenproblem:
-    """The named operator of all parameters, or of one block.
+def eigenproblem(problem: Problem, curvature: Curvature, block: str | None = None) -> Eigenproblem:
+    """The operator of all parameters, or of one block.
 
-    Cost: the operator's graphs and, for the Fisher of at most 1000 rows, the Grams of all blocks once a probe.
+    Cost: the operator's graphs and, for the empirical Fisher of at most 1000 rows, the Grams of all blocks once a probe; for
+    Kronecker factors the pass that gives them.
     """
     names = None if block is None else problem.blocks[block]
-    if name == "hessian":
-        return Eigenproblem(operator=problem.hessian(names), gram=None)
-    if sample_unit == "token" or sum(map(batch_size, problem.microbatches)) > _MAX_GRAM_SAMPLES:
-        return Eigenproblem(operator=problem.empirical_fisher(names, sample_unit=sample_unit), gram=None)
+    covered = tuple(problem.objective.parameters) if names is None else names
+    if callable(curvature.operator):
+        return _users(curvature, curvature.operator(problem, names), covered)
+    match curvature.operator:
+        case "hessian":
+            operator: Operator = problem.hessian(names)
+        case "finite_difference_hessian":
+            operator = problem.finite_difference_hessian(names)
+        case "ggn":
+            ggn = problem.ggn(names)
+            return Eigenproblem(operator=ggn, names=covered, about={"num_targets": ggn.num_targets})
+        case "empirical_fisher":
+            return _empirical_fisher(problem, curvature, block)
+        case "sampled_fisher":
+            sampled = problem.sampled_fisher(names, sample_unit=curvature.sample_unit, num_draws=curvature.num_draws)
+            return Eigenproblem(operator=sampled, names=covered, about=_rows_of(sampled, "sampled"))
+        case "preconditioned_hessian":
+            stability = problem.stability(names)
+            return Eigenproblem(operator=problem.preconditioned_hessian(names), names=stability.names)
+        case "kfac" | "ekfac":
+            return _kronecker(problem, curvature, names)
+    return Eigenproblem(operator=operator, names=covered)
+
+
+def has_covered_layer(problem: Problem, curvature: Curvature, block: str) -> bool:
+    """Whether there is an operator of the block at all: Kronecker factors do not cover every layer."""
+    if not curvature.is_kronecker:
+        return True
+    layers = problem.kronecker(curvature.fisher_type, sharing=curvature.sharing)
+    return not layers.keys().isdisjoint(problem.blocks[block])
+
+
+def _empirical_fisher(problem: Problem, curvature: Curvature, block: str | None) -> Eigenproblem:
+    names = None if block is None else problem.blocks[block]
+    covered = tuple(problem.objective.parameters) if names is None else names
+    if curvature.sample_unit == "token" or sum(map(batch_size, problem.microbatches)) > _MAX_GRAM_SAMPLES:
+        operator = problem.empirical_fisher(names, sample_unit=curvature.sample_unit)
+        return Eigenproblem(operator=operator, names=covered, about=_rows_of(operator, "empirical"))
     grams = problem.block_grams.grams  # before the operator's graphs take their memory
     operator = problem.empirical_fisher(names)
     whole = torch.stack(list(grams.values())).sum(0) if block is None else grams[block]
@@ -103,30 +183,39 @@ def eigenproblem(
     gram = whole[rows][:, rows]
     if not gram.isfinite().all():
         raise ProbeError("a row of this probe has a finite gradient in this block and one that is not finite in another.")
-    return Eigenproblem(operator=operator, gram=gram)
+    return Eigenproblem(operator=operator, names=covered, gram=gram, about=_rows_of(operator, "empirical"))
 
 
-def measurement_name(operator: OperatorName, sample_unit: SampleUnit) -> str:
-    """`hessian`, `empirical_fisher_eigenpairs` or `empirical_fisher_token_eigenpairs`: no other measurement's name."""
-    return operator if operator == "hessian" else f"{FisherType(sample_unit=sample_unit).name}_eigenpairs"
+def _kronecker(problem: Problem, curvature: Curvature, names: Iterable[str] | None) -> Eigenproblem:
+    operator = problem.kfac(
+        names, kind=curvature.fisher_type, sharing=curvature.sharing, corrected=curvature.operator == "ekfac"
+    )
+    return Eigenproblem(operator=operator, names=operator.names, about={"uncovered": list(operator.uncovered)})
 
 
-def check_operator(operator: str, sample_unit: str) -> None:
-    """Raise a `ConfigurationError` unless these name an operator."""
-    check_choice("operator", operator, get_args(OperatorName))
-    check_choice("sample_unit", sample_unit, get_args(SampleUnit))
-    if operator == "hessian" and sample_unit != "sequence":
+def _users(curvature: Curvature, operator: object, names: tuple[str, ...]) -> Eigenproblem:
+    if not isinstance(operator, Operator):
         raise ConfigurationError(
-            f"`sample_unit`={sample_unit!r} has no meaning for `operator`='hessian': the Hessian is that of the mean over all "
-            "valid targets. Leave it out, or ask for 'empirical_fisher'."
+            f"`operator` {curvature.label!r} must give an operator (shape, dtype, device, is_psd, matmat), got {operator!r}."
         )
+    return Eigenproblem(operator=operator, names=names)
 
 
-def check_options(*, k: int, which: str, tol: float, max_matvecs: int | None) -> None:
-    """Raise a `ConfigurationError` unless a run can have these."""
-    check_choice("which", which, get_args(Which))
-    check_positive("k", k)
-    if max_matvecs is not None and max_matvecs < k:
-        raise ConfigurationError(f"`max_matvecs` must be at least `k`={k}, got {max_matvecs}.")
-    if not tol > 0:
-        raise ConfigurationError(f"`tol` must be positive, got {tol!r}.")
+def _rows_of(operator: FisherOperator, fisher: str) -> dict[str, Any]:
+    return {
+        "fisher": fisher,
+        "sample_unit": operator.sample_unit,
+        "num_samples": len(operator.rows),
+        "num_targets": operator.num_targets,
+    }
+
+
+def _with_product_error(operator: FiniteDifferenceHessianOperator, wish: Wish) -> Eigenpairs:
+    """The pairs, and how far two steps of the differences are apart along the outermost of them."""
+    pairs = lanczos(operator, **replace(wish, return_eigenvectors=True).options())
+    assert pairs.eigenvectors is not None
+    outermost = {0, pairs.eigenvectors.shape[1] - 1}
+    error = max(operator.error_estimate(pairs.eigenvectors[:, place].contiguous()) for place in outermost)
+    vectors = pairs.eigenvectors if wish.return_eigenvectors else None
+    spent = _DIFFERENCE_PRODUCTS * len(outermost)
+    return replace(pairs, eigenvectors=vectors, product_error=error, num_matvecs=pairs.num_matvecs + spent)

@@ -1,18 +1,17 @@
-"""Outer eigenpairs of the Hessian or the empirical Fisher, with residuals and negative curvature."""
+"""Outer eigenpairs of a curvature matrix, with residuals and negative curvature."""
 
-from dataclasses import dataclass
-from typing import Final, final
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, final
 
-from curvature_callbacks.linalg.lanczos import Which
-from curvature_callbacks.measurements.eigenproblem import (
-    Eigenproblem,
-    OperatorName,
-    check_operator,
-    check_options,
-    eigenproblem,
-    measurement_name,
-)
-from curvature_callbacks.model.surrogates import SampleUnit
+from torch import Tensor
+
+from curvature_callbacks.gram.positions import Sharing
+from curvature_callbacks.linalg.eigenpairs import Eigenpairs
+from curvature_callbacks.linalg.lanczos import ReorthMode, Which
+from curvature_callbacks.measurements.curvature import Curvature, OperatorFunction, OperatorName
+from curvature_callbacks.measurements.eigenproblem import Eigenproblem, Wish, eigenproblem, has_covered_layer
+from curvature_callbacks.model.surrogates import Fisher, SampleUnit
 from curvature_callbacks.problem import Problem
 from curvature_callbacks.record import Record
 
@@ -25,98 +24,169 @@ _HEADLINE: Final = (
     "ritz_negative_mass",
     "ritz_negative_fraction",
 )
+_WHOLE: Final = ""  # key of the whole model among blocks
+
+State = Mapping[str, Any]  # `error` of the self-check; `starts`: (P,) on the host, where the next run of each block starts
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TopEigenpairs:
-    """Outer eigenpairs of the mean loss's Hessian by Lanczos, or of the empirical Fisher, each with its residual.
+    """Outer eigenpairs of a curvature matrix of the mean loss, each with its residual.
 
-    Tags of the Hessian's run on the whole model; per block `curvature_hessian_lambda_max/<b>`, and the others over blocks as
-    `curvature_hessian_over_blocks/<metric>_{min,median,max}`:
-
-    | tag | meaning | range | high means |
-    | --- | --- | --- | --- |
-    | `curvature/hessian_lambda_max` | largest Ritz value (sharpness) | | small stable learning rate |
-    | `curvature/hessian_lambda_min` | smallest Ritz value, an upper bound of the smallest eigenvalue | | |
-    | `curvature/hessian_residual_max` | largest `residual / abs(theta)` of the pairs | >= 0 | numbers not to trust |
-    | `curvature/hessian_num_converged` | pairs within tolerance | 0..k | |
-    | `curvature/hessian_most_negative_eigenvalue` | smallest eigenvalue, at probes where it converged | | |
-    | `curvature/hessian_ritz_negative_mass` | negative share of `sum abs(theta)`, converged pairs | 0..1 | a saddle |
-    | `curvature/hessian_ritz_negative_fraction` | share of converged pairs that is negative | 0..1 | a saddle |
-    | `curvature_hessian/residual_lambda_{max,min}` | absolute residuals of the two ends | >= 0 | |
-
-    The empirical Fisher has no negative eigenvalue; the first four of its own (`empirical_fisher_token_eigenpairs` in their
-    place for `sample_unit="token"`; beside `FisherSpectrum` in one run nothing is mistaken):
+    `<m>` is the matrix: `hessian`, `ggn`, `preconditioned_hessian`, `finite_difference_hessian`,
+    `empirical_fisher[_token]_eigenpairs`, `sampled_fisher[_token]_eigenpairs`, `[e]kfac_<fisher>_<sharing>_eigenpairs` or the
+    name of your function. `compute_spectrum` has their formulas.
 
     | tag | meaning | range | high means |
     | --- | --- | --- | --- |
-    | `curvature/empirical_fisher_eigenpairs_<metric>` | as above | | |
-    | `curvature_empirical_fisher_eigenpairs/residual_lambda_{max,min}` | as above | >= 0 | |
-    | `curvature_empirical_fisher_eigenpairs_lambda_max/<b>` | largest eigenvalue of a block, with `per_block` | >= 0 | |
-    | `curvature_empirical_fisher_eigenpairs_over_blocks/<metric>_{min,median,max}` | the others, with `per_block` | | |
+    | `curvature/<m>_lambda_max` | largest Ritz value (the Hessian's: sharpness) | | small stable learning rate |
+    | `curvature/<m>_lambda_min` | smallest Ritz value, an upper bound of the smallest eigenvalue | | |
+    | `curvature/<m>_residual_max` | largest `residual / abs(theta)` of the pairs | >= 0 | numbers not to trust |
+    | `curvature/<m>_num_converged` | pairs within tolerance | 0..k | |
+    | `curvature/<m>_most_negative_eigenvalue` | smallest eigenvalue, at probes where it converged | | |
+    | `curvature/<m>_ritz_negative_mass` | negative share of `sum abs(theta)`, converged pairs | 0..1 | a saddle |
+    | `curvature/<m>_ritz_negative_fraction` | share of converged pairs that is negative | 0..1 | a saddle |
+    | `curvature_<m>/residual_lambda_{max,min}` | absolute residuals of the two ends | >= 0 | |
+    | `curvature_<m>/product_error` | of finite differences: how far two steps are apart | >= 0 | too coarse to trust |
+    | `curvature_<m>_lambda_max/<b>` | largest Ritz value of a block, with `per_block` | | |
+    | `curvature_<m>_over_blocks/<metric>_{min,median,max}` | the others over blocks, with `per_block` | | |
 
-    Of at most 1000 rows the Fisher's pairs come from the Gram, with true residuals; of more, and of tokens, from Lanczos. With
-    fewer samples than parameters its smallest eigenvalues are zero: `which="LA"` spends all k on the top.
+    All but the Hessians and matrices of your own are positive semi-definite and have no negative curvature to report. With
+    fewer samples than parameters their smallest eigenvalues are zero: `which="LA"` spends all k on the top.
+
+    Of at most 1000 rows the empirical Fisher's pairs come from the Gram, those of Kronecker factors from the factors, both with
+    true residuals; all others from Lanczos.
 
     The first probe of a run checks the products and refuses to go on where they are wrong, because a kernel without a second
-    derivative is silently wrong: the Hessian's for the same answer twice, symmetry and (where the model has custom operations)
-    agreement with finite differences; the Fisher's for the same answer twice and `J v` against `J' u`.
+    derivative is silently wrong: a Hessian's for the same answer twice, symmetry and (where the model has custom operations)
+    agreement with finite differences; a GGN's and a Fisher's for the same answer twice and `J v` against `J' u`; finite
+    differences' for the agreement of two steps.
 
     Args:
-        operator: `hessian`, or `empirical_fisher`: `(1/N) sum_i g_i g_i'`.
-        sample_unit: of the Fisher: `sequence` (`g_i` of a row's loss summed over its targets) or `token` (of a single target's
-            loss, over the number of targets, exact).
+        operator: which matrix; or a function of the probe's `Problem` and the names of a block's parameters (None for all) that
+            gives an operator, for instance `lambda problem, names: problem.hessian(names)` under a name of its own.
+        sample_unit: of the two Fishers: `sequence` (`g_i` of a row's loss summed over its targets) or `token` (of a single
+            target's loss, over the number of targets, exact).
+        fisher: whose Kronecker factors: `empirical`, `sampled` or `exact`.
+        num_draws: label draws a sample, where labels are drawn.
+        sharing: how positions enter Kronecker factors: `expand` or `reduce`.
         k: pairs.
         which: `BE` both ends, `LA` largest, `SA` smallest, `LM` largest magnitude.
         tol: a pair has converged when its residual is at most `tol |theta|`.
         max_matvecs: most products Lanczos may spend a probe (and block).
-        per_block: one run for each block's own diagonal block of the operator as well as for the whole model.
+        max_seconds: stop each run at the first look after this time; None for no limit.
+        reorth_mode: see `lanczos`; the one that ran is in the metadata.
+        warm_start: whether a run starts from the vectors the previous probe found, mixed with noise. Worth it where these still
+            point the same way: with `draw="fixed"` and small steps.
+        per_block: one run for each block's own diagonal block of the matrix as well as for the whole model.
 
-    Cost: 2 gradients and 2.1 to 2.8 a product of the Hessian (1.4 to 1.6 of the Fisher), at most `max_matvecs` of them; memory
-    `max_matvecs + 1` vectors of size P. From the Gram: `compute_fisher_spectrum`'s, shared with `FisherSpectrum`, and one and
-    a half to two and a half products a pair; memory k vectors.
+    Cost: in gradients, Hessian 2 to build and 1.6 to 2.8 a product; GGN and Fishers 1.5 and 1.2 to 1.5; finite differences 2 a
+    product; at most `max_matvecs` products. Memory: `max_matvecs + 1` vectors of size P, fewer where these do not fit; with
+    `warm_start` one on the host between probes, and in checkpoints. From the Gram: `compute_fisher_spectrum`'s, shared with
+    `FisherSpectrum`, and one and a half to two and a half products a pair; from factors those of `KFACQuality`, shared with it.
     """
 
-    operator: OperatorName = "hessian"
+    operator: OperatorName | OperatorFunction = "hessian"
     sample_unit: SampleUnit = "sequence"
+    fisher: Fisher = "empirical"
+    num_draws: int = 1
+    sharing: Sharing = "expand"
     k: int = 4
     which: Which = "BE"
     tol: float = 1e-2
     max_matvecs: int = 30
+    max_seconds: float | None = None
+    reorth_mode: ReorthMode = "auto"
+    warm_start: bool = True
     per_block: bool = False
 
     def __post_init__(self) -> None:
-        check_operator(self.operator, self.sample_unit)
-        check_options(k=self.k, which=self.which, tol=self.tol, max_matvecs=self.max_matvecs)
+        _ = self.curvature, self._wish(0, None)  # which check their options
 
     @property
     def name(self) -> str:
-        """`hessian`, `empirical_fisher_eigenpairs` or `empirical_fisher_token_eigenpairs`."""
-        return measurement_name(self.operator, self.sample_unit)
+        """The matrix, and `_eigenpairs` behind it where another measurement has its name."""
+        return self.curvature.eigenpairs_name
 
-    def init(self, problem: Problem) -> None:
+    @property
+    def curvature(self) -> Curvature:
+        """Which matrix."""
+        return Curvature(
+            operator=self.operator,
+            sample_unit=self.sample_unit,
+            fisher=self.fisher,
+            num_draws=self.num_draws,
+            sharing=self.sharing,
+        )
+
+    @property
+    def needs_optimizer(self) -> bool:
+        """Whether the matrix is read from the optimizer's state."""
+        return self.curvature.needs_optimizer
+
+    def check(self, problem: Problem) -> None:
+        """Raise a `ConfigurationError` where the matrix cannot be had in this run."""
+        self.curvature.check(problem, negative=self._wish(0, None).negative)
+
+    def init(self, problem: Problem) -> State | None:
         """None: the self-check has not run."""
+        return None
 
-    def measure(self, problem: Problem, state: float | None) -> tuple[list[Record], float | None]:
-        """One record for the whole model, and one a block if asked; the state is the error the self-check measured."""
-        whole, spent = self._eigenproblem(problem), 0
-        if state is None:
-            state, spent = whole.check(seed=problem.seed)
-        records = [self._record(problem, whole, None, state, spent)]
-        del whole  # its graph, before the blocks build theirs
+    def measure(self, problem: Problem, state: State | None) -> tuple[list[Record], State | None]:
+        """One record for the whole model, and one a block if asked; the state is what the next probe starts from."""
+        reason = problem.stability().reason if self.needs_optimizer else None
+        if reason is not None:
+            return [self._absent(problem, reason)], state
+        run = _Run(measurement=self, problem=problem, previous=state or {})
+        records = [run.record(None)]
         if self.per_block:
-            records += [self._record(problem, self._eigenproblem(problem, block), block, state, 0) for block in problem.blocks]
-        return records, state
+            records += [run.record(block) for block in problem.blocks if has_covered_layer(problem, self.curvature, block)]
+        return records, run.state()
 
-    def _eigenproblem(self, problem: Problem, block: str | None = None) -> Eigenproblem:
-        return eigenproblem(problem, self.operator, block, sample_unit=self.sample_unit)
+    def _wish(self, seed: int, start: Tensor | None) -> Wish:
+        return Wish(
+            k=self.k,
+            which=self.which,
+            tol=self.tol,
+            max_matvecs=self.max_matvecs,
+            max_seconds=self.max_seconds,
+            reorth_mode=self.reorth_mode,
+            seed=seed,
+            initial_vectors=None if start is None else start[:, None],
+            return_eigenvectors=self.warm_start,
+        )
 
-    def _record(self, problem: Problem, task: Eigenproblem, block: str | None, asymmetry: float, extra_products: int) -> Record:
-        pairs = task.solve(k=self.k, which=self.which, tol=self.tol, max_matvecs=self.max_matvecs, seed=problem.seed)
+    def _absent(self, problem: Problem, reason: str) -> Record:
+        metadata = {**self.curvature.metadata(), "reason": reason}
+        return Record(step=problem.step, measurement=self.name, headline=_HEADLINE, metadata=metadata)
+
+
+@final
+@dataclass(slots=True, kw_only=True)
+class _Run:
+    """One probe of a measurement, block after block."""
+
+    measurement: TopEigenpairs
+    problem: Problem
+    previous: State
+    error: float | None = None
+    starts: dict[str, Tensor] = field(default_factory=dict)
+
+    def record(self, block: str | None) -> Record:
+        """What the whole model or a block has. The first call checks the operator, in the first probe of a run."""
+        measurement, problem, spent = self.measurement, self.problem, 0
+        task = eigenproblem(problem, measurement.curvature, block)
+        if self.error is None:
+            self.error = self.previous.get("error")
+        if self.error is None:
+            self.error, spent = task.check(seed=problem.seed)
+        pairs = task.solve(measurement._wish(problem.seed, self._start(task, block)))
+        if measurement.warm_start and task.is_iterative:
+            self.starts[block or _WHOLE] = pairs.starting_vector()
         return Record(
             step=problem.step,
-            measurement=self.name,
+            measurement=measurement.name,
             block=block,
             scalars=pairs.metrics(),
             headline=_HEADLINE,
@@ -125,15 +195,29 @@ class TopEigenpairs:
                 "residuals": pairs.residuals.tolist(),
                 "converged": pairs.converged.double().tolist(),
             },
-            num_matvecs=pairs.num_matvecs + extra_products,
-            metadata={
-                "which": self.which,
-                "tol": self.tol,
-                "reorth_mode": pairs.reorth_mode,
-                "dtype": str(task.operator.dtype).removeprefix("torch."),
-                "seed": problem.seed,
-                "asymmetry": max(asymmetry, pairs.asymmetry),
-                "warnings": list(pairs.warnings),
-                **task.metadata(),
-            },
+            num_matvecs=pairs.num_matvecs + spent,
+            metadata=self._metadata(task, pairs, self.error),
         )
+
+    def state(self) -> State:
+        """What the next probe starts from."""
+        return {"error": self.error, "starts": self.starts}
+
+    def _start(self, task: Eigenproblem, block: str | None) -> Tensor | None:
+        """The previous probe's, unless it is of other parameters."""
+        found: Tensor | None = (self.previous.get("starts") or {}).get(block or _WHOLE)
+        return found if found is not None and len(found) == task.operator.shape[0] else None
+
+    def _metadata(self, task: Eigenproblem, pairs: Eigenpairs, asymmetry: float) -> dict[str, Any]:
+        return {
+            **self.measurement.curvature.metadata(),
+            "which": pairs.which,
+            "tol": pairs.tol,
+            "reorth_mode": pairs.reorth_mode,
+            "num_params": task.operator.shape[0],
+            "dtype": str(task.operator.dtype).removeprefix("torch."),
+            "seed": self.problem.seed,
+            "asymmetry": max(asymmetry, pairs.asymmetry),
+            "warnings": list(pairs.warnings),
+            **task.about,
+        }

@@ -6,7 +6,7 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor
 
-from curvature_callbacks.errors import ConfigurationError, ProbeError
+from curvature_callbacks.errors import ConfigurationError, ProbeError, RefusedError
 from curvature_callbacks.linalg.accumulate import norm
 from curvature_callbacks.model.objective import Objective, gradients
 from curvature_callbacks.operators.vectors import flatten, unflatten
@@ -20,6 +20,7 @@ _LONGEST: Final = {torch.float32: 1e-3, torch.float64: 1e-4}
 # eigenvectors, that move about 150 parameters and reach 2e-3: there 1e-3 was off by 0.17.
 _SHORTEST: Final = 1e-2
 _EVEN: Final = 0.1
+_DISAGREEMENT: Final = 0.1  # of two steps; smooth models had 1e-3, a ResNet with max pooling at too long a step 0.8
 
 
 @final
@@ -141,3 +142,22 @@ class FiniteDifferenceHessianOperator:
         """(P,) gradient of the summed loss of one microbatch, and its valid targets."""
         losses = self._objective(batch, leaves)
         return flatten(gradients(losses.total, leaves).values()), int(losses.num_targets.sum())
+
+
+def check_differences(operator: FiniteDifferenceHessianOperator, *, seed: int) -> float:
+    """How far the products of two steps are apart along a random vector, relative to one; 0 for a product of 0.
+
+    Raises:
+        RefusedError: above 0.1: kinks or rounding, not curvature.
+
+    Cost: four gradients, two products.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    v = torch.randn(operator.shape[0], generator=generator, dtype=operator.dtype).to(operator.device)
+    error = operator.error_estimate(v)
+    if not error <= _DISAGREEMENT:
+        raise RefusedError(
+            f"finite differences with two steps are {error:.1e} apart: the loss has kinks that they step over (ReLU, max "
+            "pooling), or its gradient is noisy. Use `operator`='hessian' with eager implementations of the model's kernels."
+        )
+    return error

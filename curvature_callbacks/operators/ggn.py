@@ -98,13 +98,13 @@ class _LogitGraph:
     """
 
     def __init__(self, losses: SampleLosses, leaves: Sequence[Tensor]) -> None:
-        predictive = _known(losses)
+        predictive = known_predictive(losses)
         self.jacobian = Jacobian(predictive.logits, leaves)
         self.total = losses.total.detach()
         self.num_targets = int(losses.num_targets.sum())
         self._kind = predictive.kind
         self._logits = predictive.logits.detach()  # (N, M, C)
-        self._ignored = (~predictive.valid).flatten().nonzero()[:, 0]  # of the N M targets
+        self._ignored = (~predictive.valid).nonzero(as_tuple=True)  # rows and positions of targets that do not count
 
     def product(self, parts: Sequence[Tensor]) -> list[Tensor | None]:
         """`J' H J v` leaf by leaf, summed over targets."""
@@ -120,7 +120,7 @@ class _LogitGraph:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The logits and which of them do not count."""
-        return self._logits, self._ignored
+        return self._logits, *self._ignored
 
     def _curved(self, u: Tensor) -> Tensor:
         """`H u` (N, M, C), zero where targets do not count."""
@@ -134,11 +134,12 @@ class _LogitGraph:
         else:
             p = self._logits.sigmoid()
             curved = u * (p * (1 - p) / D)
-        curved.flatten(0, 1)[self._ignored] = 0
+        curved[self._ignored] = 0  # by both axes: with classes on axis 1 of the model's output, flattening them would copy
         return curved
 
 
-def _known(losses: SampleLosses) -> Predictive:
+def known_predictive(losses: SampleLosses) -> Predictive:
+    """The logits and the likelihood of a loss; a `ConfigurationError` where they are not known."""
     if losses.predictive is None:
         raise ConfigurationError(
             "the GGN needs the logits and the likelihood of the loss: a loss function gives a mean or one loss per row, and "

@@ -21,6 +21,9 @@ class PreconditionedOperator:
         scale: (P,) the diagonal of D, positive, in the operator's order of parameters.
         shift: (P,) the diagonal of C, a weight decay for instance, at least 0; None for none.
 
+    Attributes:
+        inner: A.
+
     Raises:
         ProbeError: an entry of D is not a positive number.
 
@@ -41,7 +44,7 @@ class PreconditionedOperator:
         wrong = int((~((scale > 0) & (scale < torch.inf))).sum())
         if wrong:
             raise ProbeError(f"{wrong} of {len(scale)} entries of the preconditioner are not positive numbers.")
-        self._inner = inner
+        self.inner = inner
         self._root = scale.to(inner.device, inner.dtype).sqrt()[:, None]  # (P, 1)
         self._shift = None if shift is None else shift.to(inner.device, inner.dtype)[:, None]  # (P, 1)
         self.shape = inner.shape
@@ -52,5 +55,5 @@ class PreconditionedOperator:
     def matmat(self, V: Tensor) -> Tensor:
         """`D^1/2 (A + C) D^1/2 V` for `V` (P, K)."""
         scaled = self._root * V
-        product = self._inner.matmat(scaled)
+        product = self.inner.matmat(scaled)
         return self._root * (product if self._shift is None else product + self._shift * scaled)

@@ -4,13 +4,14 @@ import copy
 import json
 import pickle
 from dataclasses import FrozenInstanceError, asdict, fields, is_dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import nn
 
 from curvature_callbacks import (
+    EdgeRatio,
     FisherSpectrum,
     GradientNoise,
     KFACCoverage,
@@ -18,8 +19,10 @@ from curvature_callbacks import (
     Measurement,
     Problem,
     Record,
+    SpectralDensity,
     TopEigenpairs,
 )
+from curvature_callbacks.measurements.curvature import OperatorName
 from curvature_callbacks.model.isolation import isolated
 from curvature_callbacks.record import tag_segment
 
@@ -36,6 +39,14 @@ VARIANTS = [
     TopEigenpairs(k=1, which="LA", max_matvecs=6, per_block=True),
     TopEigenpairs(operator="empirical_fisher", k=3, per_block=True),
     TopEigenpairs(operator="empirical_fisher", sample_unit="token", which="LA", k=1, max_matvecs=6),
+    *(TopEigenpairs(operator=name, k=2, max_matvecs=12) for name in get_args(OperatorName)),
+    TopEigenpairs(operator="sampled_fisher", sample_unit="token", num_draws=2, k=1, which="LA", per_block=True),
+    TopEigenpairs(operator="ekfac", fisher="sampled", num_draws=2, sharing="reduce", k=2, which="LA", per_block=True),
+    TopEigenpairs(operator="ggn", which="LA", per_block=True, reorth_mode="partial", warm_start=False, max_seconds=60.0),
+    SpectralDensity(num_probes=2, num_steps=8),
+    SpectralDensity(operator="ggn", num_probes=2, num_steps=8, deflate=0),
+    SpectralDensity(operator="preconditioned_hessian", num_probes=2, num_steps=8, deflate=1),
+    EdgeRatio(),
     KFACCoverage(),
     KFACQuality(),
     KFACQuality(fisher="sampled", sharing="reduce", num_draws=2),
@@ -60,7 +71,8 @@ def measured(measurement: Any, model: nn.Module | None = None, *, step: int = 7,
     batch = torch.randn(6, 4, generator=generator), torch.randint(3, (6,), generator=generator)
     model = network() if model is None else model
     with isolated(model, seed=0):
-        problem = Problem(model, [batch], loss="cross_entropy", step=step)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        problem = Problem(model, [batch], loss="cross_entropy", step=step, optimizer=optimizer)
         records, state = measurement.measure(problem, measurement.init(problem) if state is None else state)
     return list(records), state
 

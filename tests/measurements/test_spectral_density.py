@@ -61,7 +61,7 @@ def test_estimates_are_those_of_the_dense_matrix(operator: Any):
 
 def test_numbers_are_those_of_the_quadrature_of_the_operator():
     with problem_of(seed=5) as problem:
-        ((record,), _) = SpectralDensity(num_probes=3, num_steps=7).measure(problem, 0.0)
+        ((record,), _) = SpectralDensity(num_probes=3, num_steps=7, deflate=0).measure(problem, 0.0)
         expected = spectral_density(problem.hessian(), num_probes=3, num_steps=7, seed=5)
     assert record.scalars == expected.metrics()
     assert record.arrays["grid"] == expected.grid.tolist()
@@ -79,9 +79,25 @@ def test_negative_curvature_is_for_operators_that_may_have_it(options: Any, metr
     assert set(record.scalars) == {metric + suffix for metric in metrics for suffix in ("", "_standard_error")}
 
 
+def test_outliers_are_taken_out_first_and_their_products_count():
+    with problem_of() as problem:
+        plain, deflated = (
+            SpectralDensity(num_probes=8, num_steps=20, deflate=deflate).measure(problem, 0.0)[0][0] for deflate in (0, 4)
+        )
+        most = SpectralDensity(num_probes=2, num_steps=2, deflate=3).measure(problem, 0.0)[0][0]
+    assert (plain.metadata["num_deflated"], deflated.metadata["num_deflated"]) == (0, 4)
+    assert deflated.num_matvecs > plain.num_matvecs
+    assert most.num_matvecs <= 2 * 2 + 40
+    for metric in ("trace", "frobenius_norm"):
+        error = f"{metric}_standard_error"
+        assert deflated.scalars[error] < 0.6 * plain.scalars[error]
+        expected = {"trace": truth("hessian").sum(), "frobenius_norm": truth("hessian").norm()}[metric]
+        assert abs(deflated.scalars[metric] - expected) < 4 * deflated.scalars[error]
+
+
 def test_the_operator_is_checked_at_the_first_probe_only():
     with problem_of() as problem:
-        measurement = SpectralDensity(num_probes=2, num_steps=4)
+        measurement = SpectralDensity(num_probes=2, num_steps=4, deflate=0)
         ((first,), state) = measurement.measure(problem, measurement.init(problem))
         ((second,), again) = measurement.measure(problem, state)
     assert first.num_matvecs == second.num_matvecs + 3 == 2 * 4 + 3

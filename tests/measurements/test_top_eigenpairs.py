@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -40,8 +41,8 @@ def test_the_measurement_reports_the_whole_model_and_its_blocks():
         values = truth(model, list(names[record.block]))
         assert record.scalars["lambda_max"] == pytest.approx(values[0].item())
         assert record.scalars["lambda_min"] == pytest.approx(values[-1].item(), abs=1e-10)
-    assert state < 1e-10
-    assert again[0].num_matvecs == whole.num_matvecs - 3  # the self-check runs once
+    assert state["error"] < 1e-10
+    assert again[0].num_matvecs <= whole.num_matvecs - 3  # the self-check runs once, and the second run starts warm
 
 
 @pytest.mark.parametrize("gram", [True, False], ids=["gram", "lanczos"])
@@ -68,8 +69,9 @@ def test_the_fisher_of_the_whole_model_and_its_blocks(gram: bool, monkeypatch: p
         assert record.metadata["reorth_mode"] == ("gram" if gram else "full")
         assert record.scalars["residual_max"] < 1e-7
         assert record.scalars["num_converged"] == 4.0
-    assert state < 1e-10
-    assert again[0].num_matvecs == whole.num_matvecs - 2  # the self-check runs once
+    assert state["error"] < 1e-10
+    assert again[0].num_matvecs <= whole.num_matvecs - 2  # the self-check runs once
+    assert (state["starts"] == {}) == gram  # the Gram needs no start
 
 
 @pytest.mark.parametrize("unit", ["sequence", "token"])
@@ -149,3 +151,63 @@ def test_a_loss_known_as_a_mean_only_is_asked_for_by_row():
 def test_the_measurement_names_its_bad_option(options: dict[str, Any]):
     with pytest.raises(ConfigurationError, match=f"`{list(options)[-1]}`"):
         TopEigenpairs(**options)
+
+
+WARM = TopEigenpairs(k=2, which="LA", tol=1e-3, max_matvecs=60, per_block=True)
+
+
+def spent(measurement: TopEigenpairs, problem: Any, state: Any) -> list[int]:
+    return [record.num_matvecs for record in measurement.measure(problem, state)[0]]
+
+
+def test_the_next_probe_starts_from_the_vectors_of_this_one():
+    """On the model and in every block, at the same place: none takes more products than a cold start."""
+    cold = replace(WARM, warm_start=False)
+    with problem_of() as problem:
+        state = WARM.measure(problem, None)[1]
+        assert {key: len(start) for key, start in state["starts"].items()} == {
+            "": 79,
+            **{
+                block: sum(problem.objective.parameters[name].numel() for name in names)
+                for block, names in problem.blocks.items()
+            },
+        }
+        assert all(start.device.type == "cpu" for start in state["starts"].values())
+        warm, again = spent(WARM, problem, state), spent(cold, problem, {"error": 0.0})
+    assert sum(warm) < sum(again)
+    assert warm[0] < again[0]
+
+
+def test_without_a_warm_start_nothing_is_kept():
+    with problem_of() as problem:
+        state = replace(WARM, warm_start=False).measure(problem, None)[1]
+    assert state["starts"] == {}
+
+
+def test_vectors_of_other_parameters_begin_anew():
+    with problem_of() as problem:
+        state = WARM.measure(problem, None)[1]
+        state["starts"][""] = state["starts"][""][:5]
+        state["starts"]["0"] = None  # as from a checkpoint in JSON
+        assert WARM.measure(problem, state)[0][0].scalars["lambda_max"] == pytest.approx(
+            truth(CASE.model())[0].item(), rel=1e-4
+        )
+
+
+def test_a_warm_start_finds_what_the_vectors_lack():
+    """From the eigenvector of the second largest eigenvalue the largest is found all the same."""
+    with problem_of() as problem:
+        names = [name for name, _ in problem.model.named_parameters()]
+        H = dense_hessian(CASE.model(), case_loss(CASE, CASE.microbatches()), names)
+        second = torch.linalg.eigh(H).eigenvectors[:, -2]
+        state = {"error": 0.0, "starts": {"": second}}
+        record = TopEigenpairs(k=1, which="LA", tol=1e-3, max_matvecs=60).measure(problem, state)[0][0]
+    assert record.scalars["lambda_max"] == pytest.approx(torch.linalg.eigvalsh(H)[-1].item(), rel=1e-5)
+
+
+def test_a_limit_in_seconds_ends_a_run_at_its_first_look():
+    with problem_of() as problem:
+        record = TopEigenpairs(k=2, tol=1e-9, max_matvecs=60, max_seconds=1e-9).measure(problem, {"error": 0.0})[0][0]
+    assert record.num_matvecs <= 5
+    assert record.scalars["num_converged"] < 2
+    assert any("did not reach" in message for message in record.metadata["warnings"])
