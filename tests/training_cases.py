@@ -456,9 +456,10 @@ def transformers_run(
     model: Callable[[], nn.Module] = language_model,
     data: Callable[[], Any] = Sentences,
     collator: Callable[[], Any] | None = None,
+    resume: str | None = None,
     **changes: Any,
 ) -> Run:
-    """Train from a fixed seed; with `callback`, its records are in the run."""
+    """Train from a fixed seed, or on from the checkpoint `resume`; with `callback`, its records are in the run."""
     seed_everything()
     trainer = Trainer(
         model=model(),
@@ -467,7 +468,7 @@ def transformers_run(
         data_collator=collator() if collator else None,
         callbacks=[callback] if callback else [],
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     assert trainer.optimizer is not None
     return Run(
         state=dict(trainer.model.state_dict()) | {"training": [child.training for child in trainer.model.modules()]},
