@@ -11,11 +11,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from curvature_callbacks import (
     CurvatureMonitor,
+    EdgeRatio,
     FisherSpectrum,
     GradientNoise,
     JSONLinesSink,
     KFACCoverage,
     KFACQuality,
+    SpectralDensity,
     TopEigenpairs,
     read_records,
 )
@@ -70,7 +72,8 @@ def test_snippet(snippet: str, in_run_directory: Path, capsys: pytest.CaptureFix
 
 def test_tags_are_those_of_the_docstrings() -> None:
     lightning = pytest.importorskip("curvature_callbacks.lightning")
-    kinds = (FisherSpectrum, TopEigenpairs, KFACCoverage, KFACQuality, GradientNoise, lightning.CurvatureCallback)
+    eigenvalues = (TopEigenpairs, SpectralDensity, EdgeRatio)
+    kinds = (FisherSpectrum, *eigenvalues, KFACCoverage, KFACQuality, GradientNoise, lightning.CurvatureCallback)
     documented = "".join(kind.__doc__ or "" for kind in kinds)
     table = re.search(r"## Tags\n(.*?)\n## ", README, flags=re.DOTALL)
     assert table is not None
