@@ -7,6 +7,7 @@ from typing import Final, final
 import torch
 from torch import Tensor
 
+from curvature_callbacks.errors import ProbeError
 from curvature_callbacks.linalg.krylov import Krylov
 from curvature_callbacks.linalg.ritz import Ritz, distinct_pairs, ritz_pairs
 from curvature_callbacks.linalg.wanted import Wanted
@@ -28,7 +29,8 @@ class Iteration:
         deadline: value of `time.perf_counter()` to stop at.
         sweeping: whether to look for further copies of what has converged, in the complement.
         patience: steps until the next look.
-        diverged: whether the recurrence grew beyond all bounds.
+        hurried: whether to look at every one of the first steps: a warm run for one pair takes 4 or 5.
+        segment: first vector of the segment of the latest steps; one that a vanished beta has closed is judged by itself.
     """
 
     krylov: Krylov
@@ -37,18 +39,24 @@ class Iteration:
     max_matvecs: int
     deadline: float | None
     sweeping: bool
+    hurried: bool
     patience: int
-    diverged: bool = False
+    segment: int = 0
 
     def result(self) -> Ritz:
-        """The pairs when all have converged and nothing is left to look for, or the budget is spent."""
+        """The pairs when all have converged and nothing is left to look for, or the budget is spent.
+
+        Raises:
+            ProbeError: a product is not finite.
+        """
         krylov = self.krylov
         while True:
             self._advance()
-            segment = krylov.start
-            self.diverged = not krylov.look()
-            over = self.diverged or krylov.exhausted or self._spent()
-            if krylov.start != segment:
+            self.segment = krylov.start
+            if not krylov.look():
+                raise ProbeError("the operator's products are not finite: there are no eigenpairs.")
+            over = krylov.exhausted or self._spent()
+            if krylov.start != self.segment:
                 self.sweeping = True  # an invariant subspace shows one copy of each eigenvalue
                 self.patience = 1  # steps after a vanished beta are lost, so look at each from here on
             over = over or (krylov.finished and not krylov.policy.orthonormal)
@@ -61,14 +69,13 @@ class Iteration:
     def _advance(self) -> None:
         krylov = self.krylov
         room = min(krylov.capacity - krylov.size, self.max_matvecs - krylov.num_matvecs)
-        for _ in range(max(1, min(self.patience, room))):
+        ahead = 1 if self.hurried and krylov.size < 2 * LOOK_EVERY else self.patience
+        for _ in range(max(1, min(ahead, room))):
             krylov.step()
-        if 1 < self.patience < LOOK_EVERY and krylov.size > 2 * LOOK_EVERY:
-            self.patience = LOOK_EVERY
 
     def _spent(self) -> bool:
-        out_of_time = self.deadline is not None and time.perf_counter() >= self.deadline
-        return out_of_time or self.krylov.num_matvecs >= self.max_matvecs
+        late = self.deadline is not None and self.krylov.products.anywhere(time.perf_counter() >= self.deadline)
+        return late or self.krylov.num_matvecs >= self.max_matvecs
 
     def _pairs(self, *, final: bool) -> Ritz:
         if self.krylov.policy.orthonormal:
@@ -78,16 +85,16 @@ class Iteration:
     def _complete(self, ritz: Ritz) -> bool:
         """Whether nothing is left to do; where a converged segment may hide copies, another is begun."""
         krylov = self.krylov
-        enough = len(ritz.values) == self.wanted.count and krylov.size > max(self.wanted.count, krylov.start)
+        enough = len(ritz.values) == self.wanted.count and krylov.size > max(self.wanted.count, self.segment)
         more = self.sweeping and krylov.policy.orthonormal
-        tol = self.tol / 2 if more and krylov.start == 0 else self.tol  # residuals grow a little when others are found
+        tol = self.tol / 2 if more and self.segment == 0 else self.tol  # residuals grow a little when others are found
         if not enough or not ritz.converged(tol).all():
             return False
         if not more:
             return True
-        if krylov.start == 0 or self._segment_contributes(ritz.floor):
+        if self.segment == 0 or self._segment_contributes(ritz.floor):
             known = torch.where(ritz.residuals > ritz.floor, ritz.residuals, 0.0)  # the floor is added to none
-            krylov.begin_segment(ritz.coordinates, known)
+            krylov.begin_segment(ritz.coordinates, ritz.values, known)
             return False
         return self._segment_has_settled(ritz.floor)
 
@@ -116,7 +123,7 @@ class Iteration:
 
     def _split(self) -> tuple[Tensor, Tensor, Tensor]:
         """Ritz values before the current segment; Ritz values and vectors of the segment by itself."""
-        start, H = self.krylov.start, self.krylov.projected()
+        start, H = self.segment, self.krylov.projected()
         values, vectors = torch.linalg.eigh(H[start:, start:])
         return torch.linalg.eigvalsh(H[:start, :start]), values, vectors
 

@@ -117,25 +117,21 @@ class Krylov:
         """The only host synchronisation: deflate where a beta has vanished, tell the policy.
 
         The steps after the first vanished beta are lost: they span an invariant subspace with rounding. The run continues with
-        a random vector in the complement.
-
-        Returns:
-            Whether the recurrence is finite; without reorthogonalisation it can blow up, and what was not looked at is dropped.
+        a random vector in the complement. Returns whether the recurrence is finite.
         """
         alphas, betas = self.host(self.alphas), self.host(self.betas)
         if not (alphas.isfinite() & betas.isfinite()).all():
-            self.size = self._settled
             return False
         first = max(self._settled, self.kept)
-        vanished = betas <= NOISE * self.eps * self.scale()
-        vanished[:first] = False  # kept vectors have none; the others were looked at before
-        self.asymmetry = max(self.asymmetry, self.host(self.asymmetries).abs().max().item())
-        if vanished.any():
-            self._deflate(int(vanished.nonzero()[0]))
-        elif self.size < self.dimension:
-            lost = self.policy.observe(alphas, betas)
-            if lost is not None:
-                self._go_back(lost)
+        floor = NOISE * self.eps * self.scale()
+        vanished = (betas[first:] <= floor).nonzero()  # kept vectors have none; the others were looked at before
+        counted = first + int(vanished[0]) if len(vanished) else min(self.size, self.dimension - 1)
+        lost = self.policy.observe(alphas[:counted], betas[:counted], self._losses()[:counted])
+        if lost is not None:
+            self._go_back(lost, floor)
+        elif len(vanished):
+            self._deflate(counted)
+        self.asymmetry = max([self.asymmetry, *self.host(self.asymmetries).abs().tolist()])
         self._settled = self.size
         return True
 
@@ -154,7 +150,7 @@ class Krylov:
         m, kept = self.size, self.kept
         betas = self.host(self.betas)
         H = torch.diag(self.host(self.alphas))
-        inner = torch.arange(kept, m - 1)
+        inner = torch.arange(kept, max(kept, m - 1))
         H[inner, inner + 1] = H[inner + 1, inner] = betas[kept:-1]
         H[:kept, :kept] = self._core
         if 0 < kept < m:
@@ -171,7 +167,7 @@ class Krylov:
         """
         if isinstance(self.policy, Full):
             return None
-        found: Tensor = self.corrections[: self.size, : self.size].cpu()
+        found: Tensor = self.corrections[: self.size, : self.size].cpu().clone()
         found[: self._locked, self.kept :] = 0.0  # is in H
         return found
 
@@ -199,13 +195,19 @@ class Krylov:
         """
         following = self.basis[self.size].clone()
         spokes = self.last_beta() * coordinates[-1]
-        self._keep(coordinates, spokes, locked)
+        self._keep(coordinates, spokes, locked, core=coordinates.T @ self.projected() @ coordinates)
         self.start = locked
         self.basis[self.size] = following
 
-    def begin_segment(self, coordinates: Tensor, residuals: Tensor) -> None:
-        """Keep `Q coordinates` (m, l), whose residuals are (l,), and go on with a random vector in their complement."""
-        self._keep(coordinates, torch.zeros_like(residuals), len(residuals))
+    def begin_segment(self, coordinates: Tensor, values: Tensor, residuals: Tensor) -> None:
+        """Keep the Ritz vectors `Q coordinates` (m, l) of `values` (l,) and go on with a random vector in their complement.
+
+        Args:
+            coordinates: of the vectors; eigenvectors of `H + C`, so that H says nothing about them.
+            values: their Ritz values.
+            residuals: (l,) norms of what is cut off.
+        """
+        self._keep(coordinates, torch.zeros_like(residuals), len(residuals), core=torch.diag(values))
         self._inherited = residuals
         self.start = self.size
         self.place_random(self.size)
@@ -222,9 +224,9 @@ class Krylov:
         self.basis[index] = q / self.products.norm(q)
         self.policy.reset(index)
 
-    def _keep(self, coordinates: Tensor, spokes: Tensor, locked: int) -> None:
+    def _keep(self, coordinates: Tensor, spokes: Tensor, locked: int, *, core: Tensor) -> None:
         m, kept = coordinates.shape
-        self._core = coordinates.T @ self.projected() @ coordinates
+        self._core = core
         cut = coordinates[: len(self._inherited)] * self._inherited[:, None]
         self._inherited = cut.norm(dim=0)
         weights = coordinates.T.to(self.basis)
@@ -237,32 +239,49 @@ class Krylov:
         self._locked = locked
         self.size = self._settled = kept
 
+    def _losses(self) -> Tensor:
+        """(m,) on the CPU: largest inner product with a vector before it that the passes took from the one after each."""
+        taken = self.host(self.corrections.abs().amax(0))
+        return taken / self.host(self.betas).clamp_min(torch.finfo(torch.float64).tiny)
+
     def _deflate(self, j: int) -> None:
-        self.size = self.start = j + 1
+        self._give_up(j + 1)
+        self.start = j + 1
         self.betas[j] = 0.0
         self.place_random(j + 1)
 
-    def _go_back(self, place: int) -> None:
+    def _go_back(self, place: int, floor: float) -> None:
         """Give up the steps from the vector at `place` on, and make it orthogonal to those before."""
-        self.size = place
+        self._give_up(place)
         w = self.basis[place]
         for _ in range(2):
             self._pass(w, slice(0, place), column=place - 1, scale=self.betas[place - 1])
         length = self.products.norm(w)
         self.betas[place - 1] *= length
+        if self.betas[place - 1] <= floor:
+            self._deflate(place - 1)
+            return
         w /= length.to(w.dtype)
         self.policy.reset(place)
+
+    def _give_up(self, size: int) -> None:
+        """The steps after the first `size`; what their passes took away would be added to that of their repetitions."""
+        self.size = size
+        self.corrections[:, size:] = 0.0
 
     def _orthogonalised(self, w: Tensor, count: int) -> Tensor:
         """The norm of `w` after the passes the policy asks for; what they took away is kept as a column of `corrections`."""
         rows = self.policy.rows(count)
+        if self.policy.orthonormal and count == self.dimension:
+            rows = slice(0, count)  # all that is left lies in their span
+        elif rows is None and self._locked:
+            rows = slice(0, self._locked)  # their residuals lead back to them
         if rows is None:
             return self.products.norm(w)
         before = self.products.norm(w)
         self._pass(w, rows)
         after = self.products.norm(w)
-        # On an accelerator the second pass is cheaper than the synchronisation that would tell whether it is needed.
-        if w.device.type != "cpu" or after < _SECOND_PASS * before:
+        if not _reads_are_free(w.device) or after < _SECOND_PASS * before:
             self._pass(w, rows)
             after = self.products.norm(w)
         self.num_passes += rows == slice(0, count)
@@ -273,3 +292,8 @@ class Krylov:
         found = self.products.coefficients(basis, w)
         subtract_combination(w, basis, found)
         self.corrections[rows, self.size if column is None else column] += found * scale
+
+
+def _reads_are_free(device: torch.device) -> bool:
+    """Else a second pass is cheaper than the synchronisation that would tell whether it is needed."""
+    return device.type == "cpu"

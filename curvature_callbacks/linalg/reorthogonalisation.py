@@ -5,7 +5,7 @@ from typing import Final, Protocol, final
 import torch
 from torch import Tensor
 
-_BASE: Final = 4.0  # orthogonality of neighbours after the three-term step, in units of eps: their products are float64 sums
+_BASE: Final = 2.0  # orthogonality of neighbours after the three-term step, in units of eps: their products are float64 sums
 _CAUTION: Final = 4.0  # the estimate is a size, not a bound; true inner products were up to 3 times it
 
 
@@ -21,8 +21,14 @@ class Reorthogonalisation(Protocol):
         """Basis vectors among the first `size` that the vector after them is orthogonalised against; None: none."""
         ...
 
-    def observe(self, alphas: Tensor, betas: Tensor) -> int | None:
-        """Told the recurrence so far, (m,) float64 on the CPU each: the first vector that is not orthogonal, if any."""
+    def observe(self, alphas: Tensor, betas: Tensor, losses: Tensor) -> int | None:
+        """Told the recurrence so far: the first vector that is not orthogonal, if any; the run goes back to it.
+
+        Args:
+            alphas: (m,) float64 on the CPU.
+            betas: (m,), likewise.
+            losses: (m,), likewise: largest inner product with an earlier vector that a pass took from the vector after each.
+        """
         ...
 
     def reset(self, size: int) -> None:
@@ -40,7 +46,7 @@ class Full:
         """All."""
         return slice(0, size)
 
-    def observe(self, alphas: Tensor, betas: Tensor) -> int | None:
+    def observe(self, alphas: Tensor, betas: Tensor, losses: Tensor) -> int | None:
         """Nothing depends on it."""
         return None
 
@@ -58,7 +64,7 @@ class Off:
         """None."""
         return None
 
-    def observe(self, alphas: Tensor, betas: Tensor) -> int | None:
+    def observe(self, alphas: Tensor, betas: Tensor, losses: Tensor) -> int | None:
         """Nothing depends on it."""
         return None
 
@@ -70,26 +76,48 @@ class Off:
 class Selective:
     """Against the latest `window` vectors at every step, and against all at two steps running out of every `period`.
 
-    Two, because the recurrence carries what one vector has lost on to the next but one.
+    Two, because the recurrence carries what one vector has lost on to the next but one. Where a pass finds more than
+    `sqrt(eps)` lost, the period is too long: passes against a basis that is not orthogonal blow the recurrence up (in float32
+    after 50 steps, eigenvalues 90 * 0.6^i, period 5). So the run goes back to the last two that were against all, and the
+    period is shorter by one from then on; at 2 every step is against all.
+
+    Args:
+        eps: of the basis's dtype.
+        window: vectors.
+        period: steps.
     """
 
     orthonormal: Final = False
 
-    def __init__(self, *, window: int, period: int) -> None:
+    def __init__(self, *, eps: float, window: int, period: int) -> None:
+        self._lost = eps**0.5
         self._window = window
         self._period = period
+        self._size = 0  # steps that were counted
+        self._orthogonal = 0  # the latest vector that was made orthogonal to all before it
 
     def rows(self, size: int) -> slice | None:
         """The window, or all."""
-        everything = size % self._period in (0, 1)
-        return slice(0 if everything else max(0, size - self._window), size)
+        return slice(0 if self._against_all(size) else max(0, size - self._window), size)
 
-    def observe(self, alphas: Tensor, betas: Tensor) -> int | None:
-        """Nothing depends on it."""
-        return None
+    def observe(self, alphas: Tensor, betas: Tensor, losses: Tensor) -> int | None:
+        """Shorten the period where too much was lost, and go back to the first vector that was not against all."""
+        lost = (losses[self._size :] > self._lost).nonzero()
+        if len(lost) == 0 or self._period <= 2:
+            self._size = len(losses)
+            return None
+        place = self._size + int(lost[0]) + 1
+        while place > self._orthogonal + 1 and not self._against_all(place - 1):
+            place -= 1
+        self._period -= 1
+        return place
 
     def reset(self, size: int) -> None:
-        """Nothing was estimated."""
+        """What was lost before does not count again."""
+        self._size = self._orthogonal = size
+
+    def _against_all(self, size: int) -> bool:
+        return size % self._period in (0, 1)
 
 
 @final
@@ -125,7 +153,7 @@ class Partial:
         """All where the plan says so."""
         return slice(0, size) if size <= self._until else None
 
-    def observe(self, alphas: Tensor, betas: Tensor) -> int | None:
+    def observe(self, alphas: Tensor, betas: Tensor, losses: Tensor) -> int | None:
         """Carry the estimate on, and plan the steps until the next look unless a vector has been lost."""
         m = len(alphas)
         while self._size < m:
@@ -133,7 +161,8 @@ class Partial:
             self._size += 1
             if self._latest.max() > self._lost:
                 return self._size
-        self._until = m
+        if m == 0:
+            return None
         for count in (0, 2, self._ahead):
             self._until = m + count
             if self._forecast(alphas, betas, count) < self._limit:
@@ -156,7 +185,8 @@ class Partial:
             past = torch.cat([self._before, torch.ones(1, dtype=torch.float64)])  # w_{j-1,j-1} = 1
             terms = betas[:j] * own[1:] + (alphas[:j] - alphas[j]) * own[:j] - betas[j - 1] * past
             terms[1:] += betas[: j - 1] * own[: j - 1]
-            noise = self._base * (betas[:j] + betas[j])
+            scale = max(alphas[: j + 1].abs().max().item(), betas[: j + 1].max().item())
+            noise = self._base * scale  # Simon's is b_i + b_j; a product's rounding is that of the largest eigenvalue
             following[:j] = ((terms.abs() + noise) / beta).clamp(max=1.0)
         self._before, self._latest = self._latest, following
 

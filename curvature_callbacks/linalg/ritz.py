@@ -11,6 +11,8 @@ from curvature_callbacks.linalg.wanted import Wanted
 
 _INDEPENDENT: Final = 0.1  # least part of a unit Ritz vector outside those before it; a ghost's was below 1e-3
 
+_COPIES: Final = 8  # of a wanted pair that are looked at, on average; a bulk at zero is no group of ghosts
+
 
 @final
 @dataclass(slots=True)
@@ -42,26 +44,31 @@ def ritz_pairs(krylov: Krylov, wanted: Wanted) -> Ritz:
     taken = krylov.taken()
     if taken is None:
         return _chosen(krylov, values, vectors, wanted.choose(values))
-    coordinates, errors = _refined(values, vectors, taken)
+    coordinates, errors = _refined(values, vectors, taken, krylov.eps)
     return _chosen(krylov, values, coordinates, wanted.choose(values), errors)
 
 
-def _refined(values: Tensor, vectors: Tensor, taken: Tensor) -> tuple[Tensor, Tensor]:
+def _refined(values: Tensor, vectors: Tensor, taken: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Eigenvectors of `H + C` to first order in C, (m, m) columns, and the length of what they leave of it, (m,).
 
     Where a basis is orthonormal to `sqrt(eps)` the eigenvalues of H are good to eps (Simon 1984, theorem 5), but its
     eigenvectors only to `sqrt(eps)`: with C of that size, what is left after one step of perturbation theory is of size eps.
     """
     share = vectors.T @ taken @ vectors
+    size = torch.maximum(share.abs(), share.T.abs())
     gaps = values[None, :] - values[:, None]
-    apart = gaps.abs() > share.abs().max() * 10
-    better = vectors + vectors @ torch.where(apart, share / torch.where(apart, gaps, 1.0), 0.0)
+    apart = (size > eps * values.abs().max()) & (size < eps**0.125 * gaps.abs())
+    turn = torch.where(apart, share / torch.where(apart, gaps, 1.0), 0.0)
+    stretch = (turn + turn.T) / 2
+    turn = (turn - turn.T) / 2
+    turn = turn + turn @ turn / 2  # what is left of I + turn once its columns are of unit length, to fourth order
+    better = vectors + vectors @ (turn + stretch.clamp(-(eps**0.5), eps**0.5))
     better = better / better.norm(dim=0)
     product = vectors @ (values[:, None] * (vectors.T @ better)) + taken @ better
     return better, (product - better * values).norm(dim=0)
 
 
-def distinct_pairs(krylov: Krylov, wanted: Wanted, tol: float, *, final: bool) -> Ritz:
+def distinct_pairs(krylov: Krylov, wanted: Wanted, tol: float, *, final: bool, spare: int = 0) -> Ritz:
     """The wanted pairs of a basis that is not orthonormal, without ghosts.
 
     Where orthogonality is lost the recurrence finds a converged pair again: its value then stands in H several times, each
@@ -75,15 +82,20 @@ def distinct_pairs(krylov: Krylov, wanted: Wanted, tol: float, *, final: bool) -
         wanted: pairs.
         tol: of the estimates below which it is worth looking at the vectors.
         final: whether to look at them in any case.
+        spare: groups of equal values to look at beyond the wanted ones, in place of what proved to be ghosts.
 
     Cost: an m x m eigensolve, and where the estimates have converged two products of the basis with the candidates.
     """
     values, vectors = torch.linalg.eigh(krylov.projected())
-    candidates = _candidates(values, wanted, krylov)
+    candidates = _candidates(values, wanted.more(spare), krylov)
     found = _chosen(krylov, values, vectors, candidates)
     if not final and not _one_of_each(found, wanted).converged(tol).all():
         return found
-    return _independent(krylov, found, wanted)
+    independent = _independent(krylov, found, wanted)
+    absent = wanted.count - len(independent.values)
+    if absent == 0 or len(candidates) == len(values) or (spare > 0 and not final):
+        return independent
+    return distinct_pairs(krylov, wanted, tol, final=final, spare=2 * max(spare, absent))
 
 
 def _chosen(krylov: Krylov, values: Tensor, vectors: Tensor, chosen: Tensor, errors: Tensor | None = None) -> Ritz:
@@ -98,16 +110,20 @@ def _chosen(krylov: Krylov, values: Tensor, vectors: Tensor, chosen: Tensor, err
 
 
 def _candidates(values: Tensor, wanted: Wanted, krylov: Krylov) -> Tensor:
-    """Indices among ascending `values`, descending, with all copies of the wanted ones."""
+    """Indices among ascending `values`, descending, with all copies of the wanted ones of each end."""
     radius = 1e3 * NOISE * krylov.eps * values.abs().max().item()
-    size = len(values)
-    for count in range(wanted.count, size + 1):
-        chosen = wanted.more(count - wanted.count).choose(values)
-        found = values[chosen]
-        groups = 1 + int((found.diff().abs() > radius).sum()) if count else 0
-        if groups >= wanted.count:
-            return chosen
-    return torch.arange(size).flip(0)
+    if wanted.by_magnitude:
+        order = values.abs().argsort(descending=True, stable=True)
+        return order[: _reach(values.abs()[order], 2 * wanted.upper, radius)].sort().values.flip(0)
+    upper = _reach(values.flip(0), wanted.upper, radius)
+    lower = _reach(values, wanted.lower, radius)
+    return Wanted(upper, min(lower, len(values) - upper)).choose(values)
+
+
+def _reach(values: Tensor, groups: int, radius: float) -> int:
+    """How many of `values`, in order, make up so many groups of equal ones; of large groups not all."""
+    group = torch.cat([torch.ones(1, dtype=torch.bool), values.diff().abs() > radius]).cumsum(0)
+    return min(int((group <= groups).sum()), _COPIES * groups)
 
 
 def _one_of_each(found: Ritz, wanted: Wanted) -> Ritz:
@@ -134,17 +150,19 @@ def _independent(krylov: Krylov, found: Ritz, wanted: Wanted) -> Ritz:
     errors = _true_errors(krylov, found.coordinates)
     lengths = gram.diagonal().clamp_min(torch.finfo(torch.float64).tiny).sqrt()
     weights = torch.zeros_like(gram)  # columns: the accepted vectors in terms of the candidates
-    residuals = (errors / lengths).clamp_min(found.floor)
+    rounding = krylov.eps * found.scale * krylov.size**0.5  # of the relation; where y is short it is all there is
+    residuals = ((errors + rounding) / lengths).clamp_min(found.floor)
     accepted: list[int] = []
     for i in residuals.argsort().tolist():
         z = torch.zeros(len(gram), dtype=torch.float64)
         z[i] = 1 / lengths[i]
         bound = residuals[i].clone()
-        near = [a for a in accepted if (found.values[a] - found.values[i]).abs() <= 2 * (residuals[a] + residuals[i])]
-        for a in near + near:
-            share = weights[:, a] @ gram @ z
-            z -= share * weights[:, a]
-            bound += share.abs() * residuals[a]
+        before = torch.tensor(accepted, dtype=torch.int64)
+        near = before[(found.values[before] - found.values[i]).abs() <= 2 * (residuals[before] + residuals[i])]
+        for _ in range(2):
+            shares = weights[:, near].T @ (gram @ z)
+            z -= weights[:, near] @ shares
+            bound += shares.abs() @ residuals[near]
         length = (z @ gram @ z).clamp_min(0.0).sqrt()
         if length > _INDEPENDENT:
             weights[:, i] = z / length

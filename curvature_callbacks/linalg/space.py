@@ -2,6 +2,7 @@
 
 from typing import Final, Protocol, final
 
+import torch
 from torch import Tensor
 
 from curvature_callbacks.linalg import accumulate
@@ -37,6 +38,7 @@ class InnerProducts:
 
     def __init__(self, operator: Operator) -> None:
         self._space: Space = getattr(operator, "space", LOCAL)
+        self._device = operator.device
 
     def dot(self, x: Tensor, y: Tensor) -> Tensor:
         """`x . y`, 0-d."""
@@ -56,4 +58,15 @@ class InnerProducts:
 
     def dimension(self, local: Tensor) -> int:
         """Length of the whole vector of which `local` is the part held here."""
-        return int(self._space.total(local.new_tensor(local.shape[0]).double()))
+        return int(self._sum(local.shape[0]))
+
+    def anywhere(self, flag: bool) -> bool:
+        """Whether any holder says so: all must take the same branch, and clocks differ."""
+        return self._sum(flag) > 0
+
+    def average(self, number: float) -> float:
+        """Over the holders, the same on each."""
+        return self._sum(number) / self._sum(1)
+
+    def _sum(self, number: float) -> float:
+        return float(self._space.total(torch.tensor(number, dtype=torch.float64, device=self._device)))

@@ -7,37 +7,9 @@ import torch
 from torch import Tensor
 
 from curvature_callbacks import MatrixOperator, lanczos
+from tests.linalg.lanczos_cases import DTYPES, ENDS, Counted, symmetric, wanted_values
 
 P = 40
-DTYPES = (torch.float64, torch.float32)
-ENDS = ("LA", "SA", "LM", "BE")
-
-
-class Counted:
-    """A matrix operator that counts its products and stops a run that would never end."""
-
-    is_psd = False
-
-    def __init__(self, matrix: Tensor, *, limit: int = 400) -> None:
-        self._inner = MatrixOperator(matrix)
-        self.shape, self.dtype, self.device = self._inner.shape, self._inner.dtype, self._inner.device
-        self.products = 0
-        self._limit = limit
-
-    def matmat(self, V: Tensor) -> Tensor:
-        self.products += V.shape[1]
-        assert self.products <= self._limit, "the run does not end"
-        return self._inner.matmat(V)
-
-
-def symmetric(eigenvalues: Tensor, *, seed: int = 0) -> Tensor:
-    """A dense matrix with the given eigenvalues in a random basis."""
-    generator = torch.Generator().manual_seed(seed)
-    size = len(eigenvalues)
-    Q = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q
-    A = Q @ torch.diag(eigenvalues.double()) @ Q.T
-    return (A + A.T) / 2
-
 
 SPECTRA = {
     "random": torch.randn(P, generator=torch.Generator().manual_seed(1)),
@@ -50,18 +22,6 @@ SPECTRA = {
 }
 
 
-def wanted(eigenvalues: Tensor, k: int, which: str) -> Tensor:
-    """The k values `which` asks for, descending, picked from a sorted list."""
-    values = sorted(eigenvalues.tolist())
-    picked = {
-        "LA": values[len(values) - k :],
-        "SA": values[:k],
-        "LM": sorted(values, key=abs)[len(values) - k :],
-        "BE": values[: k // 2] + values[len(values) - (k - k // 2) :],
-    }[which]
-    return torch.tensor(sorted(picked, reverse=True), dtype=torch.float64)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("which", ENDS)
 @pytest.mark.parametrize("name", SPECTRA)
@@ -70,7 +30,9 @@ def test_a_full_basis_gives_the_dense_eigenvalues(name: str, which: str, dtype: 
     pairs = lanczos(Counted(A.to(dtype)), k=5, which=which, tol=1e-14)
     scale = max(A.abs().max().item(), 1e-30)
     assert len(pairs.eigenvalues) == 5
-    assert (pairs.eigenvalues - wanted(torch.linalg.eigvalsh(A), 5, which)).abs().max() <= 100 * torch.finfo(dtype).eps * scale
+    assert (pairs.eigenvalues - wanted_values(torch.linalg.eigvalsh(A), 5, which)).abs().max() <= 100 * torch.finfo(
+        dtype
+    ).eps * scale
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,0 +1,115 @@
+"""How often the basis is passed over, and that fewer passes give the same eigenvalues."""
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from curvature_callbacks.linalg.krylov import Krylov
+from curvature_callbacks.linalg.lanczos import lanczos
+from curvature_callbacks.linalg.reorthogonalisation import Full, Partial, Selective
+from tests.linalg.lanczos_cases import DTYPES, Counted, outliers_and_bulk, symmetric, wanted_values
+
+KRYLOV = sys.modules["curvature_callbacks.linalg.krylov"]
+
+
+def counted_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of basis vectors of every pass from here on."""
+    rows: list[int] = []
+    subtract = KRYLOV.subtract_combination
+
+    def watched(x: torch.Tensor, basis: torch.Tensor, weights: torch.Tensor) -> None:
+        rows.append(len(basis))
+        subtract(x, basis, weights)
+
+    monkeypatch.setattr(KRYLOV, "subtract_combination", watched)
+    return rows
+
+
+def test_a_full_step_passes_over_the_basis_once(monkeypatch: pytest.MonkeyPatch):
+    """The recurrence has left little to take away."""
+    krylov = Krylov(Counted(symmetric(torch.linspace(-1, 1, 200))), 40, seed=0, policy=Full())
+    rows = counted_rows(monkeypatch)
+    for _ in range(30):
+        krylov.step()
+    assert rows == list(range(1, 31))
+    assert krylov.num_passes == krylov.num_matvecs == 30
+
+
+def test_a_second_pass_follows_a_drop_of_the_norm(monkeypatch: pytest.MonkeyPatch):
+    """Much is left in the span where the recurrence does not hold: of a matrix that is not symmetric."""
+    A = torch.randn(30, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    krylov = Krylov(Counted(A), 28, seed=0, policy=Full())
+    rows = counted_rows(monkeypatch)
+    for _ in range(26):
+        krylov.step()
+    assert rows[0] == 1
+    assert rows[-4:] == [25, 25, 26, 26]
+    assert krylov.num_passes == 26
+    Q = krylov.basis[:27]
+    assert (Q @ Q.T - torch.eye(27, dtype=torch.float64)).abs().max() <= 1e-14
+
+
+def test_an_accelerator_passes_twice_rather_than_ask(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(KRYLOV, "_reads_are_free", lambda device: False)
+    krylov = Krylov(Counted(symmetric(torch.linspace(-1, 1, 200))), 40, seed=0, policy=Full())
+    rows = counted_rows(monkeypatch)
+    for _ in range(5):
+        krylov.step()
+    assert rows == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert krylov.num_passes == 5
+
+
+def run(values: torch.Tensor, mode: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
+    built: list[Krylov] = []
+    monkeypatch.setattr(
+        sys.modules["curvature_callbacks.linalg.lanczos"], "Krylov", lambda *a, **o: built.append(Krylov(*a, **o)) or built[-1]
+    )
+    pairs = lanczos(Counted(symmetric(values).to(dtype)), reorth_mode=mode, **options)  # type: ignore[arg-type]
+    return pairs, built[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["uniform", "normal", "net"])
+def test_partial_takes_fewer_passes_for_the_same_eigenvalues(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    values = {
+        "uniform": torch.linspace(-1, 1, 300, dtype=torch.float64),
+        "normal": torch.randn(300, generator=torch.Generator().manual_seed(3), dtype=torch.float64),
+        "net": outliers_and_bulk(300),
+    }[name]
+    options = {"k": 6, "which": "BE", "tol": 2e-5, "max_matvecs": 200}
+    full, every = run(values, "full", dtype, monkeypatch, **options)
+    partial, some = run(values, "partial", dtype, monkeypatch, **options)
+    assert partial.num_matvecs <= full.num_matvecs + 5
+    assert every.num_passes == full.num_matvecs
+    assert some.num_passes <= {"uniform": 0.2, "normal": 0.4, "net": 0.8}[name] * every.num_passes
+    accuracy = 1e-9 if dtype == torch.float64 else 2e-6
+    scale = values.abs().max()
+    assert (partial.eigenvalues - full.eigenvalues).abs().max() <= accuracy * scale
+    assert (partial.eigenvalues - wanted_values(values, 6, "BE")).abs().max() <= accuracy * scale
+
+
+def test_partial_passes_just_before_orthogonality_is_lost():
+    policy = Partial(eps=torch.finfo(torch.float64).eps, ahead=5)
+    small = torch.full((5,), 1.0, dtype=torch.float64)
+    assert policy.rows(6) is None
+    assert policy.observe(small, small, small) is None
+    assert policy.rows(6) is None  # nothing has converged: the estimate stays at rounding
+    vanishing = torch.cat([small, torch.tensor([1e-3, 1e-4, 1e-5, 1e-6, 1e-7], dtype=torch.float64)])
+    assert policy.observe(torch.ones(10, dtype=torch.float64), vanishing, vanishing) is not None
+    policy.reset(8)
+    assert policy.rows(10) == slice(0, 10)
+    assert policy.rows(11) is None
+
+
+def test_selective_shortens_its_period_where_too_much_is_lost():
+    policy = Selective(eps=1e-16, window=3, period=5)
+    assert [policy.rows(size) for size in (4, 5, 6, 7)] == [slice(1, 4), slice(0, 5), slice(0, 6), slice(4, 7)]
+    losses = torch.zeros(10, dtype=torch.float64)
+    assert policy.observe(losses[:5], losses[:5], losses[:5]) is None
+    losses[9] = 1e-6  # the vector after it, at place 10, had lost that much
+    assert policy.observe(losses, losses, losses) == 7  # the first after 5 and 6, which were against all
+    policy.reset(7)
+    assert policy.rows(7) == slice(4, 7)
+    assert policy.rows(8) == slice(0, 8)
