@@ -17,8 +17,8 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest
 
-test-all: $(READY)
-	$(BIN)/python -m pytest -m "slow or not slow"
+test-all: $(PEERS)
+	$(BIN)/python -m pytest -m "slow or peer or not slow"
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -122,6 +122,33 @@ def _second_derivatives(entry: Tensor, leaves: Sequence[Tensor]) -> Sequence[Ten
     return torch.autograd.grad(entry, leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
 
 
+def jacobian(outputs: Tensor, leaves: Sequence[Tensor]) -> Tensor:
+    """(C, P) of outputs (C,), one backward pass for each; their graph is kept."""
+    lines = [
+        torch.autograd.grad(output, leaves, retain_graph=True, allow_unused=True, materialize_grads=True) for output in outputs
+    ]
+    return torch.stack([torch.cat([part.flatten() for part in line]) for line in lines]).double()
+
+
+def dense_ggn(
+    model: nn.Module,
+    names: Sequence[str],
+    targets: Callable[[nn.Module], Iterator[tuple[Tensor, Tensor]]],
+    loss: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """`(1/n) sum_t J_t' H_t J_t`, H by differentiating the loss twice in the logits; `targets` gives (C,) logits and labels."""
+    replica = float64_copy(model)
+    leaves = [dict(replica.named_parameters())[name] for name in names]
+    P = sum(leaf.numel() for leaf in leaves)
+    total, n = torch.zeros(P, P, dtype=torch.float64), 0
+    for logits, label in targets(replica):
+        J = jacobian(logits, leaves)
+        H = torch.autograd.functional.hessian(lambda z, label=label: loss(z, label), logits.detach().double())
+        total += J.T @ H @ J
+        n += 1
+    return total / n
+
+
 def finite_difference_hessian(
     model: nn.Module, loss: Callable[[nn.Module], Tensor], names: Sequence[str], step: float
 ) -> Tensor:

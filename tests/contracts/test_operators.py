@@ -6,13 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from curvature_callbacks import MatrixOperator, Problem
 from curvature_callbacks.linalg.combination import LinearCombination
 from curvature_callbacks.linalg.operator import Operator
 from curvature_callbacks.measurements.base import offline_problem
+from curvature_callbacks.model.stability import read_stability
 from curvature_callbacks.operators.difference import FiniteDifferenceHessianOperator
+from curvature_callbacks.operators.fisher import EmpiricalFisherOperator, SampledFisherOperator
+from curvature_callbacks.operators.ggn import GGNOperator
+from curvature_callbacks.operators.hessian import HessianOperator
+from curvature_callbacks.operators.kfac import KFACOperator
+from curvature_callbacks.operators.preconditioned import PreconditionedOperator
 from tests.cases import CASES
 from tests.reference import relative_error
 
@@ -24,34 +30,69 @@ class Contract:
     build: Callable[[Problem], Operator]
     float32: float = 1e-4
     float64: float = 1e-10
+    covers_all: bool = True  # whether its vectors span every parameter
+
+
+def of(kind: Callable[..., Operator], **options: Any) -> Callable[[Problem], Operator]:
+    return lambda problem: kind(problem.objective, problem.microbatches, **options)
+
+
+def low_rank(problem: Problem) -> Tensor:
+    """(P, 5)"""
+    P = sum(value.numel() for value in problem.objective.parameters.values())
+    return torch.randn(P, 5, generator=torch.Generator().manual_seed(3), dtype=problem.objective.dtype)
 
 
 def matrix(problem: Problem) -> Operator:
-    objective = problem.objective
-    P = sum(value.numel() for value in objective.parameters.values())
-    G = torch.randn(P, 5, generator=torch.Generator().manual_seed(3), dtype=objective.dtype)
+    G = low_rank(problem)
     return MatrixOperator(G @ G.T, is_psd=True)
 
 
-def difference(problem: Problem) -> Operator:
-    return FiniteDifferenceHessianOperator(problem.objective, problem.microbatches)
+class Mine:
+    """What a user writes, with nothing of this package in it: `G G' - 1`."""
+
+    is_psd = False
+
+    def __init__(self, G: Tensor) -> None:
+        self._G = G
+        self.shape, self.dtype, self.device = (len(G), len(G)), G.dtype, G.device
+
+    def matmat(self, V: Tensor) -> Tensor:
+        return self._G @ (self._G.T @ V) - V
 
 
 def combination(problem: Problem) -> Operator:
-    return LinearCombination([(1.0, problem.hessian()), (-0.5, problem.empirical_fisher())], shift=0.1)
+    hessian, fisher = of(HessianOperator)(problem), of(EmpiricalFisherOperator)(problem)
+    return LinearCombination([(1.0, hessian), (-0.5, fisher)], shift=0.1)
+
+
+def preconditioned(problem: Problem) -> Operator:
+    """By the state that Adam has after the steps of the fixture."""
+    named = dict(problem.model.named_parameters())
+    wanted = {name: named[name] for name in problem.objective.parameters}
+    stability = read_stability(problem.optimizer, wanted, dtype=problem.objective.dtype)
+    assert stability.preconditioner is not None
+    return PreconditionedOperator(of(HessianOperator)(problem), 1 / stability.preconditioner)
 
 
 # Append a builder here.
 OPERATORS: dict[str, Contract] = {
     "matrix": Contract(matrix),
-    "hessian": Contract(Problem.hessian),
-    "empirical Fisher": Contract(Problem.empirical_fisher),
-    "empirical Fisher of tokens": Contract(lambda problem: problem.empirical_fisher(sample_unit="token")),
-    "difference": Contract(difference, float32=3e-3, float64=1e-5),
+    "a user's": Contract(lambda problem: Mine(low_rank(problem))),
+    "hessian": Contract(of(HessianOperator)),
+    "difference": Contract(of(FiniteDifferenceHessianOperator), float32=3e-3, float64=1e-5),
+    "preconditioned hessian": Contract(preconditioned),
+    "ggn": Contract(of(GGNOperator)),
+    "empirical Fisher": Contract(of(EmpiricalFisherOperator)),
+    "empirical Fisher of tokens": Contract(of(EmpiricalFisherOperator, sample_unit="token")),
+    "sampled Fisher": Contract(of(SampledFisherOperator)),
+    "sampled Fisher of tokens": Contract(of(SampledFisherOperator, sample_unit="token", num_draws=3, seed=3)),
+    "kfac": Contract(lambda problem: problem.kfac(sharing="expand", corrected=False), covers_all=False),
+    "ekfac": Contract(lambda problem: problem.kfac(sharing="expand", corrected=True), covers_all=False),
     "combination": Contract(combination),
 }
 # Case to the prefixes of the parameters to differentiate by: tokens; buffers and modules with a state of their own.
-MODELS = {"gpt2": ("transformer.h.1.ln_1", "transformer.ln_f"), "convnet": ("",)}
+MODELS = {"gpt2": ("transformer.h.1.ln_1", "transformer.h.1.attn.c_proj", "transformer.ln_f"), "convnet": ("",)}
 SIZES = (2, 1, 2)
 
 
@@ -60,11 +101,23 @@ class Subject:
     problem: Problem
     build: Callable[[], Operator]
     tolerance: float
+    covers_all: bool
 
-    def vectors(self, count: int, *, seed: int = 0) -> Tensor:
-        """(P, count) of the operator's dtype."""
-        P = sum(value.numel() for value in self.problem.objective.parameters.values())
-        return torch.randn(P, count, generator=torch.Generator().manual_seed(seed), dtype=self.problem.objective.dtype)
+
+def vectors(operator: Operator, count: int) -> Tensor:
+    """(P, count) of the operator's dtype."""
+    return torch.randn(operator.shape[0], count, generator=torch.Generator().manual_seed(0), dtype=operator.dtype)
+
+
+def stepped(model: nn.Module) -> torch.optim.Adam:
+    """Adam after two steps along random gradients."""
+    optimizer, generator = torch.optim.Adam(model.parameters(), lr=1e-4, eps=1e-2), torch.Generator().manual_seed(0)
+    for _ in range(2):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+        optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
 
 
 @pytest.fixture(params=[("gpt2", "float32"), ("convnet", "float32"), ("convnet", "float64")], ids=" ".join)
@@ -77,8 +130,11 @@ def subject(request: Any, model: tuple[str, torch.dtype]) -> Iterator[Subject]:
     contract, (case, dtype) = OPERATORS[request.param], model
     tolerance = {torch.float32: contract.float32, torch.float64: contract.float64}[dtype]
     options: Any = {"loss": CASES[case].loss, "params_filter": lambda name, _: name.startswith(MODELS[case])}
-    with offline_problem(CASES[case].model(dtype).train(), CASES[case].microbatches(SIZES), **options) as problem:
-        yield Subject(problem, lambda: contract.build(problem), tolerance)
+    trained = CASES[case].model(dtype).train()
+    optimizer = stepped(trained)
+    with offline_problem(trained, CASES[case].microbatches(SIZES), **options) as problem:
+        problem.optimizer = optimizer
+        yield Subject(problem, lambda: contract.build(problem), tolerance, contract.covers_all)
 
 
 def traces(problem: Problem) -> dict[str, Any]:
@@ -90,6 +146,7 @@ def traces(problem: Problem) -> dict[str, Any]:
         "buffers": [(buffer.data_ptr(), buffer.clone()) for buffer in model.buffers()],
         "flags": [(module.training, len(module._forward_hooks), len(module._backward_hooks)) for module in model.modules()],
         "batches": [[value.clone() for value in _values(batch)] for batch in problem.microbatches],
+        "optimizer": [value.clone() for state in problem.optimizer.state.values() for value in state.values()],
         "generator": torch.get_rng_state(),
         "grad mode": torch.is_grad_enabled(),
     }
@@ -110,16 +167,24 @@ def same(found: Any, expected: Any) -> bool:
 class TestOperator:
     def test_it_is_an_operator(self, subject: Subject) -> None:
         operator = subject.build()
-        P = len(subject.vectors(1))
+        P = operator.shape[0]
+        sizes = {name: value.numel() for name, value in subject.problem.objective.parameters.items()}
         assert isinstance(operator, Operator)
         assert operator.shape == (P, P)
+        if subject.covers_all:
+            assert sum(sizes.values()) == P
+        else:
+            assert isinstance(operator, KFACOperator)
+            assert sum(sizes[name] for name in operator.names) == P
+            assert {*operator.names, *operator.uncovered} == set(sizes)
         assert operator.dtype == subject.problem.objective.dtype
         assert operator.device == subject.problem.objective.device
         assert isinstance(operator.is_psd, bool)
 
     @pytest.mark.parametrize("count", [1, 3])
     def test_shape_and_dtype_of_products(self, subject: Subject, count: int) -> None:
-        operator, V = subject.build(), subject.vectors(count)
+        operator = subject.build()
+        V = vectors(operator, count)
         product = operator.matmat(V)
         assert product.shape == V.shape
         assert product.dtype == operator.dtype
@@ -129,29 +194,34 @@ class TestOperator:
         assert product.any()
 
     def test_it_is_symmetric(self, subject: Subject) -> None:
-        U = subject.vectors(4)
-        products = U.T @ subject.build().matmat(U)
+        operator = subject.build()
+        U = vectors(operator, 4)
+        products = U.T @ operator.matmat(U)
         assert relative_error(products, products.T) < subject.tolerance
 
     def test_it_is_linear(self, subject: Subject) -> None:
-        operator, U = subject.build(), subject.vectors(2)
+        operator = subject.build()
+        U = vectors(operator, 2)
         combined = operator.matmat(2 * U[:, :1] - 3 * U[:, 1:])
         separate = operator.matmat(U)
         assert relative_error(combined, 2 * separate[:, :1] - 3 * separate[:, 1:]) < subject.tolerance
         assert torch.equal(operator.matmat(0 * U), 0 * U)
 
     def test_columns_are_products_of_their_own(self, subject: Subject) -> None:
-        operator, U = subject.build(), subject.vectors(3)
+        operator = subject.build()
+        U = vectors(operator, 3)
         columns = torch.cat([operator.matmat(column[:, None]) for column in U.T], dim=1)
         assert relative_error(operator.matmat(U), columns) < min(subject.tolerance, 1e-5)
 
     def test_strided_columns_are_the_same_vectors(self, subject: Subject) -> None:
-        operator, U = subject.build(), subject.vectors(3)
+        operator = subject.build()
+        U = vectors(operator, 3)
         expected = operator.matmat(U[:, 1:2].clone(memory_format=torch.contiguous_format))
         assert relative_error(operator.matmat(U[:, 1:2]), expected) < min(subject.tolerance, 1e-5)
 
     def test_the_same_answer_twice_and_built_again(self, subject: Subject) -> None:
-        operator, U = subject.build(), subject.vectors(2)
+        operator = subject.build()
+        U = vectors(operator, 2)
         kept = U.clone()
         first = operator.matmat(U)
         assert torch.equal(operator.matmat(U), first)
@@ -159,7 +229,8 @@ class TestOperator:
         assert torch.equal(U, kept)
 
     def test_what_is_called_positive_is(self, subject: Subject) -> None:
-        operator, U = subject.build(), subject.vectors(8)
+        operator = subject.build()
+        U = vectors(operator, 8)
         forms = (U * operator.matmat(U)).sum(0)
         assert not operator.is_psd or (forms >= -subject.tolerance * forms.abs().max()).all()
 
@@ -167,14 +238,16 @@ class TestOperator:
         for parameter in subject.problem.model.parameters():
             parameter.grad = torch.full_like(parameter, 3.0)
         before = traces(subject.problem)
-        operator, U = subject.build(), subject.vectors(2)
+        operator = subject.build()
+        U = vectors(operator, 2)
         operator.matmat(U)
         after = traces(subject.problem)
         assert [name for name in before if not same(after[name], before[name])] == []
 
     def test_what_a_product_gives_is_the_callers(self, subject: Subject) -> None:
         """Writing into it changes no later product."""
-        operator, U = subject.build(), subject.vectors(1)
+        operator = subject.build()
+        U = vectors(operator, 1)
         first = operator.matmat(U)
         kept = first.clone()
         first.zero_()

@@ -13,37 +13,19 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from curvature_callbacks import ConfigurationError, ProbeError, Problem, compute_fisher_spectrum, compute_spectrum
 from curvature_callbacks.model.losses import SampleLosses, resolve_loss
-from tests.cases import (
-    CASES,
-    CLASSES,
-    FAMILIES,
-    TEXT,
-    causal_batch,
-    family,
-    hugging_face,
-    image_batch,
-    in_general_position,
-    masked_batch,
-    seq2seq_batch,
-)
+from tests.cases import CASES, CLASSES, causal_batch, family, in_general_position
+from tests.heads import HEADS, Batch, Head, bert, outputs_and_labels, text_with
 from tests.reference import dense_hessian, relative_error
 
 LENGTH, N = 6, 3
-Batch = dict[str, Tensor]
 
 
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def text(**labels: Tensor) -> Batch:
-    batch = causal_batch(N, LENGTH, generator())
-    del batch["labels"]
-    return batch | labels
-
-
-def image(**labels: Tensor) -> Batch:
-    return image_batch(N, 0, generator()) | labels
+def drawn(head: Head) -> Batch:
+    return head.batch(N, LENGTH, generator())
 
 
 def classes(*shape: int, count: int = CLASSES) -> Tensor:
@@ -54,131 +36,9 @@ def numbers(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=generator(), dtype=torch.float64)
 
 
-def partly_ignored(labels: Tensor) -> Tensor:
-    labels[0, 1] = labels[2, 3:] = -100
-    return labels
-
-
 def spans(start: list[int] | None = None, end: list[int] | None = None) -> Batch:
-    return text(start_positions=torch.tensor(start or [0, 2, 5]), end_positions=torch.tensor(end or [1, 2, 4]))
-
-
-def bert(head: str, **options: Any) -> nn.Module:
-    return hugging_face(f"BertFor{head}", "BertConfig", **TEXT, **options)
-
-
-def headed(name: str, head: str, **options: Any) -> nn.Module:
-    """A family of `tests.cases` under another head."""
-    _, config, defaults = FAMILIES[name]
-    return hugging_face(head, config, **{**defaults, **options})
-
-
-MULTI_LABEL = {"num_labels": CLASSES, "problem_type": "multi_label_classification"}
-SEVERAL = {"num_labels": CLASSES, "problem_type": "regression"}
-
-# name: (model, batch, likelihood, whether positions predict the next label)
-HEADS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Batch], str, bool]] = {
-    "gpt2": (lambda: family("gpt2"), lambda: causal_batch(N, LENGTH, generator()), "categorical", True),
-    "mistral": (lambda: family("mistral"), lambda: causal_batch(N, LENGTH, generator()), "categorical", True),
-    "mamba": (lambda: family("mamba"), lambda: causal_batch(N, LENGTH, generator()), "categorical", True),
-    "roberta": (lambda: family("roberta"), lambda: masked_batch(N, LENGTH, generator()), "categorical", False),
-    "distilbert": (lambda: family("distilbert"), lambda: masked_batch(N, LENGTH, generator()), "categorical", False),
-    "t5": (lambda: family("t5"), lambda: seq2seq_batch(N, LENGTH, generator()), "categorical", False),
-    "bart": (lambda: family("bart"), lambda: seq2seq_batch(N, LENGTH, generator()), "categorical", False),
-    "tokens": (
-        lambda: headed("distilbert", "DistilBertForTokenClassification", num_labels=CLASSES),
-        lambda: text(labels=partly_ignored(classes(N, LENGTH))),
-        "categorical",
-        False,
-    ),
-    "causal classifier": (
-        lambda: headed("gpt2", "GPT2ForSequenceClassification", num_labels=CLASSES, pad_token_id=0),
-        lambda: text(labels=classes(N)),
-        "categorical",
-        False,
-    ),
-    "classifier": (
-        lambda: headed("distilbert", "DistilBertForSequenceClassification", num_labels=CLASSES),
-        lambda: text(labels=classes(N)),
-        "categorical",
-        False,
-    ),
-    "column of classes": (
-        lambda: bert("SequenceClassification", num_labels=CLASSES),
-        lambda: text(labels=classes(N, 1)),
-        "categorical",
-        False,
-    ),
-    "multi-label": (
-        lambda: bert("SequenceClassification", **MULTI_LABEL),
-        lambda: text(labels=classes(N, CLASSES, count=2).double()),
-        "bernoulli",
-        False,
-    ),
-    "regression": (
-        lambda: bert("SequenceClassification", num_labels=1),
-        lambda: text(labels=numbers(N)),
-        "gaussian",
-        False,
-    ),
-    "regression of counts": (
-        lambda: bert("SequenceClassification", num_labels=1),
-        lambda: text(labels=classes(N, count=7)),
-        "gaussian",
-        False,
-    ),
-    "regression of several": (
-        lambda: bert("SequenceClassification", **SEVERAL),
-        lambda: text(labels=numbers(N, CLASSES)),
-        "gaussian",
-        False,
-    ),
-    "vit": (lambda: family("vit"), image, "categorical", False),
-    "vit multi-label": (
-        lambda: family("vit", **MULTI_LABEL),
-        lambda: image(labels=classes(N, CLASSES, count=2).double()),
-        "bernoulli",
-        False,
-    ),
-    "vit regression": (
-        lambda: family("vit", **SEVERAL),
-        lambda: image(labels=numbers(N, CLASSES)),
-        "gaussian",
-        False,
-    ),
-    "resnet": (lambda: family("resnet"), image, "categorical", False),
-    "convnext": (lambda: family("convnext"), image, "categorical", False),
-    "questions": (lambda: bert("QuestionAnswering"), spans, "categorical", False),
-    "questions distilbert": (
-        lambda: headed("distilbert", "DistilBertForQuestionAnswering"),
-        spans,
-        "categorical",
-        False,
-    ),
-    "questions t5": (lambda: headed("t5", "T5ForQuestionAnswering"), spans, "categorical", False),
-    "multiple choice": (
-        lambda: bert("MultipleChoice"),
-        lambda: {"input_ids": torch.randint(3, 11, (N, 4, LENGTH), generator=generator()), "labels": classes(N, count=4)},
-        "categorical",
-        False,
-    ),
-}
-
-
-def outputs_and_labels(model: nn.Module, batch: Batch, shifted: bool) -> tuple[Tensor, Tensor]:
-    """Logits (N, M, C) and labels (N, M) or (N, M, C) of all targets, ignored ones marked by -100."""
-    output = model(**batch)
-    if "start_positions" in batch:
-        positions = torch.stack([batch["start_positions"], batch["end_positions"]], dim=1)
-        return torch.stack([output.start_logits, output.end_logits], dim=1), positions
-    logits, labels = output.logits, batch["labels"]
-    if shifted:
-        return logits[:, :-1], labels[:, 1:]
-    if logits.ndim == 2:
-        return logits[:, None], labels.reshape(len(labels), 1, -1) if labels.numel() == logits.numel() else labels.reshape(
-            -1, 1
-        )
-    return logits, labels
+    positions = {"start_positions": torch.tensor(start or [0, 2, 5]), "end_positions": torch.tensor(end or [1, 2, 4])}
+    return text_with(lambda *_: positions)(N, LENGTH, generator())
 
 
 def target_loss(kind: str, z: Tensor, y: Tensor) -> float:
@@ -194,8 +54,8 @@ def target_loss(kind: str, z: Tensor, y: Tensor) -> float:
 
 @pytest.mark.parametrize("name", HEADS)
 def test_losses_and_likelihood_of_every_target(name: str):
-    build, batch_of, kind, shifted = HEADS[name]
-    model, batch = in_general_position(build).double(), batch_of()
+    head = HEADS[name]
+    model, batch, kind, shifted = in_general_position(head.build).double(), drawn(head), head.kind, head.shifted
     loss = resolve_loss(None, batch)
     with torch.no_grad():
         logits, labels = outputs_and_labels(model, batch, shifted)
@@ -433,8 +293,8 @@ SMOOTHED = ["gpt2", "mistral", "roberta", "t5", "tokens", "causal classifier", "
 @pytest.mark.parametrize("share", [0.0, 0.2])
 @pytest.mark.parametrize("name", SMOOTHED)
 def test_smoothing_the_models_own_loss_is_what_the_trainer_does(name: str, share: float):
-    build, batch_of, _, shifted = HEADS[name]
-    model, batch = in_general_position(build).double(), batch_of()
+    head = HEADS[name]
+    model, batch, shifted = in_general_position(head.build).double(), drawn(head), head.shifted
     loss = resolve_loss(nn.CrossEntropyLoss(label_smoothing=share), batch)
     with torch.no_grad():
         expected = LabelSmoother(epsilon=share)(model(**batch), batch["labels"], shift_labels=shifted)
@@ -455,10 +315,9 @@ def test_smoothing_the_models_own_loss_is_what_the_trainer_does(name: str, share
 
 @pytest.mark.parametrize("name", ["regression", "multi-label", "questions"])
 def test_only_a_cross_entropy_of_labels_can_be_smoothed(name: str):
-    build, batch_of, _, _ = HEADS[name]
-    batch = batch_of()
+    batch = drawn(HEADS[name])
     with pytest.raises(ConfigurationError, match=r"mean cross-entropy of `.logits` at `labels`"):
-        resolve_loss(nn.CrossEntropyLoss(label_smoothing=0.1), batch)(in_general_position(build).double(), batch)
+        resolve_loss(nn.CrossEntropyLoss(label_smoothing=0.1), batch)(in_general_position(HEADS[name].build).double(), batch)
 
 
 def test_a_loss_that_is_not_finite_tells_no_shift_yet():

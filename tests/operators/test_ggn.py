@@ -1,7 +1,7 @@
 """The GGN against logits differentiated one entry at a time and Hessians of the loss in them, in float64."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -15,9 +15,8 @@ from curvature_callbacks import ConfigurationError, ProbeError, RefusedError, co
 from curvature_callbacks.measurements.base import offline_problem
 from curvature_callbacks.operators.adjoint import check_adjoint
 from curvature_callbacks.operators.ggn import GGNOperator
-from curvature_callbacks.operators.hessian import HessianOperator
 from tests.cases import CASES, CLASSES, Case, in_general_position
-from tests.reference import IGNORED, case_loss, dense_hessian, float64_copy, relative_error, rows
+from tests.reference import IGNORED, case_loss, dense_ggn, dense_hessian, relative_error, rows
 
 # Case to the prefixes of the parameters to differentiate by, few enough for a dense matrix.
 DENSE = {
@@ -61,28 +60,6 @@ def of_targets(model: nn.Module, case: Case, row: Any) -> Iterator[tuple[Tensor,
     for position in range(shift, len(labels)):
         if labels[position] != IGNORED:
             yield logits[position - shift], labels[position]
-
-
-def dense_ggn(
-    model: nn.Module,
-    names: Sequence[str],
-    targets: Callable[[nn.Module], Iterator[tuple[Tensor, Tensor]]],
-    loss: Callable[[Tensor, Tensor], Tensor],
-) -> Tensor:
-    """`(1/n) sum_t J_t' H_t J_t`, J by one backward pass for every logit, H by differentiating the loss twice in the logits."""
-    replica = float64_copy(model)
-    leaves = [dict(replica.named_parameters())[name] for name in names]
-    P = sum(leaf.numel() for leaf in leaves)
-    total, n = torch.zeros(P, P, dtype=torch.float64), 0
-    for logits, label in targets(replica):
-        lines = [
-            torch.autograd.grad(logit, leaves, retain_graph=True, allow_unused=True, materialize_grads=True) for logit in logits
-        ]
-        J = torch.stack([torch.cat([part.flatten() for part in line]) for line in lines])  # (C, P)
-        H = torch.autograd.functional.hessian(lambda z, label=label: loss(z, label), logits.detach().double())
-        total += J.T @ H @ J
-        n += 1
-    return total / n
 
 
 def truth(case: Case, microbatches: Sequence[Any], prefixes: tuple[str, ...]) -> Tensor:
@@ -147,38 +124,6 @@ def test_it_is_the_exact_fisher_of_targets(name: str, prefixes: tuple[str, ...])
         found = torch.linalg.eigvalsh(dense(operator)).flip(0)
     assert relative_error(found[: len(spectrum.eigenvalues)], spectrum.eigenvalues) < TOLERANCE
     assert (found[len(spectrum.eigenvalues) :].abs() < TOLERANCE * found[0]).all()
-
-
-LINEAR_LOSSES = {"mse": 4, "bce": 4, "cross_entropy": CLASSES}
-
-
-@pytest.mark.parametrize("loss", LINEAR_LOSSES)
-def test_regressions_have_their_closed_forms(loss: str):
-    """Linear in the parameters: GGN and Hessian are one, `(1/N) sum_i H_i x x'`, with `H` 2/D, p (1 - p)/D, diag(p) - p p'."""
-    D = LINEAR_LOSSES[loss]
-    model = in_general_position(lambda: nn.Linear(5, D, bias=False)).double()
-    generator = torch.Generator().manual_seed(0)
-    microbatches = [
-        (torch.randn(N, 5, generator=generator, dtype=torch.float64), torch.rand(N, D, generator=generator).double())
-        for N in (3, 1, 2)
-    ]
-    if loss == "cross_entropy":
-        microbatches = [(x, torch.arange(len(x)) % D) for x, _ in microbatches]
-    inputs = torch.cat([x for x, _ in microbatches])
-    expected = torch.zeros(5 * D, 5 * D, dtype=torch.float64)
-    for x in inputs:
-        z = model(x).detach()
-        p = {"mse": z, "bce": 1 / (1 + (-z).exp()), "cross_entropy": z.exp() / z.exp().sum()}[loss]
-        H = {
-            "mse": 2 / D * torch.eye(D).double(),
-            "bce": torch.diag(p * (1 - p)) / D,
-            "cross_entropy": torch.diag(p) - torch.outer(p, p),
-        }[loss]
-        expected += torch.kron(H, torch.outer(x, x)) / len(inputs)
-    with ggn(model, microbatches, loss) as operator:
-        assert relative_error(dense(operator), expected) < 1e-12
-    with offline_problem(model, microbatches, loss=loss, params_filter=None) as problem:
-        assert relative_error(dense(HessianOperator(problem.objective, problem.microbatches)), expected) < 1e-10
 
 
 @pytest.mark.parametrize("loss", ["mse", "bce"])

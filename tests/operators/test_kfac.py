@@ -287,16 +287,8 @@ def of_model(name: str, corrected: bool) -> Any:
     case = CASES[name]
     with offline_problem(case.model(), case.microbatches(), loss=case.loss, params_filter=None) as problem:
         layers = problem.kronecker(FisherType(), sharing="expand")
-        turned = {weight: problem.operations[weight][0] in ("transposed linear", "embedding") for weight in layers}
         records, _ = KFACQuality().measure(problem, None)
-        operator = KFACOperator(
-            [
-                KroneckerLayer(factors=one.factors, weight=one.weight, bias=one.bias, transposed=turned[one.weight])
-                for one in layers.values()
-            ],
-            problem.objective.leaves(),
-            corrected=corrected,
-        )
+        operator = problem.kfac(sharing="expand", corrected=corrected)
         return operator, layers, records
 
 
