@@ -64,7 +64,7 @@ class Bench:
             "jobs": self._jobs,
             "overhead": self._overhead,
             "accuracy": lambda name: accuracy(self._workload(name)),
-            "warm": lambda name: warm(self.models[name], self._workload(name), quick=self.options.quick),
+            "warm": lambda name: warm(name, self.models[name], self._workload(name), quick=self.options.quick),
             "bounded": lambda name: bounded(self._workload(name), quick=self.options.quick),
         }
         for name, trained in self.models.items():

@@ -83,9 +83,7 @@ def our_products(workload: Workload, curvature: Curvature) -> Products:
     with isolated(workload.model, seed=0):
         problem = Problem(workload.model, [workload.batch], loss=workload.loss)
         if curvature == "ggn":
-            from curvature_callbacks.operators.ggn import GGNOperator
-
-            return GGNOperator(problem.objective, problem.microbatches).matmat
+            return problem.ggn().matmat
         if curvature == "hessian":
             return problem.hessian().matmat
         return problem.empirical_fisher(sample_unit="token" if curvature == "empirical_fisher_token" else "sequence").matmat

@@ -17,6 +17,8 @@ ACCURACY_LIMIT = 2e-6  # relative, top 10 eigenvalues of float32 against float64
 BOUNDED_LIMIT = 130  # products
 BOUNDED_ERROR = 0.02  # of each of the 10 largest and the 5 most negative eigenvalues
 _BASIS = 48  # vectors
+OVERHEAD_LIMIT = 0.15  # of the run
+LISTS_LIMIT = 5.0  # times faster than lists of tensors
 _TENSORS = 149  # of a GPT-2 with 12 layers
 
 Table = dict[str, Any]
@@ -68,6 +70,10 @@ def overhead(workload: Workload, *, P: int, m: int, repeats: int, device: torch.
     for name in [name for name in modes if name not in failed]:
         extra = seconds[name] - m * seconds["product"]
         row[name] = {"seconds": extra, "per_step": extra / m, "share_of_hessian_run": extra / (extra + run)}
+    lists = row["list_of_tensors_gram_schmidt"]["seconds"]
+    for name in [name for name in ("full", "partial") if name in row]:
+        row[name]["times_faster_than_lists"] = faster = lists / row[name]["seconds"]
+        row[name]["met"] = row[name]["share_of_hessian_run"] < OVERHEAD_LIMIT and faster >= LISTS_LIMIT
     return row
 
 
