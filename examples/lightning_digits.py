@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from curvature_callbacks import FisherSpectrum, KFACCoverage, TopEigenpairs
+from curvature_callbacks import EdgeRatio, FisherSpectrum, KFACCoverage, TopEigenpairs
 from curvature_callbacks.lightning import CurvatureCallback
 
 
@@ -101,7 +101,7 @@ def main() -> None:
     train_loader, validation_loader = digits_loaders()
     curvature = CurvatureCallback(
         every_n_steps=options.every,
-        measure=[FisherSpectrum(), TopEigenpairs(k=2, per_block=True, max_matvecs=24), KFACCoverage()],
+        measure=[FisherSpectrum(), TopEigenpairs(k=2, per_block=True, max_matvecs=24), EdgeRatio(), KFACCoverage()],
         num_microbatches=1,
         microbatch_size=64,
         draw="fixed",

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from curvature_callbacks import FisherSpectrum, KFACCoverage, TopEigenpairs
+from curvature_callbacks import EdgeRatio, FisherSpectrum, KFACCoverage, TopEigenpairs
 from curvature_callbacks.transformers import CurvatureCallback
 
 
@@ -77,7 +77,7 @@ def main() -> None:
     held_out = len(symbols) // 10
     curvature = CurvatureCallback(
         every_n_steps=options.every,
-        measure=[FisherSpectrum(), TopEigenpairs(k=2, per_block=True, max_matvecs=16), KFACCoverage()],
+        measure=[FisherSpectrum(), TopEigenpairs(k=2, per_block=True, max_matvecs=16), EdgeRatio(), KFACCoverage()],
         num_microbatches=1,
         microbatch_size=12,
         draw="fixed",
