@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from curvature_callbacks import compute_fisher_spectrum, problem
+from curvature_callbacks import compute_fisher_spectrum
 from curvature_callbacks.batches import take_rows
 from curvature_callbacks.gram import passes as passes_module
+from curvature_callbacks.gram import shared
 from curvature_callbacks.gram import storage as storage_module
 from curvature_callbacks.gram.engine import BlockGrams, GramOptions, block_grams
 from curvature_callbacks.gram.sources import Placed, View
@@ -140,7 +141,7 @@ def test_microbatches_are_the_batch_cut_up(name: str):
 def test_spectra_of_every_mode(name: str, budget: str, centred: bool, monkeypatch: pytest.MonkeyPatch):
     case = CASES[name]
     model, microbatches = case.model(), case.microbatches()
-    monkeypatch.setattr(problem, "memory_budget", lambda device, _=None: BUDGETS[budget])
+    monkeypatch.setattr(shared, "memory_budget", lambda device, _=None: BUDGETS[budget])
     spectra = compute_fisher_spectrum(model, microbatches, loss=case.loss, center_gradients=centred)
     truth = sample_gradients(model, microbatches, case.kind)
     assert spectra.metadata["mode"].split()[-1] == MODES.get(budget, "groups").split()[-1]
