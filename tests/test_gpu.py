@@ -14,16 +14,20 @@ from curvature_callbacks import (
     FisherSpectrum,
     GradientNoise,
     KFACQuality,
+    MatrixOperator,
+    SpectralDensity,
     TopEigenpairs,
     compute_fisher_spectrum,
     compute_kfac_coverage,
     compute_spectrum,
+    lanczos,
 )
 from curvature_callbacks.gram.engine import BlockGrams, GramOptions, block_grams
 from curvature_callbacks.gram.storage import MemoryBudget
 from curvature_callbacks.gram.trust import Trust
 from curvature_callbacks.measurements.base import offline_problem
 from curvature_callbacks.model.surrogates import FisherType
+from curvature_callbacks.operators.ggn import GGNOperator
 from tests.cases import CASES, Case
 from tests.training_cases import assert_equal
 
@@ -125,6 +129,42 @@ def test_the_fisher_has_the_eigenpairs_of_its_gram():
     assert pairs.converged.all()
 
 
+@pytest.mark.parametrize(
+    "operator", ["ggn", "empirical_fisher", "sampled_fisher", "kfac", "ekfac", "finite_difference_hessian"]
+)
+@pytest.mark.parametrize("name", ["gpt2", "convnet"])
+def test_every_matrix_has_the_eigenvalues_of_the_cpu(name: str, operator: Any):
+    case = CASES[name]
+    options: dict[str, Any] = {"loss": case.loss, "operator": operator, "k": 2, "which": "LA", "tol": 1e-4}
+    pairs, far = (compute_spectrum(m, case.microbatches((3, 1, 2)), **options) for m in on_both(case))
+    rtol = 2e-2 if operator == "finite_difference_hessian" else 1e-3
+    assert far.converged.all()
+    assert torch.allclose(far.eigenvalues, pairs.eigenvalues, rtol=rtol)
+
+
+@pytest.mark.parametrize("mode", ["full", "partial", "selective", "off", "thick_restart"])
+def test_every_mode_of_lanczos_agrees_with_a_dense_matrix(mode: Any):
+    generator = torch.Generator().manual_seed(0)
+    A = torch.randn(300, 300, generator=generator)
+    A = (A + A.T) / 2
+    pairs = lanczos(MatrixOperator(A.cuda()), k=6, which="BE", tol=1e-3, max_matvecs=250, reorth_mode=mode)
+    values = torch.linalg.eigvalsh(A.double()).flip(0)
+    wanted = torch.cat([values[:3], values[-3:]])
+    assert ((pairs.eigenvalues - wanted).abs() <= 2e-5 * values.abs().max())[pairs.converged].all()
+    assert pairs.converged.sum() >= 4
+
+
+def test_graphs_that_do_not_fit_are_built_again_for_the_same_products():
+    case = CASES["gpt2"]
+    _, model = on_both(case)
+    with offline_problem(model, case.microbatches((3, 1, 2)), loss=case.loss, params_filter=None) as problem:
+        kept, rebuilt = (GGNOperator(problem.objective, problem.microbatches, memory_budget=budget) for budget in (None, 0))
+        v = torch.randn(kept.shape[0], 2, generator=torch.Generator().manual_seed(0)).cuda()
+        assert (kept.num_kept, rebuilt.num_kept) == (3, 0)
+        assert kept.graph_bytes > 0
+        assert torch.allclose(rebuilt.matmat(v), kept.matmat(v), rtol=1e-4, atol=1e-6)
+
+
 def test_deterministic_gives_the_same_bits_or_says_what_it_needs():
     case = CASES["gpt2"]
     model = case.model(torch.float32).cuda()
@@ -148,6 +188,8 @@ def test_a_monitor_measures_everything():
         KFACQuality(),
         GradientNoise(),
         TopEigenpairs(operator="empirical_fisher", per_block=True),
+        TopEigenpairs(operator="ggn", k=1, which="LA", tol=1e-4, max_matvecs=60),
+        SpectralDensity(operator="ggn", num_probes=2, num_steps=20),
     ]
     batches = case.microbatches((3, 1, 2))
     records = [CurvatureMonitor(m, probes=batches, loss=case.loss, measure=measure).step(0) for m in on_both(case)]
