@@ -162,12 +162,16 @@ def eigenproblem(problem: Problem, curvature: Curvature, block: str | None = Non
     return Eigenproblem(operator=operator, names=covered)
 
 
-def has_covered_layer(problem: Problem, curvature: Curvature, block: str) -> bool:
-    """Whether there is an operator of the block at all: Kronecker factors do not cover every layer."""
-    if not curvature.is_kronecker:
-        return True
-    layers = problem.kronecker(curvature.fisher_type, sharing=curvature.sharing)
-    return not layers.keys().isdisjoint(problem.blocks[block])
+def measured_blocks(problem: Problem, curvature: Curvature) -> list[str]:
+    """The blocks that have an operator: Kronecker factors do not cover every layer, and an optimizer may not move every one."""
+    if curvature.is_kronecker:
+        members: Iterable[str] = problem.kronecker(curvature.fisher_type, sharing=curvature.sharing)
+    elif curvature.needs_optimizer:
+        members = problem.stability().names
+    else:
+        return list(problem.blocks)
+    found = set(members)
+    return [block for block, names in problem.blocks.items() if not found.isdisjoint(names)]
 
 
 def _empirical_fisher(problem: Problem, curvature: Curvature, block: str | None) -> Eigenproblem:

@@ -10,7 +10,7 @@ from curvature_callbacks.gram.positions import Sharing
 from curvature_callbacks.linalg.eigenpairs import Eigenpairs
 from curvature_callbacks.linalg.lanczos import ReorthMode, Which
 from curvature_callbacks.measurements.curvature import Curvature, OperatorFunction, OperatorName
-from curvature_callbacks.measurements.eigenproblem import Eigenproblem, Wish, eigenproblem, has_covered_layer
+from curvature_callbacks.measurements.eigenproblem import Eigenproblem, Wish, eigenproblem, measured_blocks
 from curvature_callbacks.model.surrogates import Fisher, SampleUnit
 from curvature_callbacks.problem import Problem
 from curvature_callbacks.record import Record
@@ -141,7 +141,7 @@ class TopEigenpairs:
         run = _Run(measurement=self, problem=problem, previous=state or {})
         records = [run.record(None)]
         if self.per_block:
-            records += [run.record(block) for block in problem.blocks if has_covered_layer(problem, self.curvature, block)]
+            records += [run.record(block) for block in measured_blocks(problem, self.curvature)]
         return records, run.state()
 
     def _wish(self, seed: int, start: Tensor | None) -> Wish:

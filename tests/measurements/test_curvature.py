@@ -215,6 +215,17 @@ def test_blocks_without_kronecker_factors_are_absent():
     assert whole.scalars["lambda_max"] == max(record.scalars["lambda_max"] for record in blocks)
 
 
+def test_blocks_the_optimizer_does_not_move_are_absent():
+    def of_the_head(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model[3].parameters(), lr=0.1)  # type: ignore[index]
+
+    measurement = TopEigenpairs(operator="preconditioned_hessian", k=1, which="LA", tol=1e-7, max_matvecs=60, per_block=True)
+    whole, *blocks = measured(measurement, of_the_head)
+    assert [record.block for record in blocks] == ["3"]
+    assert whole.metadata["num_params"] == 20
+    assert whole.scalars["lambda_max"] == pytest.approx(torch.linalg.eigvalsh(truth("hessian")[40:, 40:])[-1].item(), rel=1e-8)
+
+
 def test_what_the_matrix_is_made_of_stands_in_the_record():
     expected = {
         "hessian": {"operator": "hessian", "num_params": 60},
