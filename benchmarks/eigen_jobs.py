@@ -8,7 +8,6 @@ collections stay on here, a tool that leaves cycles behind pays for them. Then t
 """
 
 import argparse
-import ctypes
 import gc
 import json
 import os
@@ -28,6 +27,7 @@ from eigen_judge import true_residuals
 from eigen_peers import Found, curvlinops_eigsh, eigenthings_lanczos, pyhessian_power
 from fisher_cases import Workload
 from fisher_work import one_line, plain
+from memory_gauge import held, peak, reset
 
 from curvature_callbacks import compute_spectrum
 
@@ -37,7 +37,6 @@ MOST_PRODUCTS = 400  # what a tool may spend
 _MET = 1.02  # times TOL: the judge's float64 operator differs from everybody's float32 one by rounding
 OURS, EIGENTHINGS = "ours", "eigenthings_lanczos"
 TOOLS = (OURS, "curvlinops_eigsh_ncv21", "curvlinops_eigsh_ncv40", "curvlinops_eigsh_ncv80", EIGENTHINGS, "pyhessian")
-_STATUS = Path("/proc/self/status")
 
 Table = dict[str, Any]
 
@@ -120,19 +119,19 @@ def measured(workload: Workload, tool: str, curvature: Literal["hessian", "ggn"]
         _solve(warm_up, tool, curvature, steps=20)
     plain(workload)
     gc.collect()
-    _reset(device)
-    held, start = _held(device), _clock(device)
+    reset(device)
+    before, start = held(device), _clock(device)
     try:
         found = _solve(workload, tool, curvature, steps)
     except Exception as failure:
         return {"failed": one_line(failure)}
-    seconds, peak = _clock(device) - start, (_peak(device) - held) / 2**20
+    seconds, most = _clock(device) - start, (peak(device) - before) / 2**20
     values, order = found.eigenvalues.detach().sort(descending=True)
     vectors = found.eigenvectors.detach()[:, order.to(found.eigenvectors.device)]
     residuals = true_residuals(workload, curvature, values.to(vectors.device), vectors)
     return {
         "seconds": seconds,
-        "peak_mib": peak,
+        "peak_mib": most,
         "num_matvecs": found.num_matvecs,
         "worst_true_residual": residuals.max().item(),
         "met": bool(residuals.max() <= _MET * TOL),
@@ -173,27 +172,6 @@ def _clock(device: torch.device) -> float:
         return time.process_time()
     torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def _reset(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def _held(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS")
-
-
-def _peak(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
-
-
-def _status(key: str) -> int:
-    return next(int(line.split()[1]) for line in _STATUS.read_text().splitlines() if line.startswith(key)) * 1024
 
 
 def main() -> None:

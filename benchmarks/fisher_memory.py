@@ -7,18 +7,16 @@ code of the kernels is paged in by then); on CUDA the allocator's own peak.
 """
 
 import argparse
-import ctypes
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from fisher_cases import cases, quick_cases
 from fisher_work import prepared
+from memory_gauge import held, peak, reset
 
-_STATUS = Path("/proc/self/status")
 _WARM_UP_ROWS = 2
 
 
@@ -39,31 +37,10 @@ def measured(case: str, row: str, device: torch.device) -> float:
     workload = {**cases(), **quick_cases()}[case].build(device)
     prepared(row, workload.to(torch.float32, torch.arange(_WARM_UP_ROWS)))()
     run = prepared(row, workload)
-    _reset(device)
-    before = _held(device)
+    reset(device)
+    before = held(device)
     run()
-    return (_peak(device) - before) / 2**20
-
-
-def _reset(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def _held(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS")
-
-
-def _peak(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
-
-
-def _status(key: str) -> int:
-    return next(int(line.split()[1]) for line in _STATUS.read_text().splitlines() if line.startswith(key)) * 1024
+    return (peak(device) - before) / 2**20
 
 
 def main() -> None:
