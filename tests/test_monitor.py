@@ -17,6 +17,7 @@ from curvature_callbacks import (
     CapturedProbes,
     ConfigurationError,
     CurvatureMonitor,
+    EdgeRatio,
     FisherSpectrum,
     GradientNoise,
     JSONLinesSink,
@@ -159,6 +160,53 @@ def test_a_checkpoint_without_states_begins_them_anew() -> None:
     watching.step(1)
     fresh.step(1)
     assert noise(watching) == noise(fresh) != []
+
+
+@dataclass(frozen=True)
+class Telling:
+    """Its states are those it is told."""
+
+    states: tuple[Any, ...]
+    name: str = "telling"
+
+    def init(self, problem: Any) -> None:
+        return None
+
+    def measure(self, problem: Any, state: Any) -> Any:
+        return [], self.states[problem.step]
+
+
+def test_a_state_that_a_checkpoint_can_no_longer_hold_is_not_saved_as_it_was() -> None:
+    watching = monitor(measure=[Telling(({"seen": 1}, {"seen": object()}))])
+    watching.step(0)
+    assert watching.state_dict()["states"] == {"telling": {"seen": 1}}
+    watching.step(1)
+    for tensors in (True, False):
+        assert watching.state_dict(tensors=tensors)["states"] == {}
+
+
+def test_a_state_with_keys_that_json_would_turn_into_strings_is_not_saved() -> None:
+    watching = monitor(measure=[Telling(({3: 1.0},))])
+    watching.step(0)
+    assert watching.state_dict(tensors=False)["states"] == {}
+
+
+def test_loading_a_checkpoint_forgets_what_it_does_not_hold() -> None:
+    watching = monitor(measure=[Telling(({"seen": 1},))])
+    watching.step(0)
+    watching.load_state_dict({"previous": 0, "failures": {}, "states": {}})
+    assert watching.state_dict()["states"] == {}
+
+
+def test_an_optimizer_of_none_of_the_filtered_parameters_stops_the_run() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
+    options: dict[str, Any] = {
+        "measure": [EdgeRatio()],
+        "optimizer": torch.optim.SGD(model[1].parameters(), lr=0.1),
+    }
+    monitor(model, **options).check()
+    with pytest.raises(ConfigurationError, match="none of the parameters that are measured"):
+        monitor(model, params_filter=lambda name, parameter: name.startswith("0."), **options).check()
 
 
 @dataclass(frozen=True)

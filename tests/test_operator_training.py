@@ -140,3 +140,34 @@ def test_a_file_that_cannot_be_read_costs_a_cold_start_only(tmp_path: Path, capl
     transformers_run(tmp_path, second, resume=str(tmp_path / "checkpoint-3"), **saving)
     assert any("cannot be read" in record.getMessage() for record in caplog.records)
     assert set(spent(second.history)) == {4}
+
+
+def test_transformers_resumes_in_another_directory_with_the_vectors_of_the_checkpoint_it_is_given(tmp_path: Path) -> None:
+    """Also where the directory has a checkpoint of the same step, of another run."""
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, "data": Characters}
+    first, other, second = (TransformersCallback(every_n_steps=2, measure=[WARM], **WATCH) for _ in range(3))
+    transformers_run(tmp_path / "first", first, **saving)
+    transformers_run(tmp_path / "second", other, **saving | {"learning_rate": 0.5, "max_steps": 4})
+    (file,) = (tmp_path / "second" / "checkpoint-3").glob("curvature_*.pt")
+    torch.save(torch.load(file, weights_only=True) | {"failures": {"hessian": 3}}, file)  # switched off there
+    given = str(tmp_path / "first" / "checkpoint-3")
+    transformers_run(tmp_path / "second", second, resume=given, resume_from_checkpoint=given, **saving)
+    assert spent(second.history) == {step: count for step, count in spent(first.history).items() if step > 3} != {}
+
+
+def test_vectors_that_cannot_be_written_do_not_stop_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    right = torch.save
+
+    def full(state: Any, path: Any, *args: Any, **options: Any) -> None:
+        if Path(str(path)).name.startswith("curvature_"):
+            raise OSError("no space left on device")
+        right(state, path, *args, **options)
+
+    monkeypatch.setattr(torch, "save", full)
+    callback = TransformersCallback(every_n_steps=2, measure=[WARM], **WATCH)
+    transformers_run(tmp_path, callback, save_strategy="steps", save_steps=3, max_steps=4, data=Characters)
+    assert set(spent(callback.history)) == {0, 2, 4}
+    assert (tmp_path / "checkpoint-3" / "trainer_state.json").exists()
+    assert any("no space left on device" in record.getMessage() for record in caplog.records)

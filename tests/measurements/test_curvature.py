@@ -1,7 +1,7 @@
 """Every matrix by name, through `compute_spectrum` and `TopEigenpairs`, against dense float64 matrices."""
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, get_args
 
 import pytest
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from curvature_callbacks import (
     ConfigurationError,
     CurvatureMonitor,
+    EdgeRatio,
     LinearCombination,
     MatrixOperator,
     Operator,
@@ -25,6 +26,7 @@ from curvature_callbacks import (
 from curvature_callbacks.measurements.base import offline_problem
 from curvature_callbacks.measurements.curvature import Curvature, OperatorName
 from curvature_callbacks.model.surrogates import FisherType
+from curvature_callbacks.operators.difference import FiniteDifferenceHessianOperator
 from curvature_callbacks.record import scalar_tags
 from tests.reference import dense_fisher, sample_gradients, stacked
 
@@ -420,3 +422,142 @@ def test_fisher_types_name_the_samples():
         fisher="sampled", sample_unit="token", num_draws=3
     )
     assert Curvature(operator="kfac", fisher="exact").fisher_type == FisherType(fisher="exact")
+
+
+# ------------------------------------------------------------------------------------------- options reach what they are about
+
+
+def lambda_max(matrix: Tensor) -> float:
+    return torch.linalg.eigvalsh((matrix + matrix.T) / 2)[-1].item()
+
+
+def test_draws_and_samples_asked_for_are_those_of_the_matrix():
+    model = network()
+    options: Any = {"loss": "cross_entropy", "params_filter": None, "seed": 3}
+    with offline_problem(model, microbatches(), **options) as problem:
+        eye = torch.eye(60, dtype=D)
+        for num_draws in (1, 4):
+            asked: Any = {"sample_unit": "token", "num_draws": num_draws}
+            measurement = TopEigenpairs(operator="sampled_fisher", k=1, which="LA", tol=1e-8, max_matvecs=60, **asked)
+            ((record,), _) = measurement.measure(problem, None)
+            expected = lambda_max(problem.sampled_fisher(**asked).matmat(eye))
+            assert record.scalars["lambda_max"] == pytest.approx(expected, rel=1e-8)
+            assert asked.items() <= record.metadata.items()
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "sampled", "exact"])
+def test_kronecker_factors_are_those_of_the_fisher_asked_for(fisher: Any):
+    with offline_problem(network(), microbatches(), loss="cross_entropy", params_filter=None) as problem:
+        ((record,), _) = TopEigenpairs(operator="kfac", fisher=fisher, k=1, which="LA").measure(problem, None)
+        operator = problem.kfac(kind=FisherType(fisher=fisher), sharing="expand", corrected=False)
+        expected = lambda_max(operator.matmat(torch.eye(50, dtype=D)))
+    assert record.scalars["lambda_max"] == pytest.approx(expected, rel=1e-8)
+
+
+def test_a_row_without_a_finite_gradient_is_no_part_of_the_gram():
+    batches = microbatches()
+    batches[1][0][1] = torch.nan  # the sixth row of twelve
+    found = compute_spectrum(network(), batches, operator="empirical_fisher", loss="cross_entropy", k=3, which="LA")
+    kept = torch.arange(3) != 1
+    others = [batches[0], (batches[1][0][kept], batches[1][1][kept]), batches[2]]
+    values = torch.linalg.eigvalsh(dense_fisher(stacked(sample_gradients(network(), others, "pair"))))
+    assert found.reorth_mode == "gram"
+    assert torch.allclose(found.eigenvalues, values.flip(0)[:3], rtol=1e-9)
+
+
+def test_factors_need_no_vector_to_start_from():
+    with offline_problem(network(), microbatches(), loss="cross_entropy", params_filter=None) as problem:
+        state = TopEigenpairs(operator="kfac", k=2, which="LA", per_block=True).measure(problem, None)[1]
+    assert state is not None
+    assert state["starts"] == {}
+
+
+def test_a_function_without_a_name_is_refused():
+    with pytest.raises(ConfigurationError, match="a function with a name"):
+        TopEigenpairs(operator=partial(damped_hessian))
+
+
+def test_the_error_of_the_differences_is_that_of_the_worse_end(monkeypatch: pytest.MonkeyPatch):
+    estimates = iter([0.0, 0.02, 0.05])  # of the self-check, the largest and the smallest
+    monkeypatch.setattr(FiniteDifferenceHessianOperator, "error_estimate", lambda self, v: next(estimates))
+    found = compute_spectrum(network(), microbatches(), operator="finite_difference_hessian", loss="cross_entropy", k=2)
+    assert found.product_error == 0.05
+
+
+def test_products_spent_on_the_error_of_the_differences_count(monkeypatch: pytest.MonkeyPatch):
+    made: list[float] = []
+    right = FiniteDifferenceHessianOperator._product
+
+    def counted(self: FiniteDifferenceHessianOperator, v: Tensor, multiple: float = 1.0) -> Tensor:
+        made.append(multiple)
+        return right(self, v, multiple)
+
+    monkeypatch.setattr(FiniteDifferenceHessianOperator, "_product", counted)
+    found = compute_spectrum(network(), microbatches(), operator="finite_difference_hessian", loss="cross_entropy", k=2)
+    assert found.num_matvecs == len(made) - 2  # those of the self-check are not the result's
+    assert made.count(2.0) == 3
+    assert found.eigenvectors is None  # which were not asked for
+
+
+class Square(torch.autograd.Function):
+    """Taken as linear by a second backward pass. At the end of a model its Hessian stays symmetric."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return 2 * gradients[0] * ctx.saved_tensors[0].detach()
+
+
+def fused(model: nn.Module, batch: Any) -> Tensor:
+    return Square.apply(model(batch[0])).sum(1)  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("kind", [TopEigenpairs, SpectralDensity])
+def test_the_hessian_between_preconditioners_is_checked_like_any_other(kind: Any):
+    model = network()
+    options: Any = {"loss": fused, "params_filter": None, "optimizer": adam(model)}
+    with offline_problem(model, microbatches(), **options) as problem, pytest.raises(RefusedError, match="finite differences"):
+        kind(operator="preconditioned_hessian").measure(problem, None)
+
+
+@pytest.mark.parametrize(
+    ("measurement", "state"),
+    [
+        (TopEigenpairs(k=1), {"error": 0.25, "starts": {}}),
+        (SpectralDensity(num_probes=2, num_steps=2, deflate=0), 0.25),
+        (EdgeRatio(), (0.25, None)),
+    ],
+    ids=["pairs", "density", "edge"],
+)
+def test_what_the_first_self_check_found_stands_in_every_later_record(measurement: Any, state: Any):
+    model = network()
+    options: Any = {"loss": "cross_entropy", "params_filter": None, "optimizer": adam(model)}
+    with offline_problem(model, microbatches(), **options) as problem:
+        ((record,), _) = measurement.measure(problem, state)
+    assert record.metadata["asymmetry"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("kind", "state"),
+    [(TopEigenpairs, {"error": 0.25, "starts": {"": torch.ones(60, dtype=D)}}), (SpectralDensity, 0.25)],
+)
+def test_a_probe_without_a_preconditioner_keeps_what_earlier_ones_found(kind: Any, state: Any):
+    model = network()
+    options: Any = {"loss": "cross_entropy", "params_filter": None, "optimizer": torch.optim.Adam(model.parameters())}
+    with offline_problem(model, microbatches(), **options) as problem:
+        ((record,), after) = kind(operator="preconditioned_hessian").measure(problem, state)
+    assert "no step yet" in record.metadata["reason"]
+    assert after is state
+
+
+def test_a_density_of_differences_in_sixteen_bits_is_refused_before_the_first_step():
+    measurement = SpectralDensity(operator="finite_difference_hessian")
+    watching = CurvatureMonitor(
+        network(torch.bfloat16), probes=microbatches(torch.bfloat16), loss="cross_entropy", measure=[measurement]
+    )
+    with pytest.raises(ConfigurationError, match="bfloat16 or float16"):
+        watching.check()

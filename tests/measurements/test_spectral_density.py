@@ -95,6 +95,13 @@ def test_outliers_are_taken_out_first_and_their_products_count():
         assert abs(deflated.scalars[metric] - expected) < 4 * deflated.scalars[error]
 
 
+def test_many_outliers_have_the_products_they_take():
+    """Four products a pair where that is more than forty."""
+    record = record_of(num_probes=2, num_steps=4, deflate=30)
+    assert record.metadata["num_deflated"] == 30
+    assert 40 < record.num_matvecs - 2 * 4 - 3 <= 4 * 30
+
+
 def test_the_operator_is_checked_at_the_first_probe_only():
     with problem_of() as problem:
         measurement = SpectralDensity(num_probes=2, num_steps=4, deflate=0)
@@ -172,6 +179,8 @@ def test_every_tag_stands_in_the_docstring():
         ({"sample_unit": "token"}, "`sample_unit`='token' has no meaning"),
         ({"num_probes": 1}, "`num_probes` must be at least 2"),
         ({"num_steps": 0}, "`num_steps` must be an integer of at least 1"),
+        ({"deflate": -1}, "`deflate` must be a number of eigenpairs, 0 for none, got -1"),
+        ({"deflate": True}, "`deflate` must be a number of eigenpairs"),
     ],
 )
 def test_bad_options_are_named(options: Any, message: str):

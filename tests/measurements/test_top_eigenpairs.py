@@ -178,6 +178,27 @@ def test_the_next_probe_starts_from_the_vectors_of_this_one():
     assert warm[0] < again[0]
 
 
+def test_every_block_starts_from_its_own_vector():
+    cold = replace(WARM, warm_start=False)
+    with problem_of() as problem:
+        state = WARM.measure(problem, None)[1]
+        assert state is not None
+        warm, again = spent(WARM, problem, state), spent(cold, problem, {"error": 0.0})
+        lost = spent(WARM, problem, {"error": 0.0, "starts": {"": state["starts"][""]}})
+    assert sum(warm[1:]) < sum(again[1:])
+    assert lost == [warm[0], *again[1:]]
+
+
+def test_the_start_vector_is_drawn_with_the_seed_of_the_probe():
+    found = []
+    for seed in (1, 1, 2):
+        with problem_of(seed=seed) as problem:
+            record = TopEigenpairs(k=1, tol=1e-3, max_matvecs=5).measure(problem, {"error": 0.0})[0][0]
+        assert record.metadata["seed"] == seed
+        found.append(record.arrays["residuals"])
+    assert found[0] == found[1] != found[2]
+
+
 def test_without_a_warm_start_nothing_is_kept():
     with problem_of() as problem:
         state = replace(WARM, warm_start=False).measure(problem, None)[1]
