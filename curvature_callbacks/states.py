@@ -1,11 +1,18 @@
 """States: what measurements carry from probe to probe, and the part of it that a checkpoint can hold."""
 
-from collections.abc import Mapping
+import json
+import logging
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final, final
 
+import torch
 from torch import Tensor
 
 _PLAIN: Final = (bool, int, float, str, type(None))  # what JSON and `torch.load(weights_only=True)` give back
+
+_logger = logging.getLogger("curvature_callbacks")
 
 
 @final
@@ -44,6 +51,28 @@ class States:
         self._latest, self._plain = {}, {}
         for name, state in saved.items():
             self[name] = state
+
+
+def save_whole(path: Path, *, whole: dict[str, Any], plain: dict[str, Any]) -> None:
+    """Put a monitor's state with its tensors beside a checkpoint in JSON, which holds it without them; report what fails."""
+    try:
+        torch.save({"plain": plain, "whole": whole}, path)
+    except (OSError, RuntimeError) as error:  # a full disk
+        _logger.warning("the state of curvature measurements was not saved to %s: %s. Training is not affected.", path, error)
+
+
+def load_whole(places: Sequence[Path], plain: Any) -> dict[str, Any] | None:
+    """The state with its tensors, from the first file that belongs to the checkpoint whose JSON says `plain`, if any."""
+    for path in filter(Path.exists, places):
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            _logger.warning("the state of curvature measurements in %s cannot be read, its vectors begin anew: %s", path, error)
+            continue
+        if json.loads(json.dumps(found["plain"])) == json.loads(json.dumps(plain)):
+            whole: dict[str, Any] = found["whole"]
+            return whole
+    return None
 
 
 def _can_be_saved(state: Any) -> bool:

@@ -1,13 +1,11 @@
 """The callback for the Hugging Face Trainer."""
 
 import logging
-import pickle
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, final
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -23,6 +21,7 @@ from curvature_callbacks.record import Record, headline
 from curvature_callbacks.settings import Settings
 from curvature_callbacks.sinks import JSONLinesSink, MemorySink, Sink
 from curvature_callbacks.sinks.tensorboard import TensorBoardSink
+from curvature_callbacks.states import load_whole, save_whole
 
 require("transformers", extra="transformers")
 
@@ -146,7 +145,7 @@ class CurvatureCallback(TrainerCallback):
         """Put the vectors that eigensolvers start from beside the Trainer's state, which is JSON."""
         path = self._tensor_file(args, state)
         if self._monitor is not None and state.is_world_process_zero and path.parent.is_dir():
-            _save(self._monitor.state_dict(), path)
+            save_whole(path, whole=self._monitor.state_dict(), plain=self._monitor.state_dict(tensors=False))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Let go of the model and the captured batches."""
@@ -177,10 +176,10 @@ class CurvatureCallback(TrainerCallback):
         saved: Any = state.stateful_callbacks
         if state.global_step == 0 or self._state_key not in saved:
             return
-        places = [self._tensor_file(args, state)]
-        if isinstance(args.resume_from_checkpoint, str):
-            places.insert(0, Path(args.resume_from_checkpoint) / places[0].name)
-        self._monitor.load_state_dict(_loaded(places) or saved[self._state_key])
+        plain, own = saved[self._state_key], self._tensor_file(args, state)
+        folders = [_resumed_from(self._trainer), args.resume_from_checkpoint]
+        places = [*(Path(folder) / own.name for folder in folders if isinstance(folder, str)), own]
+        self._monitor.load_state_dict(load_whole(places, plain) or plain)
 
     def _tensor_file(self, args: TrainingArguments, state: TrainerState) -> Path:
         folder = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
@@ -209,20 +208,15 @@ class CurvatureCallback(TrainerCallback):
             self._capture_hook = None
 
 
-def _save(state: dict[str, Any], path: Path) -> None:
-    try:
-        torch.save(state, path)
-    except (OSError, RuntimeError) as error:  # a full disk
-        _logger.warning("the state of curvature measurements was not saved to %s: %s. Training is not affected.", path, error)
-
-
-def _loaded(places: Sequence[Path]) -> dict[str, Any] | None:
-    path = next((place for place in places if place.exists()), None)
-    try:
-        return None if path is None else torch.load(path, weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        _logger.warning("the state of curvature measurements in %s cannot be read, its vectors begin anew: %s", path, error)
-        return None
+def _resumed_from(trainer: Trainer | None) -> str | None:
+    """The folder that `trainer.train` was told to go on from, which no callback is given."""
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        folder = frame.f_locals.get("resume_from_checkpoint")
+        if isinstance(folder, str) and frame.f_locals.get("self") is trainer:
+            return folder
+    return None
 
 
 @final

@@ -121,7 +121,7 @@ def test_transformers_resumes_with_the_vectors_of_the_last_probe(tmp_path: Path)
     first, second, without = callback(), callback(), callback()
     transformers_run(tmp_path, first, **saving)
     (file,) = (tmp_path / "checkpoint-3").glob("curvature_*.pt")
-    held = torch.load(file, weights_only=True)["states"]["hessian"]["starts"][""]
+    held = torch.load(file, weights_only=True)["whole"]["states"]["hessian"]["starts"][""]
     assert held.numel() == sum(parameter.numel() for parameter in language_model().parameters())
     resumed = transformers_run(tmp_path, second, resume=str(tmp_path / "checkpoint-3"), **saving)
     assert spent(second.history) == {step: count for step, count in spent(first.history).items() if step > 3}
@@ -145,14 +145,19 @@ def test_a_file_that_cannot_be_read_costs_a_cold_start_only(tmp_path: Path, capl
 def test_transformers_resumes_in_another_directory_with_the_vectors_of_the_checkpoint_it_is_given(tmp_path: Path) -> None:
     """Also where the directory has a checkpoint of the same step, of another run."""
     saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, "data": Characters}
-    first, other, second = (TransformersCallback(every_n_steps=2, measure=[WARM], **WATCH) for _ in range(3))
+    first, other, second, third = (TransformersCallback(every_n_steps=2, measure=[WARM], **WATCH) for _ in range(4))
     transformers_run(tmp_path / "first", first, **saving)
     transformers_run(tmp_path / "second", other, **saving | {"learning_rate": 0.5, "max_steps": 4})
     (file,) = (tmp_path / "second" / "checkpoint-3").glob("curvature_*.pt")
-    torch.save(torch.load(file, weights_only=True) | {"failures": {"hessian": 3}}, file)  # switched off there
-    given = str(tmp_path / "first" / "checkpoint-3")
-    transformers_run(tmp_path / "second", second, resume=given, resume_from_checkpoint=given, **saving)
+    found = torch.load(file, weights_only=True)
+    off = {"failures": {"hessian": 3}}  # switched off there
+    torch.save({"plain": found["plain"] | off, "whole": found["whole"] | off}, file)
+    given = tmp_path / "first" / "checkpoint-3"
+    transformers_run(tmp_path / "second", second, resume=str(given), **saving)
     assert spent(second.history) == {step: count for step, count in spent(first.history).items() if step > 3} != {}
+    next(given.glob("curvature_*.pt")).unlink()
+    transformers_run(tmp_path / "second", third, resume=str(given), **saving)
+    assert spent(third.history)[4] > spent(first.history)[4]  # cold, and not the other run's
 
 
 def test_vectors_that_cannot_be_written_do_not_stop_training(

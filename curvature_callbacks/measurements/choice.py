@@ -31,7 +31,7 @@ def checked_measurements(measure: Sequence[Measurement] | None) -> list[Measurem
 
 
 def check_optimizer(measure: Sequence[Measurement], optimizer: Optimizers | None, parameters: Mapping[str, Tensor]) -> None:
-    """Raise a `ConfigurationError` where one of them has no optimizer of these; what it refuses its first probe reports."""
+    """Raise a `ConfigurationError` where one of them has no optimizer of these."""
     reading = [one.name for one in measure if isinstance(one, OfOptimizer) and one.needs_optimizer]
     if not reading:
         return
@@ -40,5 +40,5 @@ def check_optimizer(measure: Sequence[Measurement], optimizer: Optimizers | None
             f"measurement `{reading[0]}` needs the `optimizer`, got None: pass `optimizer=` to CurvatureMonitor (the callbacks "
             "pass their trainer's; there it is missing when that has none)."
         )
-    with suppress(RefusedError):
+    with suppress(RefusedError, torch.OutOfMemoryError):  # which the first probe will meet and report
         read_stability(optimizer, parameters, dtype=torch.float32)

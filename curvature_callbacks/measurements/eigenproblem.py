@@ -1,7 +1,8 @@
 """Eigenproblem: an operator of one probe, how it is checked and which eigensolver takes it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields, replace
+from functools import reduce
 from typing import Any, Final, final
 
 import torch
@@ -83,13 +84,11 @@ class Eigenproblem:
 
     Attributes:
         operator: the operator; its graphs live as long as this.
-        names: the parameters its vectors span, in order.
         gram: (N, N) Gram of the operator's own rows, where its eigenpairs are to come from it; else None.
         about: what it is made of, for records.
     """
 
     operator: Operator
-    names: tuple[str, ...]
     gram: Tensor | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
 
@@ -138,9 +137,8 @@ def eigenproblem(problem: Problem, curvature: Curvature, block: str | None = Non
     Kronecker factors the pass that gives them.
     """
     names = None if block is None else problem.blocks[block]
-    covered = tuple(problem.objective.parameters) if names is None else names
     if callable(curvature.operator):
-        return _users(curvature, curvature.operator(problem, names), covered)
+        return _users(curvature, curvature.operator(problem, names))
     match curvature.operator:
         case "hessian":
             operator: Operator = problem.hessian(names)
@@ -148,61 +146,65 @@ def eigenproblem(problem: Problem, curvature: Curvature, block: str | None = Non
             operator = problem.finite_difference_hessian(names)
         case "ggn":
             ggn = problem.ggn(names)
-            return Eigenproblem(operator=ggn, names=covered, about={"num_targets": ggn.num_targets})
+            return Eigenproblem(operator=ggn, about={"num_targets": ggn.num_targets})
         case "empirical_fisher":
             return _empirical_fisher(problem, curvature, block)
         case "sampled_fisher":
             sampled = problem.sampled_fisher(names, sample_unit=curvature.sample_unit, num_draws=curvature.num_draws)
-            return Eigenproblem(operator=sampled, names=covered, about=_rows_of(sampled, "sampled"))
+            return Eigenproblem(operator=sampled, about=_rows_of(sampled, "sampled"))
         case "preconditioned_hessian":
-            stability = problem.stability(names)
-            return Eigenproblem(operator=problem.preconditioned_hessian(names), names=stability.names)
+            operator = problem.preconditioned_hessian(names)
         case "kfac" | "ekfac":
             return _kronecker(problem, curvature, names)
-    return Eigenproblem(operator=operator, names=covered)
+    return Eigenproblem(operator=operator)
 
 
 def measured_blocks(problem: Problem, curvature: Curvature) -> list[str]:
-    """The blocks that have an operator: Kronecker factors do not cover every layer, and an optimizer may not move every one."""
+    """The blocks that have an operator: factors are of whole layers, not of every one, and an optimizer may not move all."""
     if curvature.is_kronecker:
-        members: Iterable[str] = problem.kronecker(curvature.fisher_type, sharing=curvature.sharing)
+        layers = problem.kronecker(curvature.fisher_type, sharing=curvature.sharing).values()
+        members = [{layer.weight} | ({layer.bias} if layer.bias else set()) for layer in layers]
     elif curvature.needs_optimizer:
-        members = problem.stability().names
+        members = [{name} for name in problem.stability().names]
     else:
         return list(problem.blocks)
-    found = set(members)
-    return [block for block, names in problem.blocks.items() if not found.isdisjoint(names)]
+    return [block for block, names in problem.blocks.items() if _whole_members(members, set(names))]
+
+
+def _whole_members(members: Sequence[Set[str]], names: Set[str]) -> bool:
+    """Whether some of them are among the names, none in part: `A x G` has no block for a weight without its bias."""
+    touched = [one for one in members if not one.isdisjoint(names)]
+    return bool(touched) and all(one <= names for one in touched)
 
 
 def _empirical_fisher(problem: Problem, curvature: Curvature, block: str | None) -> Eigenproblem:
     names = None if block is None else problem.blocks[block]
-    covered = tuple(problem.objective.parameters) if names is None else names
     if curvature.sample_unit == "token" or sum(map(batch_size, problem.microbatches)) > _MAX_GRAM_SAMPLES:
         operator = problem.empirical_fisher(names, sample_unit=curvature.sample_unit)
-        return Eigenproblem(operator=operator, names=covered, about=_rows_of(operator, "empirical"))
+        return Eigenproblem(operator=operator, about=_rows_of(operator, "empirical"))
     grams = problem.block_grams.grams  # before the operator's graphs take their memory
     operator = problem.empirical_fisher(names)
-    whole = torch.stack(list(grams.values())).sum(0) if block is None else grams[block]
+    whole = reduce(torch.add, grams.values()) if block is None else grams[block]
     rows = operator.rows.to(whole.device)
     gram = whole[rows][:, rows]
     if not gram.isfinite().all():
         raise ProbeError("a row of this probe has a finite gradient in this block and one that is not finite in another.")
-    return Eigenproblem(operator=operator, names=covered, gram=gram, about=_rows_of(operator, "empirical"))
+    return Eigenproblem(operator=operator, gram=gram, about=_rows_of(operator, "empirical"))
 
 
 def _kronecker(problem: Problem, curvature: Curvature, names: Iterable[str] | None) -> Eigenproblem:
     operator = problem.kfac(
         names, kind=curvature.fisher_type, sharing=curvature.sharing, corrected=curvature.operator == "ekfac"
     )
-    return Eigenproblem(operator=operator, names=operator.names, about={"uncovered": list(operator.uncovered)})
+    return Eigenproblem(operator=operator, about={"uncovered": list(operator.uncovered)})
 
 
-def _users(curvature: Curvature, operator: object, names: tuple[str, ...]) -> Eigenproblem:
+def _users(curvature: Curvature, operator: object) -> Eigenproblem:
     if not isinstance(operator, Operator):
         raise ConfigurationError(
             f"`operator` {curvature.label!r} must give an operator (shape, dtype, device, is_psd, matmat), got {operator!r}."
         )
-    return Eigenproblem(operator=operator, names=names)
+    return Eigenproblem(operator=operator)
 
 
 def _rows_of(operator: FisherOperator, fisher: str) -> dict[str, Any]:

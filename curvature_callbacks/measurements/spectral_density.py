@@ -36,6 +36,7 @@ class SpectralDensity:
     | `curvature_<m>/frobenius_norm` | `sqrt(sum lambda^2)` | >= 0 | |
     | `curvature_<m>/slq_negative_fraction` | share of eigenvalues below `-1e-3 max abs(lambda)` | 0..1 | a saddle |
     | `curvature_<m>/<metric>_standard_error` | of each of these | >= 0 | more probes are needed |
+    | `curvature_<m>/product_error` | of finite differences, with `deflate`: see `TopEigenpairs` | >= 0 | too coarse to trust |
     | `curvature_<m>/density` | figure in TensorBoard: density against eigenvalue, two standard errors as a band | | |
 
     A standard error does not hold the bias of few steps: below 20 steps small negative masses are missed; at 40 they are off by
@@ -115,10 +116,11 @@ class SpectralDensity:
         found = spectral_density(
             task.operator, num_probes=self.num_probes, num_steps=self.num_steps, seed=problem.seed, deflate=outer
         )
+        coarse = {"product_error": outer.product_error} if outer is not None and outer.product_error > 0 else {}
         record = Record(
             step=problem.step,
             measurement=self.name,
-            scalars=found.metrics(),
+            scalars=found.metrics() | coarse,
             headline=_HEADLINE,
             arrays={
                 "grid": found.grid.tolist(),

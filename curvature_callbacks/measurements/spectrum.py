@@ -92,7 +92,9 @@ def compute_spectrum(
     Raises:
         ConfigurationError: a bad choice, an undeterminable loss, no trainable parameter, no valid target; a loss without what
             the operator is made of (single rows, single targets, logits and their likelihood).
-        RefusedError: a kernel in the model cannot be differentiated twice.
+        RefusedError: a kernel in the model cannot be differentiated twice, or differences step over kinks; no layer has
+            Kronecker factors; the optimizer's update is not known.
+        ProbeError: the loss or a product is not finite; the optimizer has not stepped yet.
 
     Cost: in gradients, Hessian 2 to build, three products for the self-check, then 1.6 to 2.8 a product; GGN and Fishers 1.5
     and 1.2 to 1.5; finite differences 2 a product. Memory: about twice a gradient's for graphs, as many microbatches as fit
@@ -121,7 +123,7 @@ def compute_spectrum(
         true_residuals=true_residuals,
     )
     if not isinstance(operator, str) and isinstance(operator, Operator):
-        task = Eigenproblem(operator=operator, names=())
+        task = Eigenproblem(operator=operator)
         with isolated(model, seed=seed):
             task.check(seed=seed)
             return task.solve(wish)

@@ -83,7 +83,8 @@ class TopEigenpairs:
 
     Cost: in gradients, Hessian 2 to build and 1.6 to 2.8 a product; GGN and Fishers 1.5 and 1.2 to 1.5; finite differences 2 a
     product; at most `max_matvecs` products. Memory: `max_matvecs + 1` vectors of size P, fewer where these do not fit; with
-    `warm_start` one on the host between probes, and in checkpoints. From the Gram: `compute_fisher_spectrum`'s, shared with
+    `warm_start` k more at the end, and one on the host between probes (with `per_block` one of each block too), which
+    checkpoints hold as well. From the Gram: `compute_fisher_spectrum`'s, shared with
     `FisherSpectrum`, and one and a half to two and a half products a pair; from factors those of `KFACQuality`, shared with it.
     """
 

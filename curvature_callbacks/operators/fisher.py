@@ -57,7 +57,10 @@ class FisherOperator(MicrobatchOperator[LossRows]):
         super().__init__(objective, microbatches, names, memory_budget)
         self.sample_unit = sample_unit
         self.num_draws = num_draws
-        if not self._built(microbatches, _numbered(microbatches)) and not self._built(*self._finite_part(microbatches)):
+        if self._built(microbatches, _numbered(microbatches)):
+            return
+        del self._graphs  # before the gradients of single rows, and the graphs of those that are left
+        if not self._built(*self._finite_part(microbatches)):
             raise ProbeError("every row of this probe has a finite gradient, but not all of them together.")
 
     @property

@@ -217,6 +217,19 @@ def test_blocks_without_kronecker_factors_are_absent():
     assert whole.scalars["lambda_max"] == max(record.scalars["lambda_max"] for record in blocks)
 
 
+def test_a_weight_without_its_bias_is_no_block_of_kronecker_factors():
+    measurement = TopEigenpairs(operator="kfac", k=1, which="LA", per_block=True)
+    options: Any = {"loss": "cross_entropy", "params_filter": None, "block_structure": "parameter"}
+    with offline_problem(network(), microbatches(), **options) as problem:
+        records, _ = measurement.measure(problem, None)
+    assert [record.block for record in records] == [None, "3.weight"]
+
+
+def test_a_density_of_differences_says_how_coarse_they_are():
+    (record,) = measured(SpectralDensity(operator="finite_difference_hessian", num_probes=2, num_steps=5))
+    assert 0 < record.scalars["product_error"] < 1e-3
+
+
 def test_blocks_the_optimizer_does_not_move_are_absent():
     def of_the_head(model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.SGD(model[3].parameters(), lr=0.1)  # type: ignore[index]
