@@ -148,7 +148,7 @@ def test_the_sampled_fisher_comes_to_the_ggn(unit: Any):
     """At one target a row; the mean over seeds of `<F, G>` and of the trace, each within four standard errors."""
     model, G = network(), truth("ggn")
     found = []
-    for seed in range(30):
+    for seed in range(15):
         options: Any = {"loss": "cross_entropy", "params_filter": None, "seed": seed}
         with offline_problem(model, microbatches(), **options) as problem:
             F_seed = problem.sampled_fisher(sample_unit=unit, num_draws=3).matmat(torch.eye(len(G), dtype=D))
