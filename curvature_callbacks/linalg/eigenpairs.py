@@ -118,3 +118,14 @@ class Eigenpairs:
             "ritz_negative_fraction": negative.double().mean().item(),
             "ritz_negative_mass": ritz[negative].abs().sum().item() / total if total > 0 else 0.0,
         }
+
+
+def shortfalls(converged: Tensor, k: int, P: int, tol: float) -> tuple[str, ...]:
+    """Warnings of a solver without a Krylov space: more pairs asked for than there are, pairs at rounding level."""
+    messages = []
+    if k > P:
+        messages.append(f"`k`={k} exceeds the dimension {P}: {P} pairs are returned.")
+    missing = int((~converged).sum())
+    if missing:
+        messages.append(f"{missing} of {len(converged)} pairs did not reach `tol`={tol:g}: they are at rounding level.")
+    return tuple(messages)

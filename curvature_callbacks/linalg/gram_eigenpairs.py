@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from curvature_callbacks.linalg.accumulate import coefficients, norm, subtract_combination
-from curvature_callbacks.linalg.eigenpairs import Eigenpairs
+from curvature_callbacks.linalg.eigenpairs import Eigenpairs, shortfalls
 from curvature_callbacks.linalg.lanczos import Which
 from curvature_callbacks.linalg.operator import Operator
 
@@ -99,7 +99,7 @@ def eigenpairs_of_gram(
         lambda_abs_max=search.scale,
         asymmetry=search.asymmetry,
         seconds=time.perf_counter() - start,
-        warnings=_warnings(converged, k, P, tol),
+        warnings=shortfalls(converged, k, P, tol),
     )
 
 
@@ -185,13 +185,3 @@ def _choose(k: int, P: int, which: Which) -> list[int]:
     """Indices of the wanted ones among P eigenvalues in descending order, none negative."""
     bottom = {"LA": 0, "LM": 0, "SA": k, "BE": k // 2}[which]
     return [*range(k - bottom), *range(P - bottom, P)]
-
-
-def _warnings(converged: Tensor, k: int, P: int, tol: float) -> tuple[str, ...]:
-    messages = []
-    if k > P:
-        messages.append(f"`k`={k} exceeds the dimension {P}: {P} pairs are returned.")
-    missing = int((~converged).sum())
-    if missing:
-        messages.append(f"{missing} of {len(converged)} pairs did not reach `tol`={tol:g}: they are at rounding level.")
-    return tuple(messages)

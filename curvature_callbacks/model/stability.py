@@ -34,7 +34,7 @@ class Stability:
         decay: (P,) C; None when nothing moves or no weight decay is part of a gradient.
         limit: of `lambda_max(P^-1/2 (H + C) P^-1/2)`, None where groups differ in it (by more than 1e-3).
         learning_rates: of every group with such a parameter, in the optimizer's order.
-        optimizers: kinds, such as `Adam`.
+        optimizers: kinds, such as `Adam`, of those that move something; of all when nothing moves.
         reason: why nothing moves, else None.
     """
 
@@ -82,10 +82,11 @@ def read_stability(optimizers: Optimizers, parameters: Mapping[str, Tensor], *, 
     _refuse_what_has_no_limit(members.values(), moving.values())
     read = {name: member.preconditioner(parameters[name]) for name, member in moving.items()}
     stepped = {name: found.to(dtype) for name, found in read.items() if found is not None}
+    acting = [moving[name] for name in stepped] or members.values()
     groups = {id(member.group): member for member in members.values()}  # each once
     common: dict[str, Any] = {
         "learning_rates": tuple(member.dynamics.learning_rate for member in groups.values()),
-        "optimizers": tuple(dict.fromkeys(update_rule(member.optimizer).name for member in groups.values())),
+        "optimizers": tuple(dict.fromkeys(update_rule(member.optimizer).name for member in acting)),
     }
     if not stepped:
         nothing: dict[str, Any] = {"names": (), "preconditioner": None, "scale": None, "decay": None, "limit": None}

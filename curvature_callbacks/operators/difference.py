@@ -48,9 +48,6 @@ class FiniteDifferenceHessianOperator:
         step: length `h ||v||` of all steps, relative to `||theta||`; None for 1e-3 in float32 and 1e-4 in float64, down to a
             hundredth of it for vectors that move few parameters.
 
-    Attributes:
-        reliable_negative: whether negative eigenvalues may be reported: False for models stored in bfloat16 or float16.
-
     Raises:
         ConfigurationError: `step` is not a positive number.
         ProbeError: by the products, where a gradient is not finite or no target is valid.
@@ -82,7 +79,6 @@ class FiniteDifferenceHessianOperator:
         self.shape = (len(self._theta), len(self._theta))
         self.dtype = objective.dtype
         self.device = objective.device
-        self.reliable_negative = not objective.is_widened
 
     def matmat(self, V: Tensor) -> Tensor:
         """`H V` for `V` (P, K), column by column."""

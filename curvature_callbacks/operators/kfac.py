@@ -10,7 +10,7 @@ from torch import Tensor
 
 from curvature_callbacks.errors import ConfigurationError, ProbeError, RefusedError, check_choice, check_positive
 from curvature_callbacks.linalg.accumulate import coefficients, norm, subtract_combination
-from curvature_callbacks.linalg.eigenpairs import Eigenpairs
+from curvature_callbacks.linalg.eigenpairs import Eigenpairs, shortfalls
 from curvature_callbacks.linalg.kronecker import KroneckerFactors, outer_pairs
 from curvature_callbacks.linalg.lanczos import Which
 
@@ -148,7 +148,7 @@ class KFACOperator:
             lambda_abs_max=search.scale,
             asymmetry=0.0,
             seconds=time.perf_counter() - start,
-            warnings=_warnings(converged, k, self.shape[0], tol),
+            warnings=shortfalls(converged, k, self.shape[0], tol),
         )
 
 
@@ -288,13 +288,3 @@ def _places(names: Iterable[str], parameters: Mapping[str, Tensor]) -> dict[str,
         start, stop = stop, stop + parameters[name].numel()
         found[name] = slice(start, stop)
     return found
-
-
-def _warnings(converged: Tensor, k: int, P: int, tol: float) -> tuple[str, ...]:
-    messages = []
-    if k > P:
-        messages.append(f"`k`={k} exceeds the dimension {P}: {P} pairs are returned.")
-    missing = int((~converged).sum())
-    if missing:
-        messages.append(f"{missing} of {len(converged)} pairs did not reach `tol`={tol:g}: they are at rounding level.")
-    return tuple(messages)

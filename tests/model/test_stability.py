@@ -361,3 +361,13 @@ def test_the_learning_rate_is_a_plain_number() -> None:
     named = parameters()
     optimizer: Optimizer = SGD(list(named.values()), lr=torch.tensor(0.1))
     assert type(read(optimizer, named).learning_rates[0]) is float
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+def test_an_optimizer_at_rest_preconditions_nothing(rate: float) -> None:
+    """Adam at a rate of zero or before its first step, beside SGD that moves; alone it is named all the same."""
+    first, second = (torch.nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2))
+    resting = Adam([second], lr=rate)
+    found = read_stability([SGD([first], lr=0.1), resting], {"first": first, "second": second}, dtype=torch.float64)
+    assert (found.names, found.optimizers, found.preconditioned) == (("first",), ("SGD",), False)
+    assert read_stability(resting, {"second": second}, dtype=torch.float64).optimizers == ("Adam",)
