@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from curvature_callbacks.distributed import is_main_process, refuse_sharded_parameters
+from curvature_callbacks.distributed import check_model_over_processes, current_world, is_out_of_memory
 from curvature_callbacks.errors import ConfigurationError, check_choice, check_positive
 from curvature_callbacks.failures import Failures
 from curvature_callbacks.gram.trust import Trust
@@ -47,13 +47,17 @@ class CurvatureMonitor:
     probe is recorded and warned about once, never raised; a bad configuration is raised by `check`, which the first `step`
     calls if you have not.
 
+    With many processes (DDP, FSDP2) call `check` and `step` on every one of them: each draws rows of its own, the numbers are
+    those of all rows together and the same on all, and rank zero writes.
+
     Args:
         model: the module training runs, unwrapped (no DDP, no `torch.compile` wrapper).
         probes: a `DataLoader` over a map-style dataset (its dataset is indexed, the loader never iterated), a list of
             microbatches, or a `Probes` object.
         measure: measurements; default Fisher spectrum, Hessian eigenpairs, K-FAC coverage.
         when: every how many steps, or a schedule. The first call always measures.
-        sinks: receivers of the records; `history` holds them in any case.
+        sinks: receivers of the records, called on rank zero only unless they have `every_process = True`; `history` holds the
+            records in any case.
         loss: None for the model's own `.loss` (mapping batches); `cross_entropy`, `mse` or `bce` for `(inputs, targets)`; or
             `(model, batch) -> scalar mean | (N,) per-sample losses`.
         params_filter: `(name, parameter) -> bool`, which trainable parameters to measure.
@@ -137,7 +141,8 @@ class CurvatureMonitor:
 
         Cost: one draw and two forward passes over it, one more for each measurement that has to ask the loss.
         """
-        refuse_sharded_parameters(self._model)
+        world = current_world()
+        check_model_over_processes(self._model, world)
         trainable = {name: value for name, value in self._model.named_parameters() if value.requires_grad}
         if not trainable:
             raise ConfigurationError("the model has no trainable parameter: nothing to measure.")
@@ -148,9 +153,10 @@ class CurvatureMonitor:
         seed = self._probe_seed(step)
         self._checked = True
         try:
-            with isolated(self._model, seed=seed):
+            with world.together(), isolated(self._model, seed=world.seed(seed)):
                 microbatches = self._probes.draw(seed)
-                if microbatches is not None:
+                if not world.anywhere(microbatches is None):
+                    assert microbatches is not None
                     kinds = [one.fisher_type for one in self._measure if isinstance(one, OfFisher)]
                     problem = self._problem(microbatches, seed, step)
                     problem.check(kinds)
@@ -158,9 +164,10 @@ class CurvatureMonitor:
                         one.check(problem)
         except ConfigurationError:
             raise
-        except torch.OutOfMemoryError as error:  # the probe will meet it, record it and report it
-            _logger.debug("the check of the curvature probe ran out of memory: %s", error)
         except Exception as error:
+            if is_out_of_memory(error):  # the probe will meet it, record it and report it
+                _logger.debug("the check of the curvature probe ran out of memory: %s", error)
+                return
             raise ConfigurationError(
                 f"the loss of a first probe could not be computed ({type(error).__name__}: {error}): check the data drawn from "
                 "the training set and the loss function."
@@ -175,8 +182,6 @@ class CurvatureMonitor:
         """
         if not self._when.due(step, self._previous):
             self._previous = step
-            return []
-        if not is_main_process():
             return []
         shown = step if logged_as is None else logged_as
         if not self._checked:
@@ -217,13 +222,14 @@ class CurvatureMonitor:
 
     def _probe(self, step: int) -> list[Record]:
         start = time.perf_counter()
-        seed = self._probe_seed(step)
+        seed, world = self._probe_seed(step), current_world()
         records: list[Record] = []
         try:
-            with isolated(self._model, seed=seed):
+            with world.together(), isolated(self._model, seed=world.seed(seed)):
                 microbatches = self._probes.draw(seed)
-                if microbatches is None:
+                if world.anywhere(microbatches is None):
                     return []
+                assert microbatches is not None
                 problem = self._problem(microbatches, seed, step)
                 for measurement in self._measure:
                     records += self._measured(measurement, problem)
@@ -247,17 +253,21 @@ class CurvatureMonitor:
             return []
         start = time.perf_counter()
         try:
-            state = self._states[name] if name in self._states else measurement.init(problem)
-            found, self._states[name] = measurement.measure(problem, state)
+            with problem.world.together():
+                state = self._states[name] if name in self._states else measurement.init(problem)
+                found, self._states[name] = measurement.measure(problem, state)
+                seconds = problem.world.average(time.perf_counter() - start)
         except Exception as error:
             return [self._failures.failed(name, problem.step, error)]
         self._failures.succeeded(name)
-        seconds = time.perf_counter() - start
         return [replace(record, seconds=seconds) for record in found]
 
     def _hand_on(self, records: Sequence[Record]) -> None:
         start = time.perf_counter()
+        is_writer = current_world().rank == 0
         for sink in self._sinks:
+            if not (is_writer or getattr(sink, "every_process", False)):
+                continue
             try:
                 sink.write(records)
             except Exception as error:
@@ -276,6 +286,7 @@ class CurvatureMonitor:
             trust=self._trust,
             sharing=sharing,
             optimizer=self._optimizer,
+            world=current_world(),
             **self._problem_options,
         )
 

@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from curvature_callbacks.batches import batch_size, detached_copy, take_rows
+from curvature_callbacks.distributed import current_world
 from curvature_callbacks.errors import ConfigurationError
 
 Draw = Literal["fresh", "fixed"]
@@ -69,10 +70,11 @@ class DatasetProbes(Probes):
         self._microbatch_size = microbatch_size
 
     def draw(self, seed: int) -> list[Any]:
-        """Rows without replacement, from a private generator."""
-        length = len(self._dataset)
-        count = min(self._num_microbatches * self._microbatch_size, length)
-        indices = random.Random(seed).sample(range(length), count)
+        """Rows without replacement, from a private generator; every process of a run has rows of its own."""
+        length, world = len(self._dataset), current_world()
+        drawn = min(self._num_microbatches * self._microbatch_size * world.size, length)
+        indices = random.Random(seed).sample(range(length), drawn)[world.rank :: world.size]
+        count = len(indices)
         collate = _private_copy(self._collate)
         with _undisturbed(self._dataset, self._collate):
             return [

@@ -8,13 +8,15 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor, nn
 
-from curvature_callbacks.batches import to_device
+from curvature_callbacks.batches import batch_size, to_device
+from curvature_callbacks.distributed import SINGLE, World
 from curvature_callbacks.errors import ConfigurationError, ProbeError, RefusedError
 from curvature_callbacks.gram.engine import BlockGrams
 from curvature_callbacks.gram.kronecker import LayerKronecker
 from curvature_callbacks.gram.positions import Sharing
 from curvature_callbacks.gram.shared import SharedGrams
 from curvature_callbacks.gram.trust import Trust
+from curvature_callbacks.linalg.space import InnerProducts
 from curvature_callbacks.model.blocks import Blocks, BlockStructure, group_blocks
 from curvature_callbacks.model.checks import check_model, second_order_obstacle
 from curvature_callbacks.model.losses import Loss, resolve_loss
@@ -22,11 +24,12 @@ from curvature_callbacks.model.objective import Objective, ParamsFilter, gradien
 from curvature_callbacks.model.stability import Optimizers, Stability, read_stability
 from curvature_callbacks.model.surrogates import EMPIRICAL, FisherType, SampleUnit, surrogates
 from curvature_callbacks.operators.difference import FiniteDifferenceHessianOperator
-from curvature_callbacks.operators.fisher import EmpiricalFisherOperator, SampledFisherOperator
+from curvature_callbacks.operators.fisher import EmpiricalFisherOperator, FisherOperator, SampledFisherOperator
 from curvature_callbacks.operators.ggn import GGNOperator
 from curvature_callbacks.operators.hessian import HessianOperator
 from curvature_callbacks.operators.kfac import KFACOperator, KroneckerLayer
 from curvature_callbacks.operators.preconditioned import PreconditionedOperator
+from curvature_callbacks.operators.sharded import ShardedFisherOperator, ShardedOperator
 
 _TRANSPOSED: Final = ("transposed linear", "embedding")  # operations whose weight is stored as (d_in, d_out)
 
@@ -46,6 +49,8 @@ class Problem:
         trust: what earlier probes of the run, with the same loss and block structure, found out; updated.
         sharing: types of Fisher whose Grams are to come with Kronecker factors, and how positions enter these.
         optimizer: what trains the model, or several of them; only read.
+        world: the processes whose microbatches make up the problem; each has the model, and every method that computes is called
+            by all of them in the same order.
 
     Raises:
         ConfigurationError: no trainable parameter, an undeterminable loss, no microbatch.
@@ -64,6 +69,7 @@ class Problem:
         trust: Trust | None = None,
         sharing: Mapping[FisherType, Sharing] | None = None,
         optimizer: Optimizers | None = None,
+        world: World = SINGLE,
     ) -> None:
         if not microbatches:
             raise ConfigurationError("`batches` must hold at least one microbatch, got none.")
@@ -74,6 +80,7 @@ class Problem:
         self.seed = seed
         self.step = step
         self.optimizer = optimizer
+        self.world = world
         self._trust = Trust() if trust is None else trust
         if self._trust.loss is None:
             self._trust.loss = resolve_loss(loss, self.microbatches[0])
@@ -84,7 +91,7 @@ class Problem:
         self.blocks: Blocks = self._trust.blocks[1]
         self.gradient_seconds = 0.0  # wall time of one gradient, once `gradients` was asked for
         self._shared = SharedGrams(
-            self.objective, self.microbatches, self.blocks, trust=self._trust, seed=seed, sharing=sharing or {}
+            self.objective, self.microbatches, self.blocks, trust=self._trust, seed=seed, sharing=sharing or {}, world=world
         )
 
     def check(self, kinds: Sequence[FisherType] = ()) -> None:
@@ -100,7 +107,7 @@ class Problem:
                 for kind in kinds:
                     if kind != EMPIRICAL:  # which every loss has
                         surrogates(kind, losses, seed=self.seed)
-        if valid == 0:
+        if self.world.total(torch.tensor(valid)) == 0:
             raise ConfigurationError(
                 "every label of the drawn microbatches is ignored (-100): the loss is undefined. Check the collator and the "
                 "labels, or give probe data of its own."
@@ -126,35 +133,56 @@ class Problem:
         """Parameter to the operations that use it; see `SharedGrams.operations`."""
         return self._shared.operations
 
+    @property
+    def num_rows(self) -> int:
+        """Rows of all processes."""
+        return int(self.world.total(torch.tensor(sum(map(batch_size, self.microbatches)))))
+
     @cached_property
     def gradients(self) -> Mapping[str, Tensor]:
         """Name to the gradient of the mean loss. Cost: one gradient, whose time is kept as the unit of all others."""
-        self._synchronise()
-        start = time.perf_counter()
-        leaves = self.objective.leaves()
-        found = gradients(self.objective.mean(self.microbatches, leaves), leaves)
-        self._synchronise()
-        self.gradient_seconds = time.perf_counter() - start
-        return found
+        with self.world.together():
+            self._synchronise()
+            start = time.perf_counter()
+            leaves = self.objective.leaves()
+            found = gradients(self.objective.mean(self.microbatches, leaves), leaves)
+            self._synchronise()
+            self.gradient_seconds = time.perf_counter() - start
+        if self.world.size == 1:
+            return found
+        share = self._num_targets / int(self.world.total(torch.tensor(self._num_targets)))
+        return {name: self.world.total(gradient * share) for name, gradient in found.items()}
+
+    @cached_property
+    def _num_targets(self) -> int:
+        """Valid targets of this process. Cost: one forward pass."""
+        with self.world.together(), torch.no_grad():
+            return sum(int(self.objective(batch).num_targets.sum()) for batch in self.microbatches)
 
     def _synchronise(self) -> None:
         if self.objective.device.type == "cuda":
             torch.cuda.synchronize(self.objective.device)
 
-    def hessian(self, names: Iterable[str] | None = None) -> HessianOperator:
+    def hessian(self, names: Iterable[str] | None = None) -> HessianOperator | ShardedOperator:
         """The Hessian of the mean loss, restricted to the named parameters.
 
         Raises:
             RefusedError: the model's attention has no second derivative.
         """
         self._refuse_single_derivatives()
-        return HessianOperator(self.objective, self.microbatches, names)
+        with self.world.together():
+            local = HessianOperator(self.objective, self.microbatches, names)
+        return local if self.world.size == 1 else ShardedOperator(local, local.num_targets, self.world)
 
-    def finite_difference_hessian(self, names: Iterable[str] | None = None) -> FiniteDifferenceHessianOperator:
+    def finite_difference_hessian(
+        self, names: Iterable[str] | None = None
+    ) -> FiniteDifferenceHessianOperator | ShardedOperator:
         """The same by differences of the gradient, for models without a second derivative."""
-        return FiniteDifferenceHessianOperator(self.objective, self.microbatches, names)
+        with self.world.together():
+            local = FiniteDifferenceHessianOperator(self.objective, self.microbatches, names)
+        return local if self.world.size == 1 else ShardedOperator(local, self._num_targets, self.world)
 
-    def ggn(self, names: Iterable[str] | None = None) -> GGNOperator:
+    def ggn(self, names: Iterable[str] | None = None) -> GGNOperator | ShardedOperator:
         """The generalised Gauss-Newton matrix of the mean loss, restricted to the named parameters.
 
         Raises:
@@ -162,7 +190,9 @@ class Problem:
             RefusedError: the model's attention has no second derivative, which products with J take as well.
         """
         self._refuse_single_derivatives()
-        return GGNOperator(self.objective, self.microbatches, names)
+        with self.world.together():
+            local = GGNOperator(self.objective, self.microbatches, names)
+        return local if self.world.size == 1 else ShardedOperator(local, local.num_targets, self.world)
 
     def stability(self, names: Iterable[str] | None = None) -> Stability:
         """Where the optimizer's next step of the named parameters is stable; see `read_stability`.
@@ -189,11 +219,12 @@ class Problem:
         stability = self.stability(names)
         if stability.preconditioner is None:
             raise ProbeError(f"there is no preconditioned Hessian: {stability.reason}")
-        return PreconditionedOperator(self.hessian(stability.names), 1 / stability.preconditioner)
+        hessian = self.hessian(stability.names)
+        return PreconditionedOperator(hessian, InnerProducts(hessian).part(1 / stability.preconditioner))
 
     def empirical_fisher(
         self, names: Iterable[str] | None = None, *, sample_unit: SampleUnit = "sequence"
-    ) -> EmpiricalFisherOperator:
+    ) -> EmpiricalFisherOperator | ShardedFisherOperator:
         """The empirical Fisher of all microbatches, restricted to the named parameters.
 
         Raises:
@@ -201,11 +232,13 @@ class Problem:
             RefusedError: as `ggn`.
         """
         self._refuse_single_derivatives()
-        return EmpiricalFisherOperator(self.objective, self.microbatches, names, sample_unit=sample_unit)
+        with self.world.together():
+            local = EmpiricalFisherOperator(self.objective, self.microbatches, names, sample_unit=sample_unit)
+        return local if self.world.size == 1 else self._sharded_fisher(local)
 
     def sampled_fisher(
         self, names: Iterable[str] | None = None, *, sample_unit: SampleUnit = "sequence", num_draws: int = 1
-    ) -> SampledFisherOperator:
+    ) -> SampledFisherOperator | ShardedFisherOperator:
         """The Fisher of labels drawn from the predictive with the probe's seed, restricted to the named parameters.
 
         Raises:
@@ -213,9 +246,13 @@ class Problem:
             RefusedError: as `ggn`.
         """
         self._refuse_single_derivatives()
-        return SampledFisherOperator(
-            self.objective, self.microbatches, names, sample_unit=sample_unit, num_draws=num_draws, seed=self.seed
-        )
+        options: dict[str, Any] = {"sample_unit": sample_unit, "num_draws": num_draws, "seed": self.world.seed(self.seed)}
+        with self.world.together():
+            local = SampledFisherOperator(self.objective, self.microbatches, names, **options)
+        return local if self.world.size == 1 else self._sharded_fisher(local)
+
+    def _sharded_fisher(self, local: FisherOperator) -> ShardedFisherOperator:
+        return ShardedFisherOperator(local, sum(map(batch_size, self.microbatches)), self.world)
 
     def kfac(
         self, names: Iterable[str] | None = None, *, kind: FisherType = EMPIRICAL, sharing: Sharing, corrected: bool

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from curvature_callbacks.batches import batch_size, take_rows
+from curvature_callbacks.distributed import SINGLE, World
 from curvature_callbacks.errors import ProbeError
 from curvature_callbacks.gram.capture import Capture
 from curvature_callbacks.gram.certificate import certificate_errors
@@ -78,6 +79,7 @@ def block_grams(
     trust: Trust,
     seed: int,
     options: GramOptions = GramOptions(),
+    world: World = SINGLE,
 ) -> BlockGrams:
     """Exact Grams of all blocks without the S x P matrix of gradients.
 
@@ -92,6 +94,7 @@ def block_grams(
         trust: carried from probe to probe, updated here.
         seed: seed of draws, of the certificate's weights and of subsampled parameters.
         options: what to compute.
+        world: the processes whose microbatches N spans too, by rank.
 
     Returns:
         The Grams. Rows and columns of a row without a finite gradient are not finite, or left out where S is not N.

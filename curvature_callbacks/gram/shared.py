@@ -7,6 +7,7 @@ from typing import Any, final
 
 import torch
 
+from curvature_callbacks.distributed import SINGLE, World
 from curvature_callbacks.gram.engine import BlockGrams, GramOptions, block_grams, parameter_operations
 from curvature_callbacks.gram.kronecker import LayerKronecker
 from curvature_callbacks.gram.positions import Sharing
@@ -31,6 +32,7 @@ class SharedGrams:
         trust: what earlier probes of the run found out; updated.
         seed: of every draw.
         sharing: types of Fisher whose Grams are to come with Kronecker factors, and how positions enter these.
+        world: the processes whose microbatches N spans.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class SharedGrams:
         trust: Trust,
         seed: int,
         sharing: Mapping[FisherType, Sharing],
+        world: World = SINGLE,
     ) -> None:
         self._objective = objective
         self._microbatches = microbatches
@@ -49,6 +52,7 @@ class SharedGrams:
         self._trust = trust
         self._seed = seed
         self._sharing = dict(sharing)
+        self._world = world
         self._grams: dict[tuple[FisherType, int | None, bool], BlockGrams] = {}
         self._kronecker: dict[tuple[FisherType, Sharing], Mapping[str, LayerKronecker]] = {}
 
@@ -87,7 +91,8 @@ class SharedGrams:
     def _with_factors(self, kind: FisherType, sharing: Sharing, memory: int | None) -> None:
         """Grams and factors in one pass; neither where there can be no factors: who asks for them meets the cause then."""
         try:
-            grams = self._block_grams(kind, None, sharing, memory)
+            with self._world.together():
+                grams = self._block_grams(kind, None, sharing, memory)
         except (torch.OutOfMemoryError, LinAlgError) as error:
             _logger.debug("no Kronecker factors at this probe, its Grams are tried without: %s", error)
             return
@@ -112,7 +117,13 @@ class SharedGrams:
             budget=memory_budget(self._objective.device, memory),
         )
         return block_grams(
-            self._objective, self._microbatches, self._blocks, trust=self._trust, seed=self._seed, options=options
+            self._objective,
+            self._microbatches,
+            self._blocks,
+            trust=self._trust,
+            seed=self._seed,
+            options=options,
+            world=self._world,
         )
 
     @cached_property

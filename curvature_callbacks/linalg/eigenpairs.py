@@ -77,14 +77,14 @@ class Eigenpairs:
         return values if self.is_psd else values | self._negative_curvature()
 
     def starting_vector(self) -> Tensor:
-        """(P,) where a run for the same pairs of a similar operator should start: `sum_i v_i / |theta_i|` on the host.
+        """(P,) where a run for the same pairs of a similar operator should start: `sum_i v_i / |theta_i|`.
 
         Pairs converge the later the smaller their `|theta|`, so these weigh more.
         """
         assert self.eigenvectors is not None, "asked of a run that keeps its eigenvectors"
         sizes = self.eigenvalues.abs().clamp_min(self.tol * self.lambda_abs_max)
         weights = 1 / torch.where(sizes > 0, sizes, 1.0)
-        found: Tensor = (self.eigenvectors @ (weights / weights.max()).to(self.eigenvectors)).cpu()
+        found: Tensor = self.eigenvectors @ (weights / weights.max()).to(self.eigenvectors)
         return found
 
     @property

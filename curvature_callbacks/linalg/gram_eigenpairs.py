@@ -6,10 +6,11 @@ from typing import Final, Protocol, final
 import torch
 from torch import Tensor
 
-from curvature_callbacks.linalg.accumulate import coefficients, norm, subtract_combination
+from curvature_callbacks.linalg.accumulate import subtract_combination
 from curvature_callbacks.linalg.eigenpairs import Eigenpairs, shortfalls
 from curvature_callbacks.linalg.lanczos import Which
 from curvature_callbacks.linalg.operator import Operator
+from curvature_callbacks.linalg.space import InnerProducts
 
 _NOISE: Final = 10.0  # noise floor of a residual and of an eigenvalue, in units of eps lambda_max, as in `lanczos`
 _LOOKS: Final = 3  # at a residual, with a projection between two of them
@@ -79,10 +80,10 @@ def eigenpairs_of_gram(
         [4.5, 0.5, 0.0]
     """
     start = time.perf_counter()
-    P = operator.shape[0]
     search = _Search(gram, operator, tol, seed)
+    P = search.dimension
     chosen = _choose(min(k, P), P, which)
-    vectors = torch.empty(len(chosen), P, dtype=operator.dtype, device=operator.device)  # (k, P)
+    vectors = torch.empty(len(chosen), operator.shape[0], dtype=operator.dtype, device=operator.device)  # (k, P)
     residuals = torch.stack([search.find(index, vectors, place) for place, index in enumerate(chosen)])
     values = torch.stack([search.value(index) for index in chosen])
     converged = residuals <= (tol * values).clamp_min(search.floor)
@@ -114,14 +115,16 @@ class _Search:
         values, vectors = torch.linalg.eigh((K + K.T) / 2)
         top = max(values[-1].item(), 0.0)
         noise = _NOISE * torch.finfo(operator.dtype).eps * top
-        rank = min(int((values > noise).sum()), operator.shape[0])
+        self._products = InnerProducts(operator)
+        self.dimension = self._products.dimension(operator.shape[0])
+        rank = min(int((values > noise).sum()), self.dimension)
         self.squares = values.flip(0)[:rank]  # (r,) eigenvalues of J J'
         self.weights = vectors.flip(1)[:, :rank]  # (S, r)
         self.scale = top / operator.normaliser
         self.floor = noise / operator.normaliser
         self._operator = operator
         self._tol = tol
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = self._products.random(seed)
         self._null: list[int] = []  # places of the null vectors found so far
         self._half_products = 0
 
@@ -143,7 +146,7 @@ class _Search:
         for looks_left in reversed(range(_LOOKS)):
             self._normalise(u, vectors, null=null)
             image = self._jvp(u)
-            residual = norm(self._vjp(image) / self._operator.normaliser - value.to(u) * u).cpu()
+            residual = self._products.norm(self._vjp(image) / self._operator.normaliser - value.to(u) * u).cpu()
             if looks_left == 0 or residual <= target:
                 break
             u = self._projected(u, image, index)
@@ -163,8 +166,8 @@ class _Search:
         """Unit length; null vectors, which the Gram does not tell apart, also orthogonal to those before."""
         for _ in range(2 if null and self._null else 0):
             before = vectors[self._null]
-            subtract_combination(u, before, coefficients(before, u))
-        u /= norm(u).clamp_min(torch.finfo(u.dtype).tiny)
+            subtract_combination(u, before, self._products.coefficients(before, u))
+        u /= self._products.norm(u).clamp_min(torch.finfo(u.dtype).tiny)
 
     def _projected(self, u: Tensor, image: Tensor, index: int) -> Tensor:
         """`u` without its components `w_j' J u / sqrt(s_j)` along the eigenvectors `J' w_j / sqrt(s_j)` other than `index`."""

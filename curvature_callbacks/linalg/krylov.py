@@ -53,7 +53,7 @@ class Krylov:
         self.products = InnerProducts(operator)
         P = operator.shape[0]
         self.basis = torch.empty(capacity + 1, P, dtype=operator.dtype, device=operator.device)  # (capacity + 1, P)
-        self.dimension = self.products.dimension(self.basis[0])
+        self.dimension = self.products.dimension(P)
         self.capacity = min(capacity, self.dimension)
         self.alphas, self.betas, self.asymmetries = torch.zeros(
             3, self.capacity, dtype=torch.float64, device=operator.device
@@ -69,7 +69,7 @@ class Krylov:
         self.num_passes = 0
         self.asymmetry = 0.0
         self.policy = Full() if policy is None else policy
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = self.products.random(seed)
         self._settled = 0  # steps whose beta was looked at
         if start is None:
             self.place_random(0)

@@ -194,8 +194,9 @@ def _basis(operator: Operator, k: int, budget: int, mode: ReorthMode, size: int 
     if mode != "auto":
         return mode, budget
     vector = operator.shape[0] * operator.dtype.itemsize
-    fitting = int(InnerProducts(operator).average(device_budget(operator.device) // max(vector, 1) - 1))
-    if min(budget, operator.shape[0]) <= fitting:
+    products = InnerProducts(operator)
+    fitting = int(products.average(device_budget(operator.device) // max(vector, 1) - 1))
+    if min(budget, products.dimension(operator.shape[0])) <= fitting:
         return "full", budget
     return "thick_restart", max(k + _LEAST_ROOM, fitting)
 
@@ -212,10 +213,10 @@ def _start(vectors: Tensor | None, operator: Operator, seed: int) -> Tensor | No
     """Their sum, of unit length, plus noise: what they lack must still be found."""
     if vectors is None:
         return None
-    norm = InnerProducts(operator).norm
+    products = InnerProducts(operator)
+    norm = products.norm
     together = vectors.to(operator.device, operator.dtype).sum(1)
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(len(together), generator=generator, dtype=operator.dtype).to(operator.device)
+    noise = torch.randn(len(together), generator=products.random(seed), dtype=operator.dtype).to(operator.device)
     return together / norm(together).to(together.dtype) + _NOISE_SHARE * noise / norm(noise).to(noise.dtype)
 
 

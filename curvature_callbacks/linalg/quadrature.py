@@ -127,10 +127,10 @@ class _Sampler:
         self.num_deflated = len(values)
         self._operator = _Complement(operator, known) if self.num_deflated else operator
         self._products = InnerProducts(operator)
-        self.dimension = self._products.dimension(known[:0].new_empty(operator.shape[0]))
+        self.dimension = self._products.dimension(operator.shape[0])
         self._num_steps = min(num_steps, self.dimension - self.num_deflated)
         self._seed = seed
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = self._products.random(seed)
         self.num_matvecs = 0
         self.longest = 0
 

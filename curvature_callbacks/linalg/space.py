@@ -16,6 +16,18 @@ class Space(Protocol):
         """The sum of `partial` over all holders, the same on each."""
         ...
 
+    def seed(self, seed: int) -> int:
+        """What this holder seeds its part of a random vector with."""
+        ...
+
+    def part(self, length: int) -> slice:
+        """The part of a vector of that length that is held here."""
+        ...
+
+    def assembled(self, part: Tensor, length: int) -> Tensor:
+        """(K, length) whole vectors as rows, from the `part` (K, held here) of each."""
+        ...
+
 
 @final
 class LocalSpace:
@@ -24,6 +36,18 @@ class LocalSpace:
     def total(self, partial: Tensor) -> Tensor:
         """`partial` itself."""
         return partial
+
+    def seed(self, seed: int) -> int:
+        """`seed` itself."""
+        return seed
+
+    def part(self, length: int) -> slice:
+        """All of it."""
+        return slice(0, length)
+
+    def assembled(self, part: Tensor, length: int) -> Tensor:
+        """`part` itself."""
+        return part
 
 
 LOCAL: Final = LocalSpace()
@@ -56,9 +80,21 @@ class InnerProducts:
         """`rows @ rows.T` for `rows` (m, P), (m, m)."""
         return self._space.total(accumulate.gram(rows))
 
-    def dimension(self, local: Tensor) -> int:
-        """Length of the whole vector of which `local` is the part held here."""
-        return int(self._sum(local.shape[0]))
+    def random(self, seed: int) -> torch.Generator:
+        """A generator for the part of random vectors that is held here."""
+        return torch.Generator().manual_seed(self._space.seed(seed))
+
+    def dimension(self, local: int) -> int:
+        """Length of whole vectors, of which `local` entries are held here."""
+        return int(self._sum(local))
+
+    def whole(self, part: Tensor) -> Tensor:
+        """The vector (P,) of which `part` is held here."""
+        return self._space.assembled(part[None], self.dimension(len(part)))[0]
+
+    def part(self, whole: Tensor) -> Tensor:
+        """What is held here of the vector `whole` (P,)."""
+        return whole[self._space.part(len(whole))]
 
     def anywhere(self, flag: bool) -> bool:
         """Whether any holder says so: all must take the same branch, and clocks differ."""

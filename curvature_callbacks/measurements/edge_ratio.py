@@ -7,15 +7,15 @@ from torch import Tensor
 
 from curvature_callbacks.linalg.eigenpairs import Eigenpairs
 from curvature_callbacks.linalg.lanczos import check_options, lanczos
+from curvature_callbacks.linalg.operator import Operator
+from curvature_callbacks.linalg.space import InnerProducts
+from curvature_callbacks.measurements.eigenproblem import Eigenproblem
 from curvature_callbacks.model.stability import Stability
-from curvature_callbacks.operators.hessian import HessianOperator
 from curvature_callbacks.operators.preconditioned import PreconditionedOperator
-from curvature_callbacks.operators.second_order import check_second_order
 from curvature_callbacks.problem import Problem
 from curvature_callbacks.record import Record
 
 _HEADLINE: Final = ("ratio", "limit", "learning_rate")
-_CHECK_PRODUCTS: Final = 3  # what `check_second_order` spends on a model without custom operations
 
 State = tuple[float, Tensor | None]  # error of the self-check; (P,) on the host, the eigenvector of the previous probe
 
@@ -94,11 +94,12 @@ class EdgeRatio:
         stability = problem.stability()
         if stability.scale is None:
             return [_absent(problem, self.name, stability)], state
-        hessian, spent = problem.hessian(stability.names), 0
+        task, spent = Eigenproblem(operator=problem.hessian(stability.names)), 0
         if state is None:
-            state, spent = (check_second_order(hessian, seed=problem.seed), None), _CHECK_PRODUCTS
+            error, spent = task.check(seed=problem.seed)
+            state = error, None
         error, previous = state
-        pairs = self._solve(problem, hessian, stability, previous)
+        pairs = self._solve(problem, task.operator, stability, previous)
         assert pairs.eigenvectors is not None
         record = Record(
             step=problem.step,
@@ -108,29 +109,31 @@ class EdgeRatio:
             num_matvecs=pairs.num_matvecs + spent,
             metadata={
                 **_about(stability),
-                "num_params": hessian.shape[0],
+                "num_params": task.num_params,
                 "tol": self.tol,
                 "reorth_mode": pairs.reorth_mode,
-                "dtype": str(hessian.dtype).removeprefix("torch."),
+                "dtype": str(task.operator.dtype).removeprefix("torch."),
                 "seed": problem.seed,
                 "asymmetry": max(error, pairs.asymmetry),
                 "warnings": list(pairs.warnings),
             },
         )
-        return [record], (error, pairs.eigenvectors[:, 0].cpu())
+        return [record], (error, InnerProducts(task.operator).whole(pairs.eigenvectors[:, 0]).cpu())
 
-    def _solve(self, problem: Problem, hessian: HessianOperator, stability: Stability, previous: Tensor | None) -> Eigenpairs:
+    def _solve(self, problem: Problem, hessian: Operator, stability: Stability, previous: Tensor | None) -> Eigenpairs:
         assert stability.scale is not None
         if previous is not None and len(previous) != len(stability.scale):  # other parameters move now
             previous = None
+        part = InnerProducts(hessian).part
+        decay = None if stability.decay is None else part(stability.decay)
         return lanczos(
-            PreconditionedOperator(hessian, stability.scale, shift=stability.decay),
+            PreconditionedOperator(hessian, part(stability.scale), shift=decay),
             k=1,
             which="LA",
             tol=self.tol,
             max_matvecs=self.max_matvecs,
             seed=problem.seed,
-            initial_vectors=None if previous is None else previous[:, None].to(hessian.device, hessian.dtype),
+            initial_vectors=None if previous is None else part(previous)[:, None].to(hessian.device, hessian.dtype),
             return_eigenvectors=True,
         )
 

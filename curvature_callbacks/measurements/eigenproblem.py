@@ -8,12 +8,12 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor
 
-from curvature_callbacks.batches import batch_size
 from curvature_callbacks.errors import ConfigurationError, ProbeError, check_positive
 from curvature_callbacks.linalg.eigenpairs import Eigenpairs
 from curvature_callbacks.linalg.gram_eigenpairs import eigenpairs_of_gram
 from curvature_callbacks.linalg.lanczos import ReorthMode, Which, check_options, lanczos
 from curvature_callbacks.linalg.operator import Operator
+from curvature_callbacks.linalg.space import InnerProducts
 from curvature_callbacks.linalg.symmetry import check_symmetric
 from curvature_callbacks.measurements.curvature import Curvature
 from curvature_callbacks.operators.adjoint import CHECK_PRODUCTS, check_adjoint
@@ -24,6 +24,7 @@ from curvature_callbacks.operators.hessian import HessianOperator
 from curvature_callbacks.operators.kfac import KFACOperator
 from curvature_callbacks.operators.preconditioned import PreconditionedOperator
 from curvature_callbacks.operators.second_order import check_second_order
+from curvature_callbacks.operators.sharded import ShardedFisherOperator, ShardedOperator
 from curvature_callbacks.problem import Problem
 
 # The Gram of all rows cost 1.39 gradients where one product with the Fisher cost 1.41: any spectrum for the price of one step
@@ -97,11 +98,26 @@ class Eigenproblem:
         """Whether Lanczos finds the pairs, from a start vector."""
         return self.gram is None and not isinstance(self.operator, KFACOperator)
 
+    @property
+    def num_params(self) -> int:
+        """P, the dimension."""
+        return InnerProducts(self.operator).dimension(self.operator.shape[0])
+
+    def whole(self, part: Tensor) -> Tensor:
+        """(P,) on the host: the vector of which the operator holds `part` here."""
+        return InnerProducts(self.operator).whole(part).cpu()
+
+    def part(self, whole: Tensor) -> Tensor:
+        """What the operator holds here of `whole` (P,)."""
+        return InnerProducts(self.operator).part(whole)
+
     def check(self, *, seed: int) -> tuple[float, int]:
         """Largest relative error of the operator's self-check, and the products it spent; raises a `RefusedError`."""
         operator = self.operator
         if isinstance(operator, PreconditionedOperator):
             operator = operator.inner
+        if isinstance(operator, ShardedOperator):  # each process checks its own derivatives
+            return operator.checked(lambda local: Eigenproblem(operator=local).check(seed=seed))
         if isinstance(operator, KFACOperator):
             return 0.0, 0  # matrices, with nothing differentiated
         if isinstance(operator, FisherOperator | GGNOperator):
@@ -121,12 +137,12 @@ class Eigenproblem:
             "seed": wish.seed,
             "return_eigenvectors": wish.return_eigenvectors,
         }
-        if self.gram is not None and isinstance(self.operator, EmpiricalFisherOperator):
+        if self.gram is not None and isinstance(self.operator, EmpiricalFisherOperator | ShardedFisherOperator):
             return eigenpairs_of_gram(self.gram, self.operator, **options)
         if isinstance(self.operator, KFACOperator):
             return self.operator.top(**options)
-        if isinstance(self.operator, FiniteDifferenceHessianOperator):
-            return _with_product_error(self.operator, wish)
+        if isinstance(getattr(self.operator, "local", self.operator), FiniteDifferenceHessianOperator):
+            return _with_product_error(self, wish)
         return lanczos(self.operator, **wish.options())
 
 
@@ -179,7 +195,7 @@ def _whole_members(members: Sequence[Set[str]], names: Set[str]) -> bool:
 
 def _empirical_fisher(problem: Problem, curvature: Curvature, block: str | None) -> Eigenproblem:
     names = None if block is None else problem.blocks[block]
-    if curvature.sample_unit == "token" or sum(map(batch_size, problem.microbatches)) > _MAX_GRAM_SAMPLES:
+    if curvature.sample_unit == "token" or problem.num_rows > _MAX_GRAM_SAMPLES:
         operator = problem.empirical_fisher(names, sample_unit=curvature.sample_unit)
         return Eigenproblem(operator=operator, about=_rows_of(operator, "empirical"))
     grams = problem.block_grams.grams  # before the operator's graphs take their memory
@@ -207,7 +223,7 @@ def _users(curvature: Curvature, operator: object) -> Eigenproblem:
     return Eigenproblem(operator=operator)
 
 
-def _rows_of(operator: FisherOperator, fisher: str) -> dict[str, Any]:
+def _rows_of(operator: FisherOperator | ShardedFisherOperator, fisher: str) -> dict[str, Any]:
     return {
         "fisher": fisher,
         "sample_unit": operator.sample_unit,
@@ -216,12 +232,20 @@ def _rows_of(operator: FisherOperator, fisher: str) -> dict[str, Any]:
     }
 
 
-def _with_product_error(operator: FiniteDifferenceHessianOperator, wish: Wish) -> Eigenpairs:
+def _with_product_error(task: Eigenproblem, wish: Wish) -> Eigenpairs:
     """The pairs, and how far two steps of the differences are apart along the outermost of them."""
-    pairs = lanczos(operator, **replace(wish, return_eigenvectors=True).options())
+    pairs = lanczos(task.operator, **replace(wish, return_eigenvectors=True).options())
     assert pairs.eigenvectors is not None
     outermost = {0, pairs.eigenvectors.shape[1] - 1}
-    error = max(operator.error_estimate(pairs.eigenvectors[:, place].contiguous()) for place in outermost)
+    error = max(_product_error(task.operator, pairs.eigenvectors[:, place].contiguous()) for place in outermost)
     vectors = pairs.eigenvectors if wish.return_eigenvectors else None
     spent = _DIFFERENCE_PRODUCTS * len(outermost)
     return replace(pairs, eigenvectors=vectors, product_error=error, num_matvecs=pairs.num_matvecs + spent)
+
+
+def _product_error(operator: Operator, v: Tensor) -> float:
+    if isinstance(operator, ShardedOperator):
+        whole = InnerProducts(operator).whole(v)
+        return operator.checked(lambda local: (_product_error(local, whole), 0))[0]
+    assert isinstance(operator, FiniteDifferenceHessianOperator)
+    return operator.error_estimate(v)

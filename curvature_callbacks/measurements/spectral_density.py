@@ -145,7 +145,7 @@ class SpectralDensity:
             "num_probes": found.num_probes,
             "num_steps": found.num_steps,
             "num_deflated": found.num_deflated,
-            "num_params": task.operator.shape[0],
+            "num_params": task.num_params,
             "width": found.width,
             "lambda_abs_max": found.lambda_abs_max,
             "dtype": str(task.operator.dtype).removeprefix("torch."),

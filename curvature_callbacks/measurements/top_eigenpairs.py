@@ -184,7 +184,7 @@ class _Run:
             self.error, spent = task.check(seed=problem.seed)
         pairs = task.solve(measurement._wish(problem.seed, self._start(task, block)))
         if measurement.warm_start and task.is_iterative:
-            self.starts[block or _WHOLE] = pairs.starting_vector()
+            self.starts[block or _WHOLE] = task.whole(pairs.starting_vector())
         return Record(
             step=problem.step,
             measurement=measurement.name,
@@ -207,7 +207,7 @@ class _Run:
     def _start(self, task: Eigenproblem, block: str | None) -> Tensor | None:
         """The previous probe's, unless it is of other parameters."""
         found: Tensor | None = (self.previous.get("starts") or {}).get(block or _WHOLE)
-        return found if found is not None and len(found) == task.operator.shape[0] else None
+        return task.part(found) if found is not None and len(found) == task.num_params else None
 
     def _metadata(self, task: Eigenproblem, pairs: Eigenpairs, asymmetry: float) -> dict[str, Any]:
         return {
@@ -215,7 +215,7 @@ class _Run:
             "which": pairs.which,
             "tol": pairs.tol,
             "reorth_mode": pairs.reorth_mode,
-            "num_params": task.operator.shape[0],
+            "num_params": task.num_params,
             "dtype": str(task.operator.dtype).removeprefix("torch."),
             "seed": self.problem.seed,
             "asymmetry": max(asymmetry, pairs.asymmetry),

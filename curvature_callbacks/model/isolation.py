@@ -12,6 +12,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from curvature_callbacks.distributed import is_fully_sharded
 from curvature_callbacks.errors import ConfigurationError
 
 _DETERMINISTIC_CUBLAS: Final = (":4096:8", ":16:8")  # the two settings PyTorch accepts
@@ -24,7 +25,7 @@ def isolated(model: nn.Module, *, seed: int) -> Iterator[None]:
     Saved and restored, also after an exception: generators (torch CPU, the model's accelerator, NumPy, Python), the
     `training` flag of every submodule, identity and content of every buffer, matmul precision, SDPA backend, compile stance,
     autocast, grad mode, activation checkpointing, the implementation of experts, and the `forward` that accelerate patches for
-    mixed precision (the original one runs inside). Not touched at all: parameters, `.grad`, hooks, optimizers, data loaders.
+    mixed precision (the original one runs inside), FSDP2's hooks (none run inside). Not touched at all: parameters, `.grad`, hooks, optimizers, data loaders.
 
     Args:
         model: the module training runs, unwrapped (no DDP, no `torch.compile` wrapper).
@@ -39,6 +40,7 @@ def isolated(model: nn.Module, *, seed: int) -> Iterator[None]:
         stack.enter_context(_training_flags(modules))
         stack.enter_context(_buffers(modules))
         stack.enter_context(_unpatched_forward(modules))
+        stack.enter_context(_no_sharding_hooks(modules))
         stack.enter_context(_matmul_precision())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # fused kernels have no second derivative
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # a compiled graph cannot be differentiated twice
@@ -181,6 +183,30 @@ def _unpatched_forward(modules: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for module, forward, _ in patched:
             module.__dict__["forward"] = forward
+
+
+@contextmanager
+def _no_sharding_hooks(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """FSDP2 without its gathering: a probe passes whole parameters of its own, in full precision, and shards stay shards."""
+    hooked: list[Any] = [
+        hooks for module in modules if is_fully_sharded(module) for hooks in (module._forward_pre_hooks, module._forward_hooks)
+    ]
+    saved = [dict(hooks) for hooks in hooked]
+    try:
+        for hooks in hooked:
+            for key in [key for key, hook in hooks.items() if _is_sharding_hook(hook)]:
+                del hooks[key]
+        yield
+    finally:
+        for hooks, found in zip(hooked, saved, strict=True):
+            hooks.clear()
+            hooks.update(found)
+
+
+def _is_sharding_hook(hook: Any) -> bool:
+    """By where it is written: for a group of modules it is no method of FSDP's state but a function."""
+    function = getattr(hook, "__func__", hook)
+    return str(getattr(function, "__module__", "")).startswith("torch.distributed.fsdp")
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from curvature_callbacks.batches import to_dtype
+from curvature_callbacks.distributed import whole
 from curvature_callbacks.errors import ConfigurationError, ProbeError
 from curvature_callbacks.model.losses import LossFunction, SampleLosses
 
@@ -87,7 +88,7 @@ class Objective:
         return tensor.to(self.dtype) if _is_narrow(tensor.dtype) else tensor
 
     def _widened(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: self._widen(tensor.detach()) for name, tensor in tensors.items()}
+        return {name: self._widen(whole(tensor)) for name, tensor in tensors.items()}
 
 
 def gradients(loss: Tensor, leaves: Mapping[str, Tensor], *, again: bool = False) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ class HessianOperator(MicrobatchOperator["_GradientGraph"]):
         memory_budget: bytes for graphs; default `device_budget`.
 
     Attributes:
+        num_targets: `sum_i n_i`.
         custom_functions: names of the operations in the loss whose derivative was written outside PyTorch.
 
     Raises:
@@ -48,17 +49,16 @@ class HessianOperator(MicrobatchOperator["_GradientGraph"]):
         super().__init__(objective, microbatches, names, memory_budget)
         custom: set[str] = set()
         totals: list[Tensor] = []
-        num_targets = 0
+        self.num_targets = 0
 
         def note(graph: _GradientGraph) -> None:
-            nonlocal num_targets
-            num_targets += graph.num_targets
+            self.num_targets += graph.num_targets
             totals.append(graph.total)
             custom.update(_custom_functions(graph.loss_nodes()))
 
         self._keep(note)
         self.custom_functions = tuple(sorted(custom))
-        self._scale = 1 / checked_targets(totals, num_targets)
+        self._scale = 1 / checked_targets(totals, self.num_targets)
 
     def difference_product(self, v: Tensor) -> Tensor:
         """`H v` (P,) by differences of the gradient: coarse, but blind to no kernel. Cost: two gradients."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from curvature_callbacks.errors import ProbeError
 from curvature_callbacks.linalg.operator import Operator
+from curvature_callbacks.linalg.space import LOCAL
 
 
 @final
@@ -45,6 +46,7 @@ class PreconditionedOperator:
         if wrong:
             raise ProbeError(f"{wrong} of {len(scale)} entries of the preconditioner are not positive numbers.")
         self.inner = inner
+        self.space = getattr(inner, "space", LOCAL)
         self._root = scale.to(inner.device, inner.dtype).sqrt()[:, None]  # (P, 1)
         self._shift = None if shift is None else shift.to(inner.device, inner.dtype)[:, None]  # (P, 1)
         self.shape = inner.shape

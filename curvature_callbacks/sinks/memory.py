@@ -8,7 +8,9 @@ from curvature_callbacks.record import Record
 
 @final
 class MemorySink:
-    """Keeps every record in the list `records`."""
+    """Keeps every record in the list `records`, on every process."""
+
+    every_process = True
 
     def __init__(self) -> None:
         self.records: list[Record] = []

@@ -51,6 +51,15 @@ class Shard:
         first, second = self._meeting.exchange(self._rank, partial)
         return first + second
 
+    def seed(self, seed: int) -> int:
+        return 2 * seed + self._rank
+
+    def part(self, length: int) -> slice:
+        return self.rows
+
+    def assembled(self, part: Tensor, length: int) -> Tensor:
+        return torch.cat(self._meeting.exchange(self._rank, part), 1)
+
     def matmat(self, V: Tensor) -> Tensor:
         return self._A[self.rows] @ torch.cat(self._meeting.exchange(self._rank, V))
 
@@ -83,15 +92,21 @@ def test_inner_products_add_up_over_the_shards():
             "norm": products.norm(part[2]),
             "coefficients": products.coefficients(part, part[3]),
             "gram": products.gram(part),
-            "dimension": products.dimension(part[0]),
+            "dimension": products.dimension(part.shape[1]),
             "anywhere": (products.anywhere(rank == 1), products.anywhere(False)),
             "average": products.average(10.0 * rank),
+            "whole": products.whole(part[0]),
+            "own": products.part(rows[0]),
+            "random": torch.randn(5, generator=products.random(3)),
         }
 
     first, second = on_both(torch.eye(90, dtype=torch.float64), work)
-    assert first["dimension"] == second["dimension"] == whole.dimension(rows[0]) == 90
+    assert first["dimension"] == second["dimension"] == whole.dimension(rows.shape[1]) == 90
     assert first["anywhere"] == second["anywhere"] == (True, False)
     assert first["average"] == second["average"] == 5.0
+    assert torch.equal(first["whole"], rows[0]) and torch.equal(second["whole"], rows[0])
+    assert torch.equal(torch.cat([first["own"], second["own"]]), rows[0])
+    assert not torch.equal(first["random"], second["random"]), "parts of a random vector must not repeat"
     expected = {
         "dot": whole.dot(rows[0], rows[1]),
         "norm": whole.norm(rows[2]),
