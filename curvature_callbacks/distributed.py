@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from curvature_callbacks.errors import ConfigurationError, ProbeError, RefusedError
 from curvature_callbacks.linalg.space import Space
+from curvature_callbacks.linalg.spectrum import LinAlgError
 
 _KINDS: Final[dict[str, type[Exception]]] = {  # what a failure is to everybody, the most decisive first
     "configuration": ConfigurationError,
     "refused": RefusedError,
     "memory": torch.OutOfMemoryError,
+    "linalg": LinAlgError,
     "probe": ProbeError,
 }
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, final, get_args
 
-import torch
 from torch import nn
 from torch.utils.data import DataLoader
 

@@ -49,8 +49,8 @@ class Problem:
         trust: what earlier probes of the run, with the same loss and block structure, found out; updated.
         sharing: types of Fisher whose Grams are to come with Kronecker factors, and how positions enter these.
         optimizer: what trains the model, or several of them; only read.
-        world: the processes whose microbatches make up the problem; each has the model, and every method that computes is called
-            by all of them in the same order.
+        world: the processes whose microbatches make up the problem; each has the model, and calls every method that computes,
+            in the same order.
 
     Raises:
         ConfigurationError: no trainable parameter, an undeterminable loss, no microbatch.

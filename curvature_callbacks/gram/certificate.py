@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from curvature_callbacks.batches import batch_size, take_rows
+from curvature_callbacks.distributed import SINGLE, World
 from curvature_callbacks.gram.rows import check_separable
 from curvature_callbacks.linalg.accumulate import dot
 from curvature_callbacks.model.objective import Objective, gradients
@@ -26,6 +27,7 @@ def certificate_errors(
     rows: Mapping[str, Tensor],
     *,
     seed: int,
+    world: World = SINGLE,
 ) -> dict[str, float]:
     """Parameter to `| w' G G' w - ||grad sum_s w_s l_s||^2 | / sum_s w_s^2 g_s.g_s` for random w.
 
@@ -41,19 +43,23 @@ def certificate_errors(
             the first four are proved.
         rows: parameter to the rows counted in its Gram, scaled up to all, where these are not all.
         seed: of the weights.
+        world: the processes whose samples S counts, by rank.
 
     Raises:
         RefusedError: the loss of the rows does not separate (only where it is known as the batch's mean).
 
     Cost: one gradient (two of half the batch where the loss is only known as a mean); memory P.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(world.seed(seed))
     weights = [
         [_random(batch_size(batch), generator, used=number < _PASSES) for number in range(len(chosen))]
         for batch, chosen in zip(microbatches, surrogates, strict=True)
     ]
-    found = _weighted_gradients(objective, microbatches, surrogates, weights)
-    w = torch.cat([one for batch in weights for one in batch]).to(torch.float64)
+    with world.together():
+        found = _weighted_gradients(objective, microbatches, surrogates, weights)
+    own = [one for batch in weights for one in batch]
+    w = torch.cat([one for part in world.gathered(own) for one in part]).to(torch.float64)
+    found = {name: world.total(gradient) for name, gradient in found.items()}
     floor = _ROUNDING * sum(gram.diagonal().sum().item() for gram in grams.values())
     return {name: _error(gram, w, _counted(found[name], rows.get(name)), floor) for name, gram in grams.items()}
 

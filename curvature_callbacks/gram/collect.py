@@ -1,6 +1,7 @@
 """Collect: what becomes of a parameter's uses once all passes have them."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import final
 
 from torch import Tensor
@@ -14,6 +15,22 @@ from curvature_callbacks.gram.sources import Placed
 from curvature_callbacks.gram.uses import Use
 from curvature_callbacks.linalg.kronecker import KroneckerFactors
 from curvature_callbacks.model.surrogates import FisherType
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Found:
+    """What is known of a parameter once all passes have its uses.
+
+    Attributes:
+        gram: (S, S); None where it would take too much memory.
+        partial: whether it counts some rows of the parameter only.
+        factors: Kronecker factors of its layer, where it is a weight that has them and they are wanted.
+    """
+
+    gram: Tensor | None
+    partial: bool
+    factors: KroneckerFactors | None
 
 
 @final
@@ -45,21 +62,30 @@ class Collector:
         self.counted: dict[str, Tensor] = {}
 
     def consume(self, name: str, passes: list[list[Placed]]) -> None:
-        """Compute what is wanted of one parameter, without gradients; its uses are not needed afterwards."""
+        """`take` what is `found` of one parameter; its uses are not needed afterwards."""
+        self.take(name, self.found(name, passes))
+
+    def found(self, name: str, passes: list[list[Placed]]) -> "Found":
+        """Compute what is wanted of one parameter, without gradients."""
         rows = self._rows.get(name) if all(one.view.whole for found in passes for one in found) else None
         gram = parameter_gram(passes, self._passed.sizes, self._scratch, rows=rows)
-        if gram is None:
-            self._passed.unruled[name] = "views of it overlap"
-            return
-        self.grams[name] = gram
-        if rows is not None:
-            self.counted[name] = rows
-        if self._sharing is not None and self._has_factors(name, passes):
+        factors = None
+        if gram is not None and self._sharing is not None and self._has_factors(name, passes):
             uses = [[one.use for one in found] for found in passes]
             bias = self._bias(name) is not None
-            found = kronecker_factors(self._by_microbatch(uses), bias=bias, sharing=self._sharing, device=gram.device)
-            if found is not None:
-                self._factors[name] = found
+            factors = kronecker_factors(self._by_microbatch(uses), bias=bias, sharing=self._sharing, device=gram.device)
+        return Found(gram, rows is not None, factors)
+
+    def take(self, name: str, found: "Found") -> None:
+        """Keep what was found of one parameter, here or by another process."""
+        if found.gram is None:
+            self._passed.unruled[name] = "views of it overlap"
+            return
+        self.grams[name] = found.gram
+        if found.partial:
+            self.counted[name] = self._rows[name]
+        if found.factors is not None:
+            self._factors[name] = found.factors
 
     def kronecker(self, grams: Mapping[str, Tensor]) -> dict[str, LayerKronecker]:
         """Weight to the factors of its layer, with the Gram of weight and bias."""
@@ -93,10 +119,9 @@ class Collector:
 
     def _by_microbatch(self, passes: Sequence[Sequence[Use]]) -> list[MicrobatchUses]:
         found, start = [], 0
-        for chosen, counts in zip(self._passed.surrogates, self._counts(), strict=True):
-            uses = passes[start : start + len(chosen)]
-            found.append(MicrobatchUses(passes=uses, counts=counts))
-            start += len(chosen)
+        for number, counts in zip(self._passed.num_passes, self._counts(), strict=True):
+            found.append(MicrobatchUses(passes=passes[start : start + number], counts=counts))
+            start += number
         return found
 
     def _counts(self) -> list[Tensor]:

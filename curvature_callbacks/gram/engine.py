@@ -13,6 +13,7 @@ from curvature_callbacks.errors import ProbeError
 from curvature_callbacks.gram.capture import Capture
 from curvature_callbacks.gram.certificate import certificate_errors
 from curvature_callbacks.gram.collect import Collector
+from curvature_callbacks.gram.exchange import Exchange
 from curvature_callbacks.gram.kronecker import LayerKronecker
 from curvature_callbacks.gram.passes import Passed, run_passes
 from curvature_callbacks.gram.positions import Sharing
@@ -105,33 +106,27 @@ def block_grams(
     Cost: see `compute_fisher_spectrum`; one gradient more where the layout is not certified yet; N single-row gradients for
     parameters without a rule. Memory: see `compute_fisher_spectrum`.
     """
-    passed = Passed(dict(trust.refused))
     rows = chosen_rows(objective.parameters, blocks, options.max_params_per_block, seed=seed)
-    collector = Collector(passed, rows, options.kind, options.sharing, trust.scratch)
-    storage = Storage(
-        options.budget or memory_budget(objective.device), factors_wanted=options.sharing is not None, device=objective.device
-    )
-    try:
-        run_passes(objective, microbatches, collector.consume, passed, options.kind, trust, seed=seed, storage=storage)
-    finally:
-        trust.scratch.forget()
+    local, passed, collector = _passed(objective, microbatches, rows, trust, seed, options, world)
     fallback = {name: reason for name, reason in passed.unruled.items() if name in objective.parameters}
     grams = {name: gram for name, gram in collector.grams.items() if name not in fallback}
-    grams |= row_grams(objective, microbatches, list(fallback), passed.surrogates)
+    grams |= row_grams(objective, microbatches, sorted(fallback), local.surrogates, world=world)
     layout = signature(passed.kinds, passed.positions)
     errors: dict[str, float] = {}
     if layout not in trust.certified:
+        again: dict[str, Any] = {"trust": trust, "seed": seed, "options": options, "world": world}
         if not finite_samples(grams).all():
-            return _of_finite_rows(objective, microbatches, blocks, fallback, trust=trust, seed=seed, options=options)
-        for batch in microbatches:
-            check_apart(objective, batch)
+            return _of_finite_rows(objective, microbatches, blocks, fallback, **again)
+        with world.together():
+            for batch in microbatches:
+                check_apart(objective, batch)
         rows = {name: found for name, found in collector.counted.items() if name not in fallback}
-        errors = certificate_errors(objective, microbatches, grams, passed.surrogates, rows, seed=seed)
+        errors = certificate_errors(objective, microbatches, grams, local.surrogates, rows, seed=seed, world=world)
         if trust.judge(errors, fallback):
-            return block_grams(objective, microbatches, blocks, trust=trust, seed=seed, options=options)
+            return block_grams(objective, microbatches, blocks, **again)
         if max(passed.sizes) > 1:  # with one row every axis passes for the sample
             trust.certified.add(layout)
-    samples, weights, active = _pseudo_samples(passed)
+    samples, weights, active = _pseudo_samples(local, world)
     found = {block: _sum(grams, names, objective.device) for block, names in blocks.items()}
     return BlockGrams(
         grams={block: _picked(K, active) for block, K in found.items()},
@@ -148,22 +143,71 @@ def block_grams(
     )
 
 
+def _passed(
+    objective: Objective,
+    microbatches: Sequence[Any],
+    rows: Mapping[str, Tensor],
+    trust: Trust,
+    seed: int,
+    options: GramOptions,
+    world: World,
+) -> tuple[Passed, Passed, Collector]:
+    """What the passes of this process and those of all found out, and what is kept of the parameters."""
+    local = Passed(dict(trust.refused))
+    whole = local if world.size == 1 else Passed(dict(trust.refused))
+    collector = Collector(whole, rows, options.kind, options.sharing, trust.scratch)
+    sizes = {name: parameter.numel() for name, parameter in objective.parameters.items()}
+    exchange = Exchange(world, local, whole, collector, sizes=sizes, device=objective.device)
+    storage = Storage(
+        options.budget or memory_budget(objective.device), factors_wanted=options.sharing is not None, device=objective.device
+    )
+    finish = None if world.size == 1 else exchange.finish
+    run: dict[str, Any] = {"seed": world.seed(seed), "storage": storage, "finish": finish}
+    try:
+        with world.together():
+            run_passes(objective, microbatches, collector.consume, local, options.kind, trust, **run)
+    finally:
+        trust.scratch.forget()
+    exchange.described()
+    return local, whole, collector
+
+
 def finite_samples(grams: Mapping[str, Tensor]) -> Tensor:
     """(S,) on CPU: whether a sample's gradient is finite in every one of `grams`."""
     return torch.stack([K.diagonal().cpu() for K in grams.values()]).isfinite().all(0)
 
 
-def parameter_operations(objective: Objective, batch: Any) -> Mapping[str, list[str]]:
-    """Parameter to the operations that use it, from one forward pass. Cost: that pass."""
-    values = {name: parameter.detach() for name, parameter in objective.parameters.items()}
-    capture = Capture(values, batch_size(batch), unruled={}, constants=objective.constants())
-    with capture:
-        objective(batch, values)
-    return capture.kinds
+def parameter_operations(objective: Objective, batch: Any, *, world: World = SINGLE) -> Mapping[str, list[str]]:
+    """Parameter to the operations that use it, on any process, from one forward pass. Cost: that pass."""
+    with world.together():
+        values = {name: parameter.detach() for name, parameter in objective.parameters.items()}
+        capture = Capture(values, batch_size(batch), unruled={}, constants=objective.constants())
+        with capture:
+            objective(batch, values)
+    found: dict[str, list[str]] = {}
+    for kinds in world.gathered(dict(capture.kinds)):
+        for name, used in kinds.items():
+            found.setdefault(name, []).extend(used)
+    return found
 
 
-def _pseudo_samples(passed: Passed) -> tuple[Tensor, Tensor, Tensor]:
-    """Row, weight and presence of every row of every backward pass, on the CPU."""
+def _pseudo_samples(passed: Passed, world: World) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, weight and presence of every row of every backward pass of all processes, on the CPU."""
+    own = _own_pseudo_samples(passed)
+    if world.size == 1:
+        return own
+    rows = sum(map(len, passed.num_targets))
+    found, start = [], 0
+    for number, samples, weights, active in world.gathered((rows, *own)):
+        found.append((samples + start, weights, active))
+        start += number
+    samples, weights, active = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return samples, weights, active
+
+
+def _own_pseudo_samples(passed: Passed) -> tuple[Tensor, Tensor, Tensor]:
+    if not passed.surrogates:
+        return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.bool)
     samples, weights, active, start = [], [], [], 0
     for targets, chosen in zip(passed.num_targets, passed.surrogates, strict=True):
         for surrogate in chosen:
@@ -198,23 +242,25 @@ def _of_finite_rows(
     trust: Trust,
     seed: int,
     options: GramOptions,
+    world: World,
 ) -> BlockGrams:
     """The Grams of the rows with a finite gradient, in their places where pseudo-samples are rows.
 
     Which rows these are is found row by row: in a layout that is not proved yet one bad row may look like all of them.
     """
-    usable = torch.cat([finite_rows(objective, batch) for batch in microbatches])
+    with world.together():
+        own = [finite_rows(objective, batch) for batch in microbatches]
+    usable = torch.cat([piece for pieces in world.gathered(own) for piece in pieces])
     if usable.all() and len(fallback) == len(objective.parameters):
         raise ProbeError("the inner products of this probe's gradients are not finite, though the gradients are.")
     if usable.all():  # only the batch overflows: no rule can be relied on at this probe
         refused = trust.refused | {name: "not finite in the batch" for name in objective.parameters if name not in fallback}
         by_row = replace(trust, refused=refused)
-        return block_grams(objective, microbatches, blocks, trust=by_row, seed=seed, options=options)
+        return block_grams(objective, microbatches, blocks, trust=by_row, seed=seed, options=options, world=world)
     unknown = torch.full((len(usable), len(usable)), torch.nan, dtype=torch.float64, device=objective.device)
-    pieces = torch.split(usable, [batch_size(batch) for batch in microbatches])
-    kept = [take_rows(batch, piece.nonzero()[:, 0]) for batch, piece in zip(microbatches, pieces, strict=True) if piece.any()]
+    kept = [take_rows(batch, piece.nonzero()[:, 0]) for batch, piece in zip(microbatches, own, strict=True) if piece.any()]
     place = usable.nonzero()[:, 0]
-    if not kept:
+    if not usable.any():
         return BlockGrams(
             grams=dict.fromkeys(blocks, unknown),
             samples=torch.arange(len(usable)),
@@ -226,7 +272,7 @@ def _of_finite_rows(
             kronecker={},
             mode="one pass",
         )
-    inner = block_grams(objective, kept, blocks, trust=trust, seed=seed, options=options)
+    inner = block_grams(objective, kept, blocks, trust=trust, seed=seed, options=options, world=world)
     targets = torch.zeros(len(usable), dtype=torch.int64).index_put((place,), inner.num_targets)
     if options.kind != EMPIRICAL:
         return replace(inner, samples=place[inner.samples], num_targets=targets)

@@ -1,6 +1,6 @@
 """Passes: hooked forward and backward passes over all microbatches."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, final
@@ -29,6 +29,7 @@ _ANY_KERNEL: Final = [
 _GRAM_BYTES: Final = 8 << 30  # of all parameters' Grams
 
 Consume = Callable[[str, list[list[Placed]]], None]
+Finish = Callable[[dict[str, list[list[Placed]]], list[str]], list[str]]
 
 
 @final
@@ -40,7 +41,8 @@ class Passed:
         unruled: parameter to why it has no valid rule.
         sizes: rows of each backward pass, in order.
         num_targets: for each microbatch (rows,) valid targets, on the CPU.
-        surrogates: for each microbatch what its backward passes differentiate; `[None]` for its sum of losses.
+        surrogates: for each microbatch of this process what its backward passes differentiate; `[None]` for its sum of losses.
+        num_passes: backward passes of each microbatch.
         kinds: parameter to the operations that used it.
         positions: parameter to the positions per sample of each use.
         biases: weight to the biases its operations added.
@@ -51,10 +53,25 @@ class Passed:
     sizes: list[int] = field(default_factory=list)
     num_targets: list[Tensor] = field(default_factory=list)
     surrogates: list[list[Surrogate | None]] = field(default_factory=list)
+    num_passes: list[int] = field(default_factory=list)
     kinds: dict[str, list[str]] = field(default_factory=dict)
     positions: dict[str, list[int]] = field(default_factory=dict)
     biases: dict[str, set[str | None]] = field(default_factory=dict)
     mode: str = "one pass"
+
+    def note(
+        self,
+        kinds: Mapping[str, Sequence[str]],
+        positions: Mapping[str, Sequence[int]],
+        biases: Mapping[str, Set[str | None]],
+    ) -> None:
+        """Add what a forward pass saw."""
+        for name, found in kinds.items():
+            self.kinds.setdefault(name, []).extend(found)
+        for name, places in positions.items():
+            self.positions.setdefault(name, []).extend(places)
+        for weight, added in biases.items():
+            self.biases.setdefault(weight, set()).update(added)
 
 
 def run_passes(
@@ -67,21 +84,23 @@ def run_passes(
     *,
     seed: int,
     storage: Storage,
+    finish: Finish | None = None,
 ) -> None:
     """Every microbatch forward once and backward once a surrogate; `consume` gets a parameter with its uses in every pass.
 
     `result` is filled on the way; what is known of the last microbatch's forward pass is there before its backward passes. A
     parameter is consumed in the last backward pass as soon as its last use is complete. Until then the factors of earlier
     passes are kept within the budget; what does not fit is captured in further rounds over the microbatches, by groups of
-    parameters. All ways give the same numbers.
+    parameters. All ways give the same numbers. With `finish` nothing is consumed on the way: at the end of a round it gets the
+    uses of every parameter and the names that have to wait for another one, and gives back those that everybody lets wait.
 
     Cost: forward passes, and backward passes for activation gradients only; each further round the same again.
     """
     names = [name for name in objective.parameters if name not in result.unruled]
-    names = _Round(objective, microbatches, kind, trust, seed, names, result, storage).run(consume)
+    names = _Round(objective, microbatches, kind, trust, seed, names, result, storage, finish).run(consume)
     while names:
         storage.start_round()
-        names = _Round(objective, microbatches, kind, trust, seed, names, result, storage).run(consume)
+        names = _Round(objective, microbatches, kind, trust, seed, names, result, storage, finish).run(consume)
     result.mode = storage.mode
 
 
@@ -98,6 +117,7 @@ class _Round:
     names: list[str]
     result: Passed
     storage: Storage
+    finish: Finish | None = None
     uses: dict[str, list[list[Placed]]] = field(default_factory=dict)
     index: int = 0  # of the backward pass
 
@@ -107,6 +127,8 @@ class _Round:
         postponed: list[str] = []
         for place, batch in enumerate(self.microbatches):
             postponed += self._microbatch(place, batch, consume)
+        if self.finish is not None:
+            return self.finish({name: self._padded(found) for name, found in self.uses.items()}, postponed)
         with torch.no_grad():
             for name, found in self.uses.items():  # used by no microbatch's loss, or not by the last one
                 if name not in self.result.unruled:
@@ -120,12 +142,12 @@ class _Round:
         with capture, sdpa_kernel(_ANY_KERNEL):
             losses = self.objective(map_tensors(batch, torch.Tensor.detach), values)
         if place == len(self.result.surrogates):
-            self._note(capture)
+            self.result.note(capture.kinds, capture.positions, capture.biases)
         chosen = self._surrogates(place, batch, losses)
         postponed: list[str] = []
         for number, surrogate in enumerate(chosen):
             again = number < len(chosen) - 1
-            last = place == len(self.microbatches) - 1 and not again
+            last = place == len(self.microbatches) - 1 and not again and self.finish is None
             total = losses.total if surrogate is None else surrogate(losses).sum()
             if not again:
                 del losses  # the logits, which the graph may not need
@@ -156,6 +178,7 @@ class _Round:
         elif losses.per_sample is None and size > 1:
             check_rows(self.objective, batch)
         self.result.surrogates.append(chosen)
+        self.result.num_passes.append(len(chosen))
         self.result.sizes += [size] * len(chosen)
         self.result.num_targets.append(losses.num_targets.cpu())
         self._check_size()
@@ -188,11 +211,3 @@ class _Round:
         for name in later:
             del self.uses[name]
         return later
-
-    def _note(self, capture: Capture) -> None:
-        for name, kinds in capture.kinds.items():
-            self.result.kinds.setdefault(name, []).extend(kinds)
-        for name, positions in capture.positions.items():
-            self.result.positions.setdefault(name, []).extend(positions)
-        for weight, biases in capture.biases.items():
-            self.result.biases.setdefault(weight, set()).update(biases)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from curvature_callbacks.batches import batch_size, take_rows
+from curvature_callbacks.distributed import SINGLE, World
 from curvature_callbacks.errors import RefusedError
-from curvature_callbacks.linalg.accumulate import gram
+from curvature_callbacks.gram.parcels import gram_together
 from curvature_callbacks.model.objective import Objective, gradients
 from curvature_callbacks.model.surrogates import Surrogate
 
@@ -23,6 +24,8 @@ def row_grams(
     microbatches: Sequence[Any],
     names: Sequence[str],
     surrogates: Sequence[Sequence[Surrogate | None]],
+    *,
+    world: World = SINGLE,
 ) -> dict[str, Tensor]:
     """Name to the Gram (S, S) float64 of that parameter's per-sample gradients, by one forward pass a row.
 
@@ -31,6 +34,7 @@ def row_grams(
         microbatches: of the probe.
         names: parameters.
         surrogates: for each microbatch what its backward passes differentiate; None for the sum of losses.
+        world: the processes whose samples S counts too, by rank.
 
     Raises:
         RefusedError: the losses of single rows do not add up to the loss of the batch.
@@ -39,14 +43,19 @@ def row_grams(
     memory 256 MiB.
     """
     grams: dict[str, Tensor] = {}
-    samples = sum(batch_size(batch) * len(chosen) for batch, chosen in zip(microbatches, surrogates, strict=True))
-    for group in _groups(objective, names, samples):
-        found = [
-            _pass_major(_row_gradients(objective, batch, group, chosen), len(chosen))
-            for batch, chosen in zip(microbatches, surrogates, strict=True)
-        ]
-        for place, (name, _, _) in enumerate(group):
-            K = gram(torch.cat([torch.stack([row[place] for row in rows]) for rows in found]))
+    if not names:
+        return grams
+    own = sum(batch_size(batch) * len(chosen) for batch, chosen in zip(microbatches, surrogates, strict=True))
+    for group in _groups(objective, names, int(world.total(torch.tensor(own)))):
+        with world.together():
+            found = [
+                row
+                for batch, chosen in zip(microbatches, surrogates, strict=True)
+                for row in _pass_major(_row_gradients(objective, batch, group, chosen), len(chosen))
+            ]
+        for place, (name, start, stop) in enumerate(group):
+            nothing = objective.parameters[name].new_zeros(0, stop - start)
+            K = gram_together(torch.stack([row[place] for row in found]) if found else nothing, world=world)
             grams[name] = grams[name] + K if name in grams else K
     return grams
 

@@ -132,4 +132,4 @@ class SharedGrams:
         for found in self._grams.values():
             if all(name in found.kinds for name in found.fallback):  # what earlier probes refused is not watched any more
                 return found.kinds
-        return parameter_operations(self._objective, self._microbatches[0])
+        return parameter_operations(self._objective, self._microbatches[0], world=self._world)

@@ -24,8 +24,9 @@ def isolated(model: nn.Module, *, seed: int) -> Iterator[None]:
 
     Saved and restored, also after an exception: generators (torch CPU, the model's accelerator, NumPy, Python), the
     `training` flag of every submodule, identity and content of every buffer, matmul precision, SDPA backend, compile stance,
-    autocast, grad mode, activation checkpointing, the implementation of experts, and the `forward` that accelerate patches for
-    mixed precision (the original one runs inside), FSDP2's hooks (none run inside). Not touched at all: parameters, `.grad`, hooks, optimizers, data loaders.
+    autocast, grad mode, activation checkpointing, the implementation of experts, the `forward` that accelerate patches for
+    mixed precision (the original one runs inside), and FSDP2's hooks (none run inside). Not touched at all: parameters,
+    `.grad`, other hooks, optimizers, data loaders.
 
     Args:
         model: the module training runs, unwrapped (no DDP, no `torch.compile` wrapper).

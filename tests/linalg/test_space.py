@@ -104,7 +104,8 @@ def test_inner_products_add_up_over_the_shards():
     assert first["dimension"] == second["dimension"] == whole.dimension(rows.shape[1]) == 90
     assert first["anywhere"] == second["anywhere"] == (True, False)
     assert first["average"] == second["average"] == 5.0
-    assert torch.equal(first["whole"], rows[0]) and torch.equal(second["whole"], rows[0])
+    assert torch.equal(first["whole"], rows[0])
+    assert torch.equal(second["whole"], rows[0])
     assert torch.equal(torch.cat([first["own"], second["own"]]), rows[0])
     assert not torch.equal(first["random"], second["random"]), "parts of a random vector must not repeat"
     expected = {
