@@ -241,6 +241,8 @@ class _TrainerTensorBoard:
 class _TrainerLog:
     """Headline numbers through the Trainer to `log_history` and every reporter but TensorBoard, which has them already."""
 
+    every_process = True  # `log_history` is the same everywhere; reporters choose the writer themselves
+
     def __init__(self, trainer: Trainer | None, state: TrainerState) -> None:
         self._trainer = trainer
         self._state = state

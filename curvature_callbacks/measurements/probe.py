@@ -7,7 +7,6 @@ from typing import Final
 
 import torch
 
-from curvature_callbacks.batches import batch_size
 from curvature_callbacks.problem import Problem
 from curvature_callbacks.record import PROBE, Record
 
@@ -37,16 +36,17 @@ def probe_record(
 
     Cost: one gradient where no measurement has taken it: the unit of all costs.
     """
+    average = problem.world.average  # processes have clocks of their own, and records are the same on all
     scalars = {
-        "probe_seconds": seconds,
-        "sink_seconds": sink_seconds,
+        "probe_seconds": average(seconds),
+        "sink_seconds": average(sink_seconds),
         "matvecs": float(sum(record.num_matvecs for record in records)),
-        "rows": float(sum(map(batch_size, problem.microbatches))),
+        "rows": float(problem.num_rows),
         "failed": float(len({record.measurement for record in records if record.failed}.union(switched_off))),
         "non_finite": float(sum(not math.isfinite(value) for record in records for value in record.scalars.values())),
     }
     if _has_gradient(problem):
-        scalars["gradient_equivalents"] = seconds / problem.gradient_seconds
+        scalars["gradient_equivalents"] = scalars["probe_seconds"] / average(problem.gradient_seconds)
     metadata = {
         "seed": problem.seed,
         "draw": draw,

@@ -1,0 +1,147 @@
+"""On several processes: training the same bits with and without, records the same on all, numbers those of all rows."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from curvature_callbacks import CurvatureMonitor, FisherSpectrum, TopEigenpairs
+from curvature_callbacks.distributed import current_world
+from curvature_callbacks.errors import ConfigurationError
+from curvature_callbacks.model.isolation import isolated
+from curvature_callbacks.record import Record
+from tests.distributed import training
+from tests.distributed.cases import CASES, check
+from tests.distributed.ranks import Ranks
+
+SMOKE = ("loop_ddp", "loop_fsdp2")
+
+
+@pytest.mark.parametrize("name", SMOKE)
+def test_training_of_two_processes_is_bit_identical(name: str, two: Ranks, tmp_path: Path) -> None:
+    check(CASES[name], two, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CASES if name not in SMOKE])
+def test_every_configuration_of_two_processes_is_bit_identical(name: str, two: Ranks, tmp_path: Path) -> None:
+    check(CASES[name], two, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_every_configuration_of_four_processes_is_bit_identical(name: str, four: Ranks, tmp_path: Path) -> None:
+    check(CASES[name], four, tmp_path)
+
+
+# ------------------------------------------------------------------------------------- the numbers are those of all rows
+
+
+def union(size: int) -> list[Any]:
+    """Microbatches of different sizes, one for each process."""
+    generator = torch.Generator().manual_seed(3)
+    return [
+        (torch.randn(3 + rank, 6, generator=generator), torch.randint(3, (3 + rank,), generator=generator))
+        for rank in range(size)
+    ]
+
+
+def measured(wrap: str | None, batches: list[Any]) -> list[Record]:
+    """The records of one probe of `batches`, the model sharded or not."""
+    torch.manual_seed(0)
+    model: nn.Module = training.Net()
+    if wrap is not None:
+        model = getattr(training, wrap)(model)
+    measure = [FisherSpectrum(), TopEigenpairs(k=3, tol=1e-6, max_matvecs=200), TopEigenpairs(operator="ggn", k=2, tol=1e-6)]
+    bare = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    return CurvatureMonitor(bare, probes=batches, loss="cross_entropy", measure=measure).step(0)
+
+
+def measured_here(wrap: str, size: int) -> list[Record]:
+    return measured(wrap, [union(size)[current_world().rank]])
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
+def test_two_processes_measure_what_one_does_on_all_rows(wrap: str, two: Ranks) -> None:
+    assert_same_numbers(two, wrap)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
+def test_four_processes_measure_what_one_does_on_all_rows(wrap: str, four: Ranks) -> None:
+    assert_same_numbers(four, wrap)
+
+
+def assert_same_numbers(ranks: Ranks, wrap: str) -> None:
+    expected = {(record.measurement, record.block): record for record in measured(None, union(ranks.size))}
+    for records in ranks(measured_here, wrap, ranks.size):
+        assert {(record.measurement, record.block) for record in records} == expected.keys()
+        for record in records:
+            alone = expected[record.measurement, record.block]
+            rtol = 1e-5 if record.measurement == "empirical_fisher" else 1e-6
+            for name, values in alone.arrays.items():
+                if name == "eigenvalues":
+                    found, right = torch.tensor(record.arrays[name]), torch.tensor(values)
+                    assert (found - right).abs().max() <= rtol * right.abs().max(), (record.measurement, record.block)
+
+
+# ---------------------------------------------------------------------------------------------------- what is refused
+
+
+def refused(kind: str) -> str:
+    """The message of the refusal."""
+    model: nn.Module = training.Net()
+    if kind == "FSDP1":
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        model = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+    elif kind == "tensor parallel":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+        mesh = init_device_mesh("cpu", (current_world().size,))
+        model = parallelize_module(model, mesh, {"first": ColwiseParallel()})
+    elif kind == "ZeRO-3":
+        model.first.weight.ds_id = 0  # how DeepSpeed marks a parameter that it has partitioned
+    elif kind == "other models":
+        with torch.no_grad():
+            model.first.weight += current_world().rank
+    monitor = CurvatureMonitor(model, probes=union(1), loss="cross_entropy")
+    try:
+        monitor.check()
+    except ConfigurationError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("kind", ["FSDP1", "tensor parallel", "ZeRO-3"])
+def test_other_ways_of_sharding_are_refused_with_what_is_supported(kind: str, two: Ranks) -> None:
+    for message in two(refused, kind):
+        assert kind.split()[0].lower() in message.lower()
+        assert "DDP and FSDP2" in message
+
+
+def test_processes_that_train_different_models_are_told_so(two: Ranks) -> None:
+    for message in two(refused, "other models"):
+        assert "processes 0 and 1 train different models" in message
+        assert "`first.weight`" in message
+
+
+def shards_in_a_probe() -> tuple[list[int], list[int]]:
+    """Hooks and local sizes of a sharded model, before and inside the isolation."""
+    model = training.fsdp2(training.Net())
+    before = [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()]
+    with isolated(model, seed=0):
+        inside = [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()]
+        assert all(hasattr(parameter, "full_tensor") for parameter in model.parameters()), "shards stay shards"
+    after = [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()]
+    assert before == after
+    return before, inside
+
+
+def test_sharding_hooks_do_not_run_inside_a_probe(two: Ranks) -> None:
+    for before, inside in two(shards_in_a_probe):
+        assert sum(before) > 0
+        assert sum(inside) == 0
