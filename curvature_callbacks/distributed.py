@@ -7,19 +7,11 @@ from typing import Any, Final, Protocol, final
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from curvature_callbacks.errors import ConfigurationError, ProbeError, RefusedError
+from curvature_callbacks.common_failure import common_failure, described
+from curvature_callbacks.errors import ProbeError
 from curvature_callbacks.linalg.space import Space
-from curvature_callbacks.linalg.spectrum import LinAlgError
-
-_KINDS: Final[dict[str, type[Exception]]] = {  # what a failure is to everybody, the most decisive first
-    "configuration": ConfigurationError,
-    "refused": RefusedError,
-    "memory": torch.OutOfMemoryError,
-    "linalg": LinAlgError,
-    "probe": ProbeError,
-}
 
 
 class World(Space, Protocol):
@@ -285,11 +277,8 @@ class ProcessGroup:
 
     def _exchanged(self, error: BaseException | None) -> Exception:
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, None if error is None else (_kind(error), f"{type(error).__name__}: {error}"))
-        failures = [(rank, *failure) for rank, failure in enumerate(found) if failure is not None]
-        kind = next(kind for kind in _KINDS if any(kind == each for _, each, _ in failures))
-        text = "; ".join(f"process {rank}: {message}" for rank, each, message in failures if each == kind)
-        failure = _KINDS[kind](text)
+        dist.all_gather_object(found, None if error is None else described(error))
+        failure = common_failure(found)
         self._agreed = failure
         return failure
 
@@ -301,92 +290,11 @@ def _devices() -> list[torch.device]:
     return found or [torch.device("cpu")]
 
 
-def _kind(error: BaseException) -> str:
-    if is_out_of_memory(error):
-        return "memory"
-    return next((kind for kind, known in _KINDS.items() if isinstance(error, known)), "probe")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the host had no memory left."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and ("out of memory" in str(error) or "DefaultCPUAllocator" in str(error))
-
-
-def whole(value: Any) -> Any:
-    """`value` itself, detached, or the whole tensor of which it is a shard (FSDP2); then every process must ask."""
-    if not isinstance(value, Tensor):
-        return value
-    gather = getattr(value.detach(), "full_tensor", None)
-    return value.detach() if gather is None else gather()
-
-
 def current_world() -> World:
     """All processes of the default group, or this one alone where there is none.
 
-    Assumed and unchecked here: all train the same model (`check_replicas` looks).
+    Assumed and unchecked here: all train the same model (`check_model_over_processes` looks).
     """
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return ProcessGroup()
     return SINGLE
-
-
-def check_model_over_processes(model: nn.Module, world: World) -> None:
-    """Raise a `ConfigurationError` for a model that cannot be measured over these processes.
-
-    Supported are one process, replicas (DDP) and FSDP2 (`fully_shard`), whose parameters are put together inside a probe.
-
-    Cost: with replicas one pass over the parameters.
-    """
-    obstacle = _obstacle(model)
-    if obstacle is not None:
-        raise ConfigurationError(
-            f"{obstacle}: that is not supported. Supported are one process, DDP and FSDP2 (`fully_shard` over one mesh "
-            "dimension or two); or measure offline on a checkpoint."
-        )
-    if world.size == 1:
-        return
-    digests = world.gathered([(name, tuple(value.shape), _checksum(value)) for name, value in model.named_parameters()])
-    for rank, digest in enumerate(digests):
-        if digest != digests[0]:
-            names = [ours[0] for theirs, ours in zip(digest, digests[0], strict=False) if theirs != ours]
-            raise ConfigurationError(
-                f"processes 0 and {rank} train different models (parameter `{(names or ['?'])[0]}` differs): curvature is "
-                "reduced over replicas of one model. Measure in a process group of one, or before `init_process_group`."
-            )
-
-
-def _obstacle(model: nn.Module) -> str | None:
-    sharded = {id(parameter) for module in model.modules() if (group := _fsdp_parameters(module)) for parameter in group}
-    for path, module in model.named_modules():
-        if type(module).__name__ == "FullyShardedDataParallel":
-            return f"`{path or type(module).__name__}` is wrapped by FSDP1"
-    for name, parameter in model.named_parameters():
-        if type(parameter).__name__ == "FlatParameter":
-            return f"parameter `{name}` is flattened by FSDP1"
-        if hasattr(parameter, "ds_id"):
-            return f"parameter `{name}` is partitioned by DeepSpeed ZeRO-3"
-        if hasattr(parameter, "full_tensor") and id(parameter) not in sharded:
-            return f"parameter `{name}` is a DTensor outside FSDP2 (tensor parallelism)"
-    return None
-
-
-def _fsdp_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Parameters that FSDP2 alone has sharded, of a module it was applied to."""
-    if not is_fully_sharded(module):
-        return []
-    state: Any = module._get_fsdp_state()  # type: ignore[operator]
-    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
-    members = [member for group in groups if group is not None for member in group.fsdp_params]
-    return [member.sharded_param for member in members if not member.is_dtensor]
-
-
-def is_fully_sharded(module: nn.Module) -> bool:
-    """Whether `fully_shard` was applied to it."""
-    return hasattr(module, "_get_fsdp_state")
-
-
-def _checksum(value: Tensor) -> str:
-    """Of the values; of a shard nothing, they differ."""
-    return "" if hasattr(value, "full_tensor") else str(value.detach().double().sum().item())

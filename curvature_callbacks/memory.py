@@ -1,4 +1,4 @@
-"""Memory a probe may take on a device beyond what training holds."""
+"""A device: the memory a probe may take beyond what training holds, and waiting for it."""
 
 import os
 from typing import Final
@@ -17,3 +17,9 @@ def device_budget(device: torch.device) -> int:
 def host_budget() -> int:
     """Bytes: half of the free memory of the host."""
     return int(_FREE_SHARE * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until everything asked of a CUDA device is done: for clocks."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -9,7 +9,8 @@ from typing import Any, final, get_args
 from torch import nn
 from torch.utils.data import DataLoader
 
-from curvature_callbacks.distributed import check_model_over_processes, current_world, is_out_of_memory
+from curvature_callbacks.common_failure import is_out_of_memory
+from curvature_callbacks.distributed import current_world
 from curvature_callbacks.errors import ConfigurationError, check_choice, check_positive
 from curvature_callbacks.failures import Failures
 from curvature_callbacks.gram.trust import Trust
@@ -31,6 +32,7 @@ from curvature_callbacks.probes import CapturedProbes, Draw, Probes, as_probes, 
 from curvature_callbacks.problem import Problem
 from curvature_callbacks.record import PROBE, Record
 from curvature_callbacks.schedules import EveryNSteps, Schedule
+from curvature_callbacks.sharding import check_model_over_processes
 from curvature_callbacks.sinks import MemorySink, Sink
 from curvature_callbacks.states import States
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Final, final
+from typing import Any, Final, TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,14 @@ from curvature_callbacks.gram.kronecker import LayerKronecker
 from curvature_callbacks.gram.positions import Sharing
 from curvature_callbacks.gram.shared import SharedGrams
 from curvature_callbacks.gram.trust import Trust
+from curvature_callbacks.linalg.operator import Operator
 from curvature_callbacks.linalg.space import InnerProducts
+from curvature_callbacks.memory import synchronise
 from curvature_callbacks.model.blocks import Blocks, BlockStructure, group_blocks
 from curvature_callbacks.model.checks import check_model, second_order_obstacle
 from curvature_callbacks.model.losses import Loss, resolve_loss
 from curvature_callbacks.model.objective import Objective, ParamsFilter, gradients
+from curvature_callbacks.model.on_use import in_step, on_use_parameters
 from curvature_callbacks.model.stability import Optimizers, Stability, read_stability
 from curvature_callbacks.model.surrogates import EMPIRICAL, FisherType, SampleUnit, surrogates
 from curvature_callbacks.operators.difference import FiniteDifferenceHessianOperator
@@ -30,6 +33,11 @@ from curvature_callbacks.operators.hessian import HessianOperator
 from curvature_callbacks.operators.kfac import KFACOperator, KroneckerLayer
 from curvature_callbacks.operators.preconditioned import PreconditionedOperator
 from curvature_callbacks.operators.sharded import ShardedFisherOperator, ShardedOperator
+from curvature_callbacks.sharding import shard, whole
+
+A = TypeVar("A", bound=Operator)
+AnyFisher = FisherOperator | ShardedFisherOperator
+Names = Iterable[str] | None  # of parameters to differentiate by, default all
 
 _TRANSPOSED: Final = ("transposed linear", "embedding")  # operations whose weight is stored as (d_in, d_out)
 
@@ -84,7 +92,10 @@ class Problem:
         self._trust = Trust() if trust is None else trust
         if self._trust.loss is None:
             self._trust.loss = resolve_loss(loss, self.microbatches[0])
-        self.objective = Objective(model, self._trust.loss, params_filter=params_filter)
+        on_use = on_use_parameters(model, world, device)
+        if on_use is not None:
+            self.microbatches = in_step(self.microbatches, world)
+        self.objective = Objective(model, self._trust.loss, params_filter=params_filter, on_use=on_use, world=world)
         names = tuple(self.objective.parameters)
         if self._trust.blocks is None or self._trust.blocks[0] != names:
             self._trust.blocks = names, group_blocks(model, names, block_structure)
@@ -136,19 +147,28 @@ class Problem:
     @property
     def num_rows(self) -> int:
         """Rows of all processes."""
-        return int(self.world.total(torch.tensor(sum(map(batch_size, self.microbatches)))))
+        return int(self.world.total(torch.tensor(self._own_rows)))
+
+    @property
+    def _own_rows(self) -> int:
+        return sum(map(batch_size, self.microbatches))
 
     @cached_property
     def gradients(self) -> Mapping[str, Tensor]:
-        """Name to the gradient of the mean loss. Cost: one gradient, whose time is kept as the unit of all others."""
+        """Name to the gradient of the mean loss (of sharded parameters that nobody can hold: to its shards).
+
+        Cost: one gradient, whose time is kept as the unit of all others.
+        """
         with self.world.together():
-            self._synchronise()
+            synchronise(self.objective.device)
             start = time.perf_counter()
             leaves = self.objective.leaves()
-            found = gradients(self.objective.mean(self.microbatches, leaves), leaves)
-            self._synchronise()
+            with self.objective.saving():
+                mean = self.objective.mean(self.microbatches, leaves)
+            found = gradients(mean, leaves)
+            synchronise(self.objective.device)
             self.gradient_seconds = time.perf_counter() - start
-        if self.world.size == 1:
+        if self._is_whole_world:
             return found
         share = self._num_targets / int(self.world.total(torch.tensor(self._num_targets)))
         return {name: self.world.total(gradient * share) for name, gradient in found.items()}
@@ -159,11 +179,7 @@ class Problem:
         with self.world.together(), torch.no_grad():
             return sum(int(self.objective(batch).num_targets.sum()) for batch in self.microbatches)
 
-    def _synchronise(self) -> None:
-        if self.objective.device.type == "cuda":
-            torch.cuda.synchronize(self.objective.device)
-
-    def hessian(self, names: Iterable[str] | None = None) -> HessianOperator | ShardedOperator:
+    def hessian(self, names: Names = None) -> HessianOperator | ShardedOperator:
         """The Hessian of the mean loss, restricted to the named parameters.
 
         Raises:
@@ -172,17 +188,15 @@ class Problem:
         self._refuse_single_derivatives()
         with self.world.together():
             local = HessianOperator(self.objective, self.microbatches, names)
-        return local if self.world.size == 1 else ShardedOperator(local, local.num_targets, self.world)
+        return self._over_processes(local, local.num_targets)
 
-    def finite_difference_hessian(
-        self, names: Iterable[str] | None = None
-    ) -> FiniteDifferenceHessianOperator | ShardedOperator:
+    def finite_difference_hessian(self, names: Names = None) -> FiniteDifferenceHessianOperator | ShardedOperator:
         """The same by differences of the gradient, for models without a second derivative."""
         with self.world.together():
             local = FiniteDifferenceHessianOperator(self.objective, self.microbatches, names)
-        return local if self.world.size == 1 else ShardedOperator(local, self._num_targets, self.world)
+        return self._over_processes(local, self._num_targets)
 
-    def ggn(self, names: Iterable[str] | None = None) -> GGNOperator | ShardedOperator:
+    def ggn(self, names: Names = None) -> GGNOperator | ShardedOperator:
         """The generalised Gauss-Newton matrix of the mean loss, restricted to the named parameters.
 
         Raises:
@@ -192,9 +206,9 @@ class Problem:
         self._refuse_single_derivatives()
         with self.world.together():
             local = GGNOperator(self.objective, self.microbatches, names)
-        return local if self.world.size == 1 else ShardedOperator(local, local.num_targets, self.world)
+        return self._over_processes(local, local.num_targets)
 
-    def stability(self, names: Iterable[str] | None = None) -> Stability:
+    def stability(self, names: Names = None) -> Stability:
         """Where the optimizer's next step of the named parameters is stable; see `read_stability`.
 
         Raises:
@@ -207,9 +221,10 @@ class Problem:
             )
         named = dict(self.model.named_parameters())
         wanted = self.objective.parameters if names is None else names
-        return read_stability(self.optimizer, {name: named[name] for name in wanted}, dtype=self.objective.dtype)
+        read = shard if self.objective.is_sharded else whole
+        return read_stability(self.optimizer, {name: named[name] for name in wanted}, dtype=self.objective.dtype, read=read)
 
-    def preconditioned_hessian(self, names: Iterable[str] | None = None) -> PreconditionedOperator:
+    def preconditioned_hessian(self, names: Names = None) -> PreconditionedOperator:
         """`P^-1/2 H P^-1/2`, P the preconditioner of the optimizer's latest step; of those named parameters that it moves.
 
         Raises:
@@ -222,9 +237,7 @@ class Problem:
         hessian = self.hessian(stability.names)
         return PreconditionedOperator(hessian, InnerProducts(hessian).part(1 / stability.preconditioner))
 
-    def empirical_fisher(
-        self, names: Iterable[str] | None = None, *, sample_unit: SampleUnit = "sequence"
-    ) -> EmpiricalFisherOperator | ShardedFisherOperator:
+    def empirical_fisher(self, names: Names = None, *, sample_unit: SampleUnit = "sequence") -> AnyFisher:
         """The empirical Fisher of all microbatches, restricted to the named parameters.
 
         Raises:
@@ -234,11 +247,9 @@ class Problem:
         self._refuse_single_derivatives()
         with self.world.together():
             local = EmpiricalFisherOperator(self.objective, self.microbatches, names, sample_unit=sample_unit)
-        return local if self.world.size == 1 else self._sharded_fisher(local)
+        return local if self._is_whole_world else ShardedFisherOperator(local, self._own_rows, self.world)
 
-    def sampled_fisher(
-        self, names: Iterable[str] | None = None, *, sample_unit: SampleUnit = "sequence", num_draws: int = 1
-    ) -> SampledFisherOperator | ShardedFisherOperator:
+    def sampled_fisher(self, names: Names = None, *, sample_unit: SampleUnit = "sequence", num_draws: int = 1) -> AnyFisher:
         """The Fisher of labels drawn from the predictive with the probe's seed, restricted to the named parameters.
 
         Raises:
@@ -246,23 +257,24 @@ class Problem:
             RefusedError: as `ggn`.
         """
         self._refuse_single_derivatives()
-        options: dict[str, Any] = {"sample_unit": sample_unit, "num_draws": num_draws, "seed": self.world.seed(self.seed)}
+        seed = self.world.seed(self.seed)
         with self.world.together():
-            local = SampledFisherOperator(self.objective, self.microbatches, names, **options)
-        return local if self.world.size == 1 else self._sharded_fisher(local)
+            local = SampledFisherOperator(
+                self.objective, self.microbatches, names, sample_unit=sample_unit, num_draws=num_draws, seed=seed
+            )
+        return local if self._is_whole_world else ShardedFisherOperator(local, self._own_rows, self.world)
 
-    def _sharded_fisher(self, local: FisherOperator) -> ShardedFisherOperator:
-        return ShardedFisherOperator(local, sum(map(batch_size, self.microbatches)), self.world)
-
-    def kfac(
-        self, names: Iterable[str] | None = None, *, kind: FisherType = EMPIRICAL, sharing: Sharing, corrected: bool
-    ) -> KFACOperator:
+    def kfac(self, names: Names = None, *, kind: FisherType = EMPIRICAL, sharing: Sharing, corrected: bool) -> KFACOperator:
         """K-FAC's approximation of a Fisher (EKFAC's where `corrected`), of those named parameters that are covered.
 
         Raises:
             RefusedError: none of them is.
             ConfigurationError: a weight is named without its bias, or the reverse.
         """
+        if self.objective.is_sharded:
+            raise RefusedError(
+                "K-FAC's matrix needs whole parameters on every process, and they do not fit: use `KFACQuality`."
+            )
         layers = self.kronecker(kind, sharing=sharing)
         found = [
             KroneckerLayer(
@@ -274,6 +286,14 @@ class Problem:
             for layer in layers.values()
         ]
         return KFACOperator(found, self.objective.leaves(names), corrected=corrected)
+
+    def _over_processes(self, local: A, num_targets: int) -> A | ShardedOperator:
+        return local if self._is_whole_world else ShardedOperator(local, num_targets, self.world)
+
+    @property
+    def _is_whole_world(self) -> bool:
+        """Whether an operator of the objective has the rows of all processes."""
+        return self.world.size == 1 or self.objective.is_sharded
 
     def _refuse_single_derivatives(self) -> None:
         obstacle = second_order_obstacle(self.model)

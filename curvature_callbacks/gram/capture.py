@@ -44,6 +44,7 @@ class Capture(TorchFunctionMode):
         unruled: name to why the parameter has no valid rule; those known are not tapped, those met here are added.
         positions_first: parameters whose activations are to be read sequence-first where both ways are possible.
         constants: buffers and frozen parameters of the model.
+        sharded: names of parameters that are put together on the way, see `adopt`.
 
     Attributes:
         positions: name to the positions per sample on axis 0 of each output with a rule (1: axis 0 is the sample), or how else
@@ -59,15 +60,28 @@ class Capture(TorchFunctionMode):
         unruled: dict[str, str],
         positions_first: Set[str] = frozenset(),
         constants: Iterable[Tensor] = (),
+        sharded: Set[str] = frozenset(),
     ) -> None:
         super().__init__()
         self._num_samples = num_samples
         self._positions_first = positions_first
+        self._sharded = sharded
         self._provenance = Provenance(constants, num_samples)
         self._sources = Sources(parameters)
         self._taps = Taps(self._sources, num_samples, unruled)
         self.positions: dict[str, list[int]] = {}
         self.biases: dict[str, set[str | None]] = {}
+
+    def adopt(self, name: str, whole: Tensor) -> None:
+        """The parameter `name`, sharded over processes, is `whole` while its module runs."""
+        if name in self._sharded:
+            self._sources.adopt(name, whole)
+        else:
+            self._provenance.add(whole)
+
+    def forget(self, whole: Tensor) -> None:
+        """Its module has run."""
+        self._sources.forget(whole)
 
     @property
     def kinds(self) -> Mapping[str, list[str]]:

@@ -59,9 +59,11 @@ def certificate_errors(
         found = _weighted_gradients(objective, microbatches, surrogates, weights)
     own = [one for batch in weights for one in batch]
     w = torch.cat([one for part in world.gathered(own) for one in part]).to(torch.float64)
-    found = {name: world.total(gradient) for name, gradient in found.items()}
+    if not objective.is_sharded:  # gradients by shards are sums over processes already
+        found = {name: world.total(gradient) for name, gradient in found.items()}
     floor = _ROUNDING * sum(gram.diagonal().sum().item() for gram in grams.values())
-    return {name: _error(gram, w, _counted(found[name], rows.get(name)), floor) for name, gram in grams.items()}
+    lengths = {name: objective.space.total(_length(_counted(found[name], rows.get(name)))).item() for name in grams}
+    return {name: _error(gram, w, lengths[name], floor) for name, gram in grams.items()}
 
 
 def _counted(gradient: Tensor, rows: Tensor | None) -> Tensor:
@@ -70,9 +72,13 @@ def _counted(gradient: Tensor, rows: Tensor | None) -> Tensor:
     return gradient[rows].flatten() * math.sqrt(len(gradient) / len(rows))
 
 
-def _error(gram: Tensor, w: Tensor, weighted: Tensor, floor: float) -> float:
+def _length(weighted: Tensor) -> Tensor:
+    return dot(weighted, weighted)
+
+
+def _error(gram: Tensor, w: Tensor, actual: float, floor: float) -> float:
     w = w.to(gram.device)
-    predicted, actual = (w @ gram @ w).item(), dot(weighted, weighted).item()
+    predicted = (w @ gram @ w).item()
     proved = (gram.diagonal() * w.square()).sum().item()
     scale = max(proved, actual, floor)
     return abs(predicted - actual) / scale if scale > 0 else 0.0
@@ -112,7 +118,8 @@ def _weighted_loss(
     leaves: Mapping[str, Tensor],
 ) -> Tensor:
     """`sum_s w_s l_s`, by halves of the batch where single losses are unknown."""
-    losses = objective(batch, leaves)
+    with objective.saving():
+        losses = objective(batch, leaves)
     if chosen[0] is None and losses.per_sample is None:
         weights[0].copy_(_signs_of(weights[0]))
         return _signed_halves(objective, batch, weights[0], leaves)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from curvature_callbacks.batches import batch_size, take_rows
 from curvature_callbacks.distributed import SINGLE, World
-from curvature_callbacks.errors import ProbeError
+from curvature_callbacks.errors import ProbeError, RefusedError
 from curvature_callbacks.gram.capture import Capture
 from curvature_callbacks.gram.certificate import certificate_errors
 from curvature_callbacks.gram.collect import Collector
@@ -17,6 +17,7 @@ from curvature_callbacks.gram.exchange import Exchange
 from curvature_callbacks.gram.kronecker import LayerKronecker
 from curvature_callbacks.gram.passes import Passed, run_passes
 from curvature_callbacks.gram.positions import Sharing
+from curvature_callbacks.gram.pseudo_samples import pseudo_samples
 from curvature_callbacks.gram.rows import check_apart, finite_rows, row_grams
 from curvature_callbacks.gram.storage import MemoryBudget, Storage, memory_budget
 from curvature_callbacks.gram.subsample import chosen_rows
@@ -109,6 +110,8 @@ def block_grams(
     rows = chosen_rows(objective.parameters, blocks, options.max_params_per_block, seed=seed)
     local, passed, collector = _passed(objective, microbatches, rows, trust, seed, options, world)
     fallback = {name: reason for name, reason in passed.unruled.items() if name in objective.parameters}
+    if objective.is_sharded:
+        _refuse_rows(fallback, options, passed.unruled)
     grams = {name: gram for name, gram in collector.grams.items() if name not in fallback}
     grams |= row_grams(objective, microbatches, sorted(fallback), local.surrogates, world=world)
     layout = signature(passed.kinds, passed.positions)
@@ -116,6 +119,8 @@ def block_grams(
     if layout not in trust.certified:
         again: dict[str, Any] = {"trust": trust, "seed": seed, "options": options, "world": world}
         if not finite_samples(grams).all():
+            if objective.is_sharded:
+                raise ProbeError("a row has no finite gradient, and single rows of sharded parameters cannot be looked at.")
             return _of_finite_rows(objective, microbatches, blocks, fallback, **again)
         with world.together():
             for batch in microbatches:
@@ -126,7 +131,7 @@ def block_grams(
             return block_grams(objective, microbatches, blocks, **again)
         if max(passed.sizes) > 1:  # with one row every axis passes for the sample
             trust.certified.add(layout)
-    samples, weights, active = _pseudo_samples(local, world)
+    samples, weights, active = pseudo_samples(local, world)
     found = {block: _sum(grams, names, objective.device) for block, names in blocks.items()}
     return BlockGrams(
         grams={block: _picked(K, active) for block, K in found.items()},
@@ -156,8 +161,7 @@ def _passed(
     local = Passed(dict(trust.refused))
     whole = local if world.size == 1 else Passed(dict(trust.refused))
     collector = Collector(whole, rows, options.kind, options.sharing, trust.scratch)
-    sizes = {name: parameter.numel() for name, parameter in objective.parameters.items()}
-    exchange = Exchange(world, local, whole, collector, sizes=sizes, device=objective.device)
+    exchange = Exchange(world, local, whole, collector, sizes=objective.sizes, device=objective.device)
     storage = Storage(
         options.budget or memory_budget(objective.device), factors_wanted=options.sharing is not None, device=objective.device
     )
@@ -172,6 +176,18 @@ def _passed(
     return local, whole, collector
 
 
+def _refuse_rows(fallback: Mapping[str, str], options: GramOptions, unruled: Mapping[str, str]) -> None:
+    """Raise a `RefusedError` for what needs whole parameters, or the gradient of one row: by shards it is a sum over rows."""
+    if options.max_params_per_block is not None:
+        raise RefusedError("`max_params_per_block` needs whole parameters, and these take too much of the free memory.")
+    if fallback:
+        name = next(iter(fallback))
+        raise RefusedError(
+            f"`{name}` has no rule ({unruled[name]}) and is sharded: its gradients cannot be taken row by row. Leave it out by "
+            "`params_filter`."
+        )
+
+
 def finite_samples(grams: Mapping[str, Tensor]) -> Tensor:
     """(S,) on CPU: whether a sample's gradient is finite in every one of `grams`."""
     return torch.stack([K.diagonal().cpu() for K in grams.values()]).isfinite().all(0)
@@ -181,42 +197,21 @@ def parameter_operations(objective: Objective, batch: Any, *, world: World = SIN
     """Parameter to the operations that use it, on any process, from one forward pass. Cost: that pass."""
     with world.together():
         values = {name: parameter.detach() for name, parameter in objective.parameters.items()}
-        capture = Capture(values, batch_size(batch), unruled={}, constants=objective.constants())
+        here = objective.unsharded
+        capture = Capture(
+            {name: values[name] for name in here},
+            batch_size(batch),
+            unruled={},
+            constants=objective.constants(),
+            sharded=values.keys() - here.keys(),
+        )
         with capture:
-            objective(batch, values)
+            objective(batch, values, watch=capture)
     found: dict[str, list[str]] = {}
     for kinds in world.gathered(dict(capture.kinds)):
         for name, used in kinds.items():
             found.setdefault(name, []).extend(used)
     return found
-
-
-def _pseudo_samples(passed: Passed, world: World) -> tuple[Tensor, Tensor, Tensor]:
-    """Row, weight and presence of every row of every backward pass of all processes, on the CPU."""
-    own = _own_pseudo_samples(passed)
-    if world.size == 1:
-        return own
-    rows = sum(map(len, passed.num_targets))
-    found, start = [], 0
-    for number, samples, weights, active in world.gathered((rows, *own)):
-        found.append((samples + start, weights, active))
-        start += number
-    samples, weights, active = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return samples, weights, active
-
-
-def _own_pseudo_samples(passed: Passed) -> tuple[Tensor, Tensor, Tensor]:
-    if not passed.surrogates:
-        return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.bool)
-    samples, weights, active, start = [], [], [], 0
-    for targets, chosen in zip(passed.num_targets, passed.surrogates, strict=True):
-        for surrogate in chosen:
-            samples.append(torch.arange(start, start + len(targets)))
-            ones = torch.ones(len(targets), dtype=torch.float64)
-            weights.append(ones if surrogate is None else surrogate.weights.cpu())
-            active.append(ones.bool() if surrogate is None else surrogate.active.cpu())
-        start += len(targets)
-    return torch.cat(samples), torch.cat(weights), torch.cat(active)
 
 
 def _picked(K: Tensor, active: Tensor) -> Tensor:

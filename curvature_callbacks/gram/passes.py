@@ -139,8 +139,8 @@ class _Round:
         """Run one microbatch; the names that have to wait for another round."""
         values = {name: parameter.detach() for name, parameter in self.objective.parameters.items()}
         capture = self._capture(values, batch)
-        with capture, sdpa_kernel(_ANY_KERNEL):
-            losses = self.objective(map_tensors(batch, torch.Tensor.detach), values)
+        with self.objective.saving(), capture, sdpa_kernel(_ANY_KERNEL):
+            losses = self.objective(map_tensors(batch, torch.Tensor.detach), values, watch=capture)
         if place == len(self.result.surrogates):
             self.result.note(capture.kinds, capture.positions, capture.biases)
         chosen = self._surrogates(place, batch, losses)
@@ -158,14 +158,16 @@ class _Round:
         return postponed
 
     def _capture(self, values: dict[str, Tensor], batch: Any) -> Capture:
-        taken = {name: values[name] for name in self.names}
-        others = [value for name, value in values.items() if name not in taken]
+        here = self.objective.unsharded
+        taken = {name: values[name] for name in self.names if name in here}
+        others = [value for name, value in values.items() if name not in taken and name in here]
         return Capture(
             taken,
             batch_size(batch),
             unruled=self.result.unruled,
             positions_first=self.trust.positions_first,
             constants=[*others, *self.objective.constants()],
+            sharded={name for name in self.names if name not in here},
         )
 
     def _surrogates(self, place: int, batch: Any, losses: SampleLosses) -> list[Surrogate | None]:

@@ -25,6 +25,10 @@ class Provenance:
         self._constants = {id(tensor) for tensor in constants}
         self._num_samples = num_samples
 
+    def add(self, constant: Tensor) -> None:
+        """A frozen parameter that was put together inside the pass."""
+        setattr(constant, _CONSTANT, True)
+
     def is_constant(self, tensor: Tensor) -> bool:
         """Whether `tensor` was computed from buffers and literals alone."""
         return id(tensor) in self._constants or hasattr(tensor, _CONSTANT)

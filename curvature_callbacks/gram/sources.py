@@ -69,7 +69,7 @@ class Sources:
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
-        self.parameters = parameters
+        self.parameters = dict(parameters)
         self.leaves: dict[str, Tensor] = {}
         self._known = {id(tensor): Source(tensor, view_of(name, tensor, tensor), None) for name, tensor in parameters.items()}
         self._names: dict[int, list[str]] = {}
@@ -79,6 +79,18 @@ class Sources:
 
     def __getitem__(self, value: Tensor) -> Source:
         return self._known[id(value)]
+
+    def adopt(self, name: str, whole: Tensor) -> None:
+        """The parameter `name` is `whole` from now on."""
+        self.parameters[name] = whole
+        self._known[id(whole)] = Source(whole, view_of(name, whole, whole), None)
+
+    def forget(self, whole: Tensor) -> None:
+        """`whole` is let go: of what was computed from it the graph stays, of itself the shape."""
+        source = self._known.pop(id(whole), None)
+        if source is not None and source.view is not None:
+            source.value = torch.empty_strided(whole.shape, whole.stride(), dtype=whole.dtype, device="meta")
+            self.parameters[source.view.name] = source.value
 
     def names(self, source: Source) -> list[str]:
         """Parameters that `source` is computed from."""

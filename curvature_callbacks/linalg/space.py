@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from curvature_callbacks.linalg import accumulate
-from curvature_callbacks.linalg.operator import Operator
 
 
 class Space(Protocol):
@@ -53,6 +52,15 @@ class LocalSpace:
 LOCAL: Final = LocalSpace()
 
 
+class Placed(Protocol):
+    """What has vectors: an operator, or a part of one."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        ...
+
+
 @final
 class InnerProducts:
     """Inner products in the space of an operator: its attribute `space` where it has one, else the local one.
@@ -60,13 +68,17 @@ class InnerProducts:
     All are float64 on the operator's device; see `accumulate` for how they are summed.
     """
 
-    def __init__(self, operator: Operator) -> None:
+    def __init__(self, operator: Placed) -> None:
         self._space: Space = getattr(operator, "space", LOCAL)
         self._device = operator.device
 
     def dot(self, x: Tensor, y: Tensor) -> Tensor:
         """`x . y`, 0-d."""
         return self._space.total(accumulate.dot(x, y))
+
+    def total(self, partial: Tensor) -> Tensor:
+        """The sum of `partial` over the holders."""
+        return self._space.total(partial)
 
     def norm(self, x: Tensor) -> Tensor:
         """Euclidean norm, 0-d."""
@@ -89,7 +101,7 @@ class InnerProducts:
         return int(self._sum(local))
 
     def whole(self, part: Tensor) -> Tensor:
-        """The vector (P,) of which `part` is held here."""
+        """The vector (P,) of which `part` is held here; only that where nobody can hold whole ones."""
         return self._space.assembled(part[None], self.dimension(len(part)))[0]
 
     def part(self, whole: Tensor) -> Tensor:

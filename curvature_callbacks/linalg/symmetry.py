@@ -5,8 +5,8 @@ from typing import Final
 import torch
 
 from curvature_callbacks.errors import RefusedError
-from curvature_callbacks.linalg.accumulate import dot, norm
 from curvature_callbacks.linalg.operator import Operator
+from curvature_callbacks.linalg.space import InnerProducts
 
 _ASYMMETRY: Final = 1e-2  # rounding gives 1e-6 in float32; a kernel without a second derivative gave 2.5
 
@@ -22,15 +22,16 @@ def check_symmetric(operator: Operator, *, seed: int) -> float:
 
     Cost: three products.
     """
-    generator = torch.Generator().manual_seed(seed)
-    U = torch.randn(operator.shape[0], 2, generator=generator, dtype=operator.dtype).to(operator.device)  # (P, 2)
+    products = InnerProducts(operator)
+    norm = products.norm
+    U = torch.randn(operator.shape[0], 2, generator=products.random(seed), dtype=operator.dtype).to(operator.device)  # (P, 2)
     u, v = U.T
     Au, Av = operator.matmat(u[:, None])[:, 0], operator.matmat(v[:, None])[:, 0]
     scale = max(norm(Au).item(), norm(Av).item())
     if scale == 0:
         return 0.0
     change = norm(operator.matmat(u[:, None])[:, 0] - Au).item() / scale
-    asymmetry = abs((dot(u, Av) - dot(v, Au)).item()) / scale
+    asymmetry = abs((products.dot(u, Av) - products.dot(v, Au)).item()) / scale
     if not change <= _ASYMMETRY:
         raise RefusedError(
             f"two products with the same vector differ by {change:.1e}: the loss is not a fixed function (dropout outside "

@@ -99,7 +99,7 @@ class EdgeRatio:
             error, spent = task.check(seed=problem.seed)
             state = error, None
         error, previous = state
-        pairs = self._solve(problem, task.operator, stability, previous)
+        pairs = self._solve(problem, task.operator, stability, task.start(previous))
         assert pairs.eigenvectors is not None
         record = Record(
             step=problem.step,
@@ -118,12 +118,10 @@ class EdgeRatio:
                 "warnings": list(pairs.warnings),
             },
         )
-        return [record], (error, InnerProducts(task.operator).whole(pairs.eigenvectors[:, 0]).cpu())
+        return [record], (error, task.whole(pairs.eigenvectors[:, 0]))
 
     def _solve(self, problem: Problem, hessian: Operator, stability: Stability, previous: Tensor | None) -> Eigenpairs:
         assert stability.scale is not None
-        if previous is not None and len(previous) != len(stability.scale):  # other parameters move now
-            previous = None
         part = InnerProducts(hessian).part
         decay = None if stability.decay is None else part(stability.decay)
         return lanczos(
@@ -133,7 +131,7 @@ class EdgeRatio:
             tol=self.tol,
             max_matvecs=self.max_matvecs,
             seed=problem.seed,
-            initial_vectors=None if previous is None else part(previous)[:, None].to(hessian.device, hessian.dtype),
+            initial_vectors=None if previous is None else previous[:, None].to(hessian.device, hessian.dtype),
             return_eigenvectors=True,
         )
 

@@ -107,9 +107,12 @@ class Eigenproblem:
         """(P,) on the host: the vector of which the operator holds `part` here."""
         return InnerProducts(self.operator).whole(part).cpu()
 
-    def part(self, whole: Tensor) -> Tensor:
-        """What the operator holds here of `whole` (P,)."""
-        return InnerProducts(self.operator).part(whole)
+    def start(self, kept: Tensor | None) -> Tensor | None:
+        """What the operator holds here of a vector that `whole` gave at an earlier probe; None where that was of others."""
+        products = InnerProducts(self.operator)
+        here = products.part(kept) if kept is not None and len(kept) == self.num_params else kept
+        missing = here is None or len(here) != self.operator.shape[0]
+        return None if products.anywhere(missing) else here
 
     def check(self, *, seed: int) -> tuple[float, int]:
         """Largest relative error of the operator's self-check, and the products it spent; raises a `RefusedError`."""
@@ -195,7 +198,7 @@ def _whole_members(members: Sequence[Set[str]], names: Set[str]) -> bool:
 
 def _empirical_fisher(problem: Problem, curvature: Curvature, block: str | None) -> Eigenproblem:
     names = None if block is None else problem.blocks[block]
-    if curvature.sample_unit == "token" or problem.num_rows > _MAX_GRAM_SAMPLES:
+    if curvature.sample_unit == "token" or problem.objective.is_sharded or problem.num_rows > _MAX_GRAM_SAMPLES:
         operator = problem.empirical_fisher(names, sample_unit=curvature.sample_unit)
         return Eigenproblem(operator=operator, about=_rows_of(operator, "empirical"))
     grams = problem.block_grams.grams  # before the operator's graphs take their memory
@@ -227,7 +230,7 @@ def _rows_of(operator: FisherOperator | ShardedFisherOperator, fisher: str) -> d
     return {
         "fisher": fisher,
         "sample_unit": operator.sample_unit,
-        "num_samples": len(operator.rows),
+        "num_samples": operator.num_samples,
         "num_targets": operator.num_targets,
     }
 

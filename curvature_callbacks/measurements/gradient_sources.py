@@ -31,7 +31,7 @@ def spectra_of_problem(problem: Problem, options: SpectrumOptions) -> FisherSpec
         )
         gradients = WeightedGradients(
             grams=found.grams,
-            sizes={block: sum(objective.parameters[name].numel() for name in names) for block, names in problem.blocks.items()},
+            sizes={block: sum(objective.sizes[name] for name in names) for block, names in problem.blocks.items()},
             rows=found.samples,
             weights=found.weights,
             num_targets=found.num_targets,

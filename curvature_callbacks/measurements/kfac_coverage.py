@@ -117,8 +117,9 @@ def uncovered_parameters(problem: Problem) -> dict[str, str]:
 
 def _coverage(problem: Problem) -> KFACCoverageReport:
     uncovered = uncovered_parameters(problem)
-    sizes = {name: float(parameter.numel()) for name, parameter in problem.objective.parameters.items()}
-    energies = {name: dot(g.flatten(), g.flatten()).item() for name, g in problem.gradients.items()}
+    sizes = {name: float(size) for name, size in problem.objective.sizes.items()}
+    total = problem.objective.space.total
+    energies = {name: total(dot(g.flatten(), g.flatten())).item() for name, g in problem.gradients.items()}
     if not all(energy < float("inf") for energy in energies.values()):
         raise ProbeError("the gradient of this probe is not finite.")
     return KFACCoverageReport(

@@ -206,8 +206,7 @@ class _Run:
 
     def _start(self, task: Eigenproblem, block: str | None) -> Tensor | None:
         """The previous probe's, unless it is of other parameters."""
-        found: Tensor | None = (self.previous.get("starts") or {}).get(block or _WHOLE)
-        return task.part(found) if found is not None and len(found) == task.num_params else None
+        return task.start((self.previous.get("starts") or {}).get(block or _WHOLE))
 
     def _metadata(self, task: Eigenproblem, pairs: Eigenpairs, asymmetry: float) -> dict[str, Any]:
         return {

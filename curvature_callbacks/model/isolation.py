@@ -12,8 +12,8 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from curvature_callbacks.distributed import is_fully_sharded
 from curvature_callbacks.errors import ConfigurationError
+from curvature_callbacks.sharding import is_fully_sharded
 
 _DETERMINISTIC_CUBLAS: Final = (":4096:8", ":16:8")  # the two settings PyTorch accepts
 

@@ -1,6 +1,7 @@
 """Objective: the loss as a function of the trainable parameters, on aliases that leave the model untouched."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, final
 
 import torch
@@ -8,9 +9,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from curvature_callbacks.batches import to_dtype
-from curvature_callbacks.distributed import whole
+from curvature_callbacks.distributed import SINGLE, World
 from curvature_callbacks.errors import ConfigurationError, ProbeError
+from curvature_callbacks.linalg.space import LOCAL, Space
 from curvature_callbacks.model.losses import LossFunction, SampleLosses
+from curvature_callbacks.model.on_use import OnUse, Watch
+from curvature_callbacks.sharding import ShardSpace, shard, whole
 
 ParamsFilter = Callable[[str, nn.Parameter], bool]
 
@@ -30,9 +34,29 @@ class Objective:
         dtype: dtype everything is differentiated in.
         device: device of the first parameter.
         is_widened: whether any parameter of the model, trainable or not, is stored in bfloat16 or float16.
+        space: of vectors of parameters.
+
+    Args:
+        model: inside `isolated`.
+        loss: of a microbatch.
+        params_filter: which trainable parameters to keep.
+        on_use: of parameters that no process can hold as a whole: `parameters` has the shards held here, gradients by them are
+            sums over all processes.
+        world: the processes of `on_use`.
     """
 
-    def __init__(self, model: nn.Module, loss: LossFunction, *, params_filter: ParamsFilter | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: LossFunction,
+        *,
+        params_filter: ParamsFilter | None = None,
+        on_use: OnUse | None = None,
+        world: World = SINGLE,
+    ) -> None:
+        self._on_use = on_use
+        self._world = SINGLE if on_use is None else world
+        self.space: Space = LOCAL if on_use is None else ShardSpace(world)
         named = dict(model.named_parameters())
         chosen = {
             name: parameter
@@ -48,6 +72,7 @@ class Objective:
         self.dtype = _compute_dtype(chosen.values())
         self.device = next(iter(chosen.values())).device
         self.is_widened = any(_is_narrow(parameter.dtype) for parameter in named.values())
+        self._sharded = set() if on_use is None else on_use.names
         self.parameters = self._widened(chosen)
         self._constants = self._widened({name: value for name, value in named.items() if name not in chosen})
         self._constants |= {name: self._widen(buffer) for name, buffer in model.named_buffers() if _is_narrow(buffer.dtype)}
@@ -60,14 +85,52 @@ class Objective:
 
     def constants(self) -> list[Tensor]:
         """Tensors the loss reads beside parameters and batch: frozen parameters and buffers."""
-        return [*self._constants.values(), *self._module.buffers()]
+        frozen = [value for name, value in self._constants.items() if name not in self._sharded]
+        return [*frozen, *self._module.buffers()]
 
-    def __call__(self, batch: Any, values: Mapping[str, Tensor] | None = None) -> SampleLosses:
-        """Losses of `batch` with `values` in place of the parameters of the same name."""
+    def __call__(self, batch: Any, values: Mapping[str, Tensor] | None = None, *, watch: Watch | None = None) -> SampleLosses:
+        """Losses of `batch` with `values` in place of the parameters of the same name.
+
+        Args:
+            batch: a microbatch.
+            values: shards, where `parameters` has shards.
+            watch: told of whole parameters that are put together on the way.
+        """
         merged = {**self._constants, **self.parameters, **(values or {})}
+        shards = {name: merged.pop(name) for name in self._sharded}
         named = {_PREFIX + name: tensor for name, tensor in merged.items()}
-        result: SampleLosses = functional_call(self._module, named, (to_dtype(batch, self.dtype),))
+        with nullcontext() if self._on_use is None else self._on_use.using(shards, watch):
+            result: SampleLosses = functional_call(self._module, named, (to_dtype(batch, self.dtype),))
         return result
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Elements of each whole parameter."""
+        shapes = {} if self._on_use is None else self._on_use.shapes
+        return {name: shapes.get(name, value.shape).numel() for name, value in self.parameters.items()}
+
+    @property
+    def unsharded(self) -> dict[str, Tensor]:
+        """The parameters that are here as a whole."""
+        return {name: value for name, value in self.parameters.items() if name not in self._sharded}
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether `parameters` has shards."""
+        return self._on_use is not None
+
+    def summed(self, count: int) -> int:
+        """`count` over the processes whose rows gradients are summed over."""
+        return int(self._world.total(torch.tensor(count)))
+
+    def saving(self) -> AbstractContextManager[None]:
+        """A context for forward passes and for backward passes that build a graph: it will hold no whole sharded parameter."""
+        return nullcontext() if self._on_use is None else self._on_use.saving()
+
+    @property
+    def size_of(self) -> Any:
+        """How to learn the bytes of a graph without asking it, where that would gather parameters."""
+        return None if self._on_use is None else self._on_use.size_of
 
     def mean(self, microbatches: Sequence[Any], values: Mapping[str, Tensor]) -> Tensor:
         """The objective `L = sum_i l_i / sum_i n_i` over all microbatches, 0-d.
@@ -76,7 +139,7 @@ class Objective:
             ProbeError: no sample has a valid target, or L is not finite.
         """
         losses = [self(batch, values) for batch in microbatches]
-        num_targets = sum(int(loss.num_targets.sum()) for loss in losses)
+        num_targets = self.summed(sum(int(loss.num_targets.sum()) for loss in losses))
         if num_targets == 0:
             raise ProbeError("no sample of this probe has a valid target: the loss is undefined.")
         mean = torch.stack([loss.total for loss in losses]).sum() / num_targets
@@ -88,7 +151,8 @@ class Objective:
         return tensor.to(self.dtype) if _is_narrow(tensor.dtype) else tensor
 
     def _widened(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: self._widen(whole(tensor)) for name, tensor in tensors.items()}
+        held = {name: shard(value) if name in self._sharded else whole(value) for name, value in tensors.items()}
+        return {name: self._widen(value) for name, value in held.items()}
 
 
 def gradients(loss: Tensor, leaves: Mapping[str, Tensor], *, again: bool = False) -> dict[str, Tensor]:

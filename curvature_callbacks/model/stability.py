@@ -1,6 +1,6 @@
 """Stability: how much curvature the optimizer's next step stands, read from its live state."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, final
 
@@ -10,6 +10,7 @@ from torch.optim import SGD, Optimizer
 
 from curvature_callbacks.errors import ConfigurationError, RefusedError
 from curvature_callbacks.model.update_rules import Dynamics, update_rule
+from curvature_callbacks.sharding import shard
 
 Optimizers = Optimizer | Sequence[Optimizer]
 
@@ -53,7 +54,9 @@ class Stability:
         return any(kind != SGD.__name__ for kind in self.optimizers)
 
 
-def read_stability(optimizers: Optimizers, parameters: Mapping[str, Tensor], *, dtype: torch.dtype) -> Stability:
+def read_stability(
+    optimizers: Optimizers, parameters: Mapping[str, Tensor], *, dtype: torch.dtype, read: Callable[[Any], Any] = shard
+) -> Stability:
     """What the optimizer will do to the named parameters with the learning rates it has now.
 
     P is that of the latest step, `theta' = theta - eta P^-1 m'`: of Adam `(1 - beta1^t) (sqrt(v / (1 - beta2^t)) + eps)` (v's
@@ -65,6 +68,7 @@ def read_stability(optimizers: Optimizers, parameters: Mapping[str, Tensor], *, 
             Only read, and no entry of its state is created.
         parameters: name to the very tensors the optimizer was given.
         dtype: of the vectors.
+        read: what to take of a tensor that is sharded over processes: its own shard, or the whole.
 
     Raises:
         ConfigurationError: the optimizer has none of the parameters.
@@ -80,8 +84,8 @@ def read_stability(optimizers: Optimizers, parameters: Mapping[str, Tensor], *, 
     dynamics = {name: member.dynamics for name, member in members.items()}
     moving = {name: members[name] for name in parameters if name in members and dynamics[name].learning_rate > 0}
     _refuse_what_has_no_limit(members.values(), moving.values())
-    read = {name: member.preconditioner(parameters[name]) for name, member in moving.items()}
-    stepped = {name: found.to(dtype) for name, found in read.items() if found is not None}
+    diagonals = {name: member.preconditioner(parameters[name], read) for name, member in moving.items()}
+    stepped = {name: found.to(dtype) for name, found in diagonals.items() if found is not None}
     acting = [moving[name] for name in stepped] or members.values()
     groups = {id(member.group): member for member in members.values()}  # each once
     common: dict[str, Any] = {
@@ -127,9 +131,10 @@ class _Member:
     def dynamics(self) -> Dynamics:
         return update_rule(self.optimizer).dynamics(self.group)
 
-    def preconditioner(self, parameter: Tensor) -> Tensor | None:
+    def preconditioner(self, parameter: Tensor, read: Callable[[Any], Any]) -> Tensor | None:
         state = self.optimizer.state.get(parameter)  # `state[parameter]` would create an entry
-        return update_rule(self.optimizer).preconditioner(self.group, state, parameter)
+        held = {name: read(value) for name, value in state.items()} if state else None
+        return update_rule(self.optimizer).preconditioner(self.group, held, read(parameter))
 
 
 def _members(optimizers: Sequence[Optimizer], parameters: Mapping[str, Tensor]) -> dict[str, _Member]:

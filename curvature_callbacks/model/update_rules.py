@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
-from curvature_callbacks.distributed import whole
 from curvature_callbacks.errors import RefusedError
 
 
@@ -124,15 +123,15 @@ def _adam_dynamics(group: Mapping[str, Any], *, decoupled: bool) -> Dynamics:
 
 
 def _no_preconditioner(group: Mapping[str, Any], state: Mapping[str, Any] | None, parameter: Tensor) -> Tensor:
-    return torch.ones(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+    return torch.ones_like(parameter, requires_grad=False)
 
 
 def _adam_preconditioner(group: Mapping[str, Any], state: Mapping[str, Any] | None, parameter: Tensor) -> Tensor | None:
     if not state:
         return None
     beta1, beta2 = map(float, group["betas"])
-    steps = torch.as_tensor(whole(state["step"])).to(parameter.device, torch.float64)
-    squares = whole(state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"])
+    steps = torch.as_tensor(state["step"]).to(parameter.device, torch.float64)
+    squares = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"].detach()
     corrected = _widened(squares) / (1 - beta2**steps)
     preconditioner: Tensor = (corrected.sqrt() + group["eps"]) * (1 - beta1**steps)
     return preconditioner
@@ -141,9 +140,9 @@ def _adam_preconditioner(group: Mapping[str, Any], state: Mapping[str, Any] | No
 def _rmsprop_preconditioner(group: Mapping[str, Any], state: Mapping[str, Any] | None, parameter: Tensor) -> Tensor | None:
     if not state:
         return None
-    squares = _widened(whole(state["square_avg"]))
+    squares = _widened(state["square_avg"].detach())
     if group["centered"]:
-        squares = squares - _widened(whole(state["grad_avg"])) ** 2
+        squares = squares - _widened(state["grad_avg"].detach()) ** 2
     preconditioner: Tensor = squares.sqrt() + group["eps"]
     return preconditioner
 

@@ -5,7 +5,8 @@ from typing import Final
 import torch
 
 from curvature_callbacks.errors import RefusedError
-from curvature_callbacks.linalg.accumulate import dot, norm
+from curvature_callbacks.linalg.accumulate import dot
+from curvature_callbacks.linalg.space import InnerProducts
 from curvature_callbacks.operators.jacobian import HasJacobian
 
 _DISAGREEMENT: Final = 1e-3  # rounding gives 1e-6 in float32, kinks no more; a dropped kernel its share of `||J'u||^2`
@@ -27,14 +28,15 @@ def check_adjoint(operator: HasJacobian, *, seed: int) -> float:
 
     Cost: one and a half products.
     """
-    generator = torch.Generator().manual_seed(seed)
-    u = torch.randn(operator.num_outputs, generator=generator, dtype=operator.dtype).to(operator.device)  # (S,)
+    products = InnerProducts(operator)
+    norm = products.norm
+    u = torch.randn(operator.num_outputs, generator=products.random(seed), dtype=operator.dtype).to(operator.device)  # (S,)
     v = operator.vjp(u)  # (P,)
     length = norm(v).item()
     if length == 0:
         return 0.0
     change = norm(operator.vjp(u) - v).item() / length
-    disagreement = abs(dot(u, operator.jvp(v).to(u)).item() - length**2) / length**2
+    disagreement = abs(products.total(dot(u, operator.jvp(v).to(u))).item() - length**2) / length**2
     if not change <= _DISAGREEMENT:
         raise RefusedError(
             f"two products with the same vector differ by {change:.1e}: a kernel of the model does not give the same answer "

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from curvature_callbacks.errors import ConfigurationError, ProbeError, RefusedError
-from curvature_callbacks.linalg.accumulate import norm
+from curvature_callbacks.linalg.space import InnerProducts
 from curvature_callbacks.model.objective import Objective, gradients
 from curvature_callbacks.operators.vectors import flatten, unflatten
 
@@ -79,6 +79,8 @@ class FiniteDifferenceHessianOperator:
         self.shape = (len(self._theta), len(self._theta))
         self.dtype = objective.dtype
         self.device = objective.device
+        self.space = objective.space
+        self._norm = InnerProducts(self).norm
 
     def matmat(self, V: Tensor) -> Tensor:
         """`H V` for `V` (P, K), column by column."""
@@ -91,16 +93,16 @@ class FiniteDifferenceHessianOperator:
         the error. Kinks show too. Cost: four gradients.
         """
         found, longer = self._product(v), self._product(v, 2.0)
-        scale = norm(found).item()
-        return norm(found - longer).item() / scale if scale else 0.0
+        scale = self._norm(found).item()
+        return self._norm(found - longer).item() / scale if scale else 0.0
 
     def _product(self, v: Tensor, multiple: float = 1.0) -> Tensor:
         """`H v` with that multiple of its step."""
-        length = norm(v).item()
+        length = self._norm(v).item()
         if length == 0:
             return torch.zeros_like(v)
         unit = v / length
-        h = multiple * self._share(unit) * (norm(self._theta).item() or 1.0)
+        h = multiple * self._share(unit) * (self._norm(self._theta).item() or 1.0)
         above, below = (self._leaves_at(self._theta + sign * h * unit) for sign in (1, -1))
         return self._difference(above, below) * (length / (2 * h))
 
@@ -115,8 +117,8 @@ class FiniteDifferenceHessianOperator:
 
         Their mean square is `||theta v||^2` (v^2 weighs them), their number `1 / ||v^2||^2`.
         """
-        scale = norm(v * v).item() * norm(self._theta).item()
-        return norm(self._theta * v).item() / scale if scale else 1.0
+        scale = self._norm(v * v).item() * self._norm(self._theta).item()
+        return self._norm(self._theta * v).item() / scale if scale else 1.0
 
     def _leaves_at(self, theta: Tensor) -> dict[str, Tensor]:
         return {name: part.requires_grad_() for name, part in zip(self._names, unflatten(theta, self._shapes), strict=True)}
@@ -128,6 +130,7 @@ class FiniteDifferenceHessianOperator:
             upper, count = self._gradient(batch, above)
             total += upper.sub_(self._gradient(batch, below)[0])
             num_targets += count
+        num_targets = self._objective.summed(num_targets)
         if num_targets == 0:
             raise ProbeError("no sample of this probe has a valid target: the loss is undefined.")
         if not total.isfinite().all():
@@ -136,7 +139,8 @@ class FiniteDifferenceHessianOperator:
 
     def _gradient(self, batch: Any, leaves: dict[str, Tensor]) -> tuple[Tensor, int]:
         """(P,) gradient of the summed loss of one microbatch, and its valid targets."""
-        losses = self._objective(batch, leaves)
+        with self._objective.saving():
+            losses = self._objective(batch, leaves)
         return flatten(gradients(losses.total, leaves).values()), int(losses.num_targets.sum())
 
 
@@ -148,7 +152,7 @@ def check_differences(operator: FiniteDifferenceHessianOperator, *, seed: int) -
 
     Cost: four gradients, two products.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = InnerProducts(operator).random(seed)
     v = torch.randn(operator.shape[0], generator=generator, dtype=operator.dtype).to(operator.device)
     error = operator.error_estimate(v)
     if not error <= _DISAGREEMENT:

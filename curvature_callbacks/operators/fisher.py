@@ -32,6 +32,7 @@ class FisherOperator(MicrobatchOperator[LossRows]):
         sample_unit: `sequence` or `token`.
         num_draws: label draws per sample; 1 where labels are given.
         rows: (N,) int64, the rows used, counted over all microbatches.
+        num_samples: N, with sharded parameters over all processes.
         num_targets: sum of `n_i` over these.
         normaliser: `num_draws` times N for `sequence`, times `num_targets` for `token`.
         num_losses: S, the rows of J.
@@ -57,8 +58,10 @@ class FisherOperator(MicrobatchOperator[LossRows]):
         super().__init__(objective, microbatches, names, memory_budget)
         self.sample_unit = sample_unit
         self.num_draws = num_draws
-        if self._built(microbatches, _numbered(microbatches)):
+        if objective.summed(int(not self._built(microbatches, _numbered(microbatches)))) == 0:
             return
+        if objective.is_sharded:
+            raise ProbeError("a row of this probe has no finite gradient, and rows cannot be taken one by one over processes.")
         del self._graphs  # before the gradients of single rows, and the graphs of those that are left
         if not self._built(*self._finite_part(microbatches)):
             raise ProbeError("every row of this probe has a finite gradient, but not all of them together.")
@@ -76,7 +79,7 @@ class FisherOperator(MicrobatchOperator[LossRows]):
     def jvp(self, v: Tensor) -> Tensor:
         """`J v` (S,) for `v` (P,), microbatch after microbatch, in each draw after draw. Cost: half a product."""
         parts, found = unflatten(v.contiguous(), self._shapes), []
-        self._graphs.each(self._graph, lambda graph: found.append(graph.jvp(parts)))
+        self._graphs.each(self._saving_graph, lambda graph: found.append(graph.jvp(parts)))
         return torch.cat(found)
 
     def vjp(self, u: Tensor) -> Tensor:
@@ -103,9 +106,10 @@ class FisherOperator(MicrobatchOperator[LossRows]):
         if not any(valid.any() for valid, *_ in found):
             raise ProbeError("no row of this probe has both a valid target and a finite gradient: there is no Fisher.")
         self.rows = torch.cat([numbers[valid] for numbers, (valid, *_) in zip(rows, found, strict=True)])
-        self.num_targets = sum(targets for _, targets, *_ in found)
+        self.num_samples = self._objective.summed(len(self.rows))
+        self.num_targets = self._objective.summed(sum(targets for _, targets, *_ in found))
         self._counts = [count for *_, count, _ in found]
-        self.normaliser = self.num_draws * (len(self.rows) if self.sample_unit == "sequence" else self.num_targets)
+        self.normaliser = self.num_draws * (self.num_samples if self.sample_unit == "sequence" else self.num_targets)
         self._scale = 1 / self.normaliser
         return all(is_finite for *_, is_finite in found)
 

@@ -65,6 +65,7 @@ class GGNOperator(MicrobatchOperator["_LogitGraph"]):
             totals.append(graph.total)
 
         self._keep(note)
+        self.num_targets = objective.summed(self.num_targets)
         self._scale = 1 / checked_targets(totals, self.num_targets)
 
     @property
@@ -75,7 +76,7 @@ class GGNOperator(MicrobatchOperator["_LogitGraph"]):
     def jvp(self, v: Tensor) -> Tensor:
         """`J v` (S,) for `v` (P,), the rows of J unweighted. Cost: half a product."""
         parts, found = unflatten(v.contiguous(), self._shapes), []
-        self._graphs.each(self._graph, lambda graph: found.append(graph.jacobian.jvp(parts).flatten()))
+        self._graphs.each(self._saving_graph, lambda graph: found.append(graph.jacobian.jvp(parts).flatten()))
         return torch.cat(found)
 
     def vjp(self, u: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, Generic, Protocol, TypeVar, final
 
 import torch
@@ -48,6 +48,7 @@ class KeptGraphs(Generic[G]):
         budget: bytes the kept ones and one built again may take.
         known: tensors that are there anyway: parameters and constants.
         note: called with every graph when it is built for the first time.
+        size_of: a graph and its bytes, given what builds it, where asking the graph would disturb it.
 
     Attributes:
         num_kept: microbatches whose graph is kept.
@@ -63,12 +64,14 @@ class KeptGraphs(Generic[G]):
         budget: int,
         known: Iterable[Tensor] = (),
         note: Callable[[G], None] = lambda _: None,
+        size_of: Callable[[Callable[[], G]], tuple[G, int]] | None = None,
     ) -> None:
         self._kept: list[tuple[G, int] | None] = [None] * count
         known = list(known)
         reserve = 0
         for place in range(count):
-            graph, size = _measured(lambda place=place: build(place), device, known)  # type: ignore[misc]
+            building = partial(build, place)
+            graph, size = _measured(building, device, known) if size_of is None else size_of(building)
             note(graph)
             self._kept[place] = (graph, size)
             del graph
@@ -134,6 +137,7 @@ class MicrobatchOperator(ABC, Generic[G]):
         self.shape = (size, size)
         self.dtype = objective.dtype
         self.device = objective.device
+        self.space = objective.space
 
     @property
     def num_microbatches(self) -> int:
@@ -162,13 +166,18 @@ class MicrobatchOperator(ABC, Generic[G]):
     def _keep(self, note: Callable[[G], None]) -> None:
         """Build all graphs, call `note` with each, and keep what fits."""
         self._graphs = KeptGraphs(
-            self._graph,
+            self._saving_graph,
             len(self._microbatches),
             device=self.device,
             budget=self._budget,
             known=[*self._objective.parameters.values(), *self._objective.constants()],
             note=note,
+            size_of=self._objective.size_of,
         )
+
+    def _saving_graph(self, place: int) -> G:
+        with self._objective.saving():
+            return self._graph(place)
 
     def _sum(self, K: int, products: Callable[[G], Iterable[Sequence[Tensor | None]]], scale: float) -> Tensor:
         """(K, P): `scale` times the sum over the graphs of each of the K products."""
@@ -181,7 +190,7 @@ class MicrobatchOperator(ABC, Generic[G]):
                 accumulate(target, parts, self._shapes, scale=scale, first=first)
             first = False
 
-        self._graphs.each(self._graph, add)
+        self._graphs.each(self._saving_graph, add)
         return result
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
 from curvature_callbacks.model.objective import Objective
+from curvature_callbacks.model.on_use import OWN_FUNCTIONS
 from curvature_callbacks.operators.difference import FiniteDifferenceHessianOperator
 from curvature_callbacks.operators.graphs import MicrobatchOperator, checked_targets, graph_nodes
 
@@ -57,6 +58,7 @@ class HessianOperator(MicrobatchOperator["_GradientGraph"]):
             custom.update(_custom_functions(graph.loss_nodes()))
 
         self._keep(note)
+        self.num_targets = objective.summed(self.num_targets)
         self.custom_functions = tuple(sorted(custom))
         self._scale = 1 / checked_targets(totals, self.num_targets)
 
@@ -119,4 +121,5 @@ def _custom_functions(starts: Iterable[Node]) -> set[str]:
         node.name()
         for node in graph_nodes(starts)
         if isinstance(node, torch.autograd.function.BackwardCFunction) or node.name().startswith("torch::autograd::CppNode")
+        if node.name() not in OWN_FUNCTIONS
     }

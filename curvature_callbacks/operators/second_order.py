@@ -5,7 +5,7 @@ from typing import Final
 import torch
 
 from curvature_callbacks.errors import RefusedError
-from curvature_callbacks.linalg.accumulate import norm
+from curvature_callbacks.linalg.space import InnerProducts
 from curvature_callbacks.linalg.symmetry import check_symmetric
 from curvature_callbacks.operators.hessian import HessianOperator
 
@@ -26,8 +26,9 @@ def check_second_order(hessian: HessianOperator, *, seed: int) -> float:
     error = check_symmetric(hessian, seed=seed)
     if not hessian.custom_functions:
         return error
-    generator = torch.Generator().manual_seed(seed)
-    v = torch.randn(hessian.shape[0], generator=generator, dtype=hessian.dtype).to(hessian.device)
+    products = InnerProducts(hessian)
+    norm = products.norm
+    v = torch.randn(hessian.shape[0], generator=products.random(seed), dtype=hessian.dtype).to(hessian.device)
     product, difference = hessian.matmat(v[:, None])[:, 0], hessian.difference_product(v)
     scale = max(norm(product).item(), norm(difference).item())
     disagreement = norm(product - difference).item() / scale if scale > 0 else 0.0

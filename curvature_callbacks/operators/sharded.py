@@ -80,6 +80,7 @@ class ShardedFisherOperator(ShardedOperator):
         self.normaliser = self.num_targets  # until here what is averaged over
         found = world.gathered((local.rows.tolist(), num_rows, local.num_targets, local.num_losses))
         self.rows = _numbered([rows for rows, *_ in found], [size for _, size, *_ in found])
+        self.num_samples = len(self.rows)
         self.num_targets = sum(targets for _, _, targets, _ in found)
         self._counts = [losses for *_, losses in found]
 

@@ -1,0 +1,113 @@
+"""Sharding: how a model lies over processes, as a whole on each (DDP) or in parts (FSDP2), and what cannot be measured."""
+
+from typing import Any, final
+
+from torch import Tensor, nn
+
+from curvature_callbacks.distributed import World
+from curvature_callbacks.errors import ConfigurationError
+
+
+def check_model_over_processes(model: nn.Module, world: World) -> None:
+    """Raise a `ConfigurationError` for a model that cannot be measured over these processes.
+
+    Supported are one process, replicas (DDP) and FSDP2 (`fully_shard`), whose parameters are put together inside a probe.
+
+    Cost: with replicas one pass over the parameters.
+    """
+    obstacle = _obstacle(model)
+    if obstacle is not None:
+        raise ConfigurationError(
+            f"{obstacle}: that is not supported. Supported are one process, DDP and FSDP2 (`fully_shard` over one mesh "
+            "dimension or two); or measure offline on a checkpoint."
+        )
+    if world.size == 1:
+        return
+    digests = world.gathered([(name, tuple(value.shape), _checksum(value)) for name, value in model.named_parameters()])
+    for rank, digest in enumerate(digests):
+        if digest != digests[0]:
+            names = [ours[0] for theirs, ours in zip(digest, digests[0], strict=False) if theirs != ours]
+            raise ConfigurationError(
+                f"processes 0 and {rank} train different models (parameter `{(names or ['?'])[0]}` differs): curvature is "
+                "reduced over replicas of one model. Measure in a process group of one, or before `init_process_group`."
+            )
+
+
+def _obstacle(model: nn.Module) -> str | None:
+    sharded = {id(parameter) for module in model.modules() for parameter, _ in sharded_parameters(module)}
+    for path, module in model.named_modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            return f"`{path or type(module).__name__}` is wrapped by FSDP1"
+    for name, parameter in model.named_parameters():
+        if type(parameter).__name__ == "FlatParameter":
+            return f"parameter `{name}` is flattened by FSDP1"
+        if hasattr(parameter, "ds_id"):
+            return f"parameter `{name}` is partitioned by DeepSpeed ZeRO-3"
+        if hasattr(parameter, "full_tensor") and id(parameter) not in sharded:
+            return f"parameter `{name}` is a DTensor outside FSDP2 (tensor parallelism)"
+    return None
+
+
+def sharded_parameters(module: nn.Module) -> list[tuple[nn.Parameter, list[tuple[nn.Module, str]]]]:
+    """Parameters that FSDP2 alone has sharded and gathers for `module`, each with the modules that know it and by what name."""
+    if not is_fully_sharded(module):
+        return []
+    state: Any = module._get_fsdp_state()  # type: ignore[operator]
+    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+    members = [member for group in groups if group is not None for member in group.fsdp_params if not member.is_dtensor]
+    return [(member.sharded_param, _places(member._module_info)) for member in members]
+
+
+def _places(info: Any) -> list[tuple[nn.Module, str]]:
+    shared = zip(info.shared_modules, info.shared_param_names, strict=True)
+    return [(info.module, info.param_name), *shared]
+
+
+def is_fully_sharded(module: nn.Module) -> bool:
+    """Whether `fully_shard` was applied to it."""
+    return hasattr(module, "_get_fsdp_state")
+
+
+def _checksum(value: Tensor) -> str:
+    """Of the values; of a shard nothing, they differ."""
+    return "" if hasattr(value, "full_tensor") else str(value.detach().double().sum().item())
+
+
+def whole(value: Any) -> Any:
+    """`value` itself, detached, or the whole tensor of which it is a shard (FSDP2); then every process must ask."""
+    if not isinstance(value, Tensor):
+        return value
+    gather = getattr(value.detach(), "full_tensor", None)
+    return value.detach() if gather is None else gather()
+
+
+def shard(value: Any) -> Any:
+    """`value` itself, detached, or what this process holds of it where it is sharded (FSDP2)."""
+    if not isinstance(value, Tensor):
+        return value
+    local = getattr(value.detach(), "to_local", None)
+    return value.detach() if local is None else local()
+
+
+@final
+class ShardSpace:
+    """Vectors of which every process holds its shards, and that nobody may hold as a whole."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def total(self, partial: Tensor) -> Tensor:
+        """Over processes."""
+        return self._world.total(partial)
+
+    def seed(self, seed: int) -> int:
+        """Of the part held here."""
+        return self._world.seed(seed)
+
+    def part(self, length: int) -> slice:
+        """All: vectors are handed on as the parts they are."""
+        return slice(0, length)
+
+    def assembled(self, part: Tensor, length: int) -> Tensor:
+        """`part` itself."""
+        return part
