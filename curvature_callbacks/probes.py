@@ -76,7 +76,7 @@ class DatasetProbes(Probes):
         indices = random.Random(seed).sample(range(length), drawn)[world.rank :: world.size]
         count = len(indices)
         collate = _private_copy(self._collate)
-        with _undisturbed(self._dataset, self._collate):
+        with undisturbed(self._dataset, self._collate):
             return [
                 self._prepare(collate(self._rows(indices[start : start + self._microbatch_size])))
                 for start in range(0, count, self._microbatch_size)
@@ -169,7 +169,7 @@ def _private_copy(collate: Callable[[list[Any]], Any]) -> Callable[[list[Any]], 
         return collate
 
 
-class _undisturbed:  # noqa: N801 - reads as a verb in `with`
+class undisturbed:  # noqa: N801 - reads as a verb in `with`
     """Puts generators and attributes of everything that can be reached from the given objects back as they were.
 
     A data set may open its file at the first access, count or cache: what a probe opened in this process must not be
@@ -177,7 +177,7 @@ class _undisturbed:  # noqa: N801 - reads as a verb in `with`
     """
 
     def __init__(self, *owners: Any) -> None:
-        self._objects = list(_reachable(owners))
+        self._objects = list(reachable(owners))
 
     def __enter__(self) -> None:
         generators = [value for value in self._objects if _is_generator(value)]
@@ -193,7 +193,7 @@ class _undisturbed:  # noqa: N801 - reads as a verb in `with`
                 found.update(saved)
 
 
-def _reachable(owners: tuple[Any, ...]) -> Iterator[Any]:
+def reachable(owners: tuple[Any, ...]) -> Iterator[Any]:
     """Objects reachable through attributes, closures and small containers, never through user-defined attribute access."""
     waiting, seen = deque(owners), set[int]()
     while waiting and len(seen) < _SEARCH_OBJECTS:

@@ -2,9 +2,8 @@
 
 import logging
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final, get_args
 
 from torch import nn
 from torch.optim import Optimizer
@@ -13,21 +12,22 @@ from curvature_callbacks._optional import require
 from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.measurements import Measurement
 from curvature_callbacks.model.blocks import BlockStructure
-from curvature_callbacks.model.losses import Loss
+from curvature_callbacks.model.losses import Loss, TargetLossName
 from curvature_callbacks.model.objective import ParamsFilter
 from curvature_callbacks.monitor import CurvatureMonitor
 from curvature_callbacks.probes import Draw, Probes, probes_from_loader, stable_seed
-from curvature_callbacks.record import Record, headline
+from curvature_callbacks.record import Record
 from curvature_callbacks.settings import Settings
 from curvature_callbacks.sinks import JSONLinesSink, MemorySink, Sink
-from curvature_callbacks.sinks.tensorboard import TensorBoardSink
 from curvature_callbacks.states import load_whole, save_whole
 
 require("transformers", extra="transformers")
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments  # noqa: E402
-from transformers.integrations.integration_utils import TensorBoardCallback  # noqa: E402
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR  # noqa: E402
+
+from curvature_callbacks.trainer_loss import ComputeLossWatch, departures, loss_of  # noqa: E402
+from curvature_callbacks.trainer_sinks import TrainerLog, TrainerTensorBoard  # noqa: E402
 
 _logger = logging.getLogger("curvature_callbacks")
 
@@ -38,8 +38,9 @@ class CurvatureCallback(TrainerCallback):
 
     After an optimizer step that is due it draws `num_microbatches * microbatch_size` rows of the training data (indexing
     the dataset, never iterating the loader; copies of the latest training batches where the data is a stream), measures in
-    float32 without the Trainer's autocast, and logs. The loss is the model's own `.loss` unless `loss_fn` is given: label
-    smoothing, `compute_loss_func` and an overridden `compute_loss` are not part of it, and a warning says so.
+    float32 without the Trainer's autocast, and logs. The loss is the model's own `.loss` unless `loss_fn` is given. Where
+    label smoothing, `compute_loss_func` or an overridden `compute_loss` make training minimise something else, a warning says
+    so, and `loss_fn="trainer"` measures that.
 
     Tags: see the measurements; of the probe itself `curvature/probe_seconds`, `curvature/failed`,
     `curvature_probe/sink_seconds` (of the probe before), `curvature_probe/matvecs`, `curvature_probe/rows`,
@@ -56,6 +57,10 @@ class CurvatureCallback(TrainerCallback):
         draw: `fresh` rows at every probe or `fixed` ones.
         loss_fn: `(model, batch) -> scalar mean | (N,) per-sample losses`, or `cross_entropy`, `mse` or `bce` where batches are
             `(inputs, targets)`: types of Fisher that need single targets or the likelihood have them from a named loss.
+            `trainer` is what the Trainer minimises: the smoothed cross-entropy, with all its types of Fisher, or what
+            `compute_loss_func` or an overridden `compute_loss` return for `num_items_in_batch=None`, which must be the mean
+            over rows or one loss per row then. Nothing is logged and no attribute of the Trainer changed by calling them; a
+            function that collects elsewhere (a global) is not known to be called by a probe.
         params_filter: `(name, parameter) -> bool`, which trainable parameters to measure.
         block_structure: `layer`, `component`, `module`, `parameter`, `none`, `{block: [names]}` or a function: `group_blocks`.
         seed: with the step it determines every draw.
@@ -76,7 +81,7 @@ class CurvatureCallback(TrainerCallback):
         num_microbatches: int = 4,
         microbatch_size: int = 8,
         draw: Draw = "fresh",
-        loss_fn: Loss = None,
+        loss_fn: Loss | Literal["trainer"] = None,
         params_filter: ParamsFilter | None = None,
         block_structure: BlockStructure = "layer",
         seed: int = 0,
@@ -87,16 +92,18 @@ class CurvatureCallback(TrainerCallback):
             num_microbatches=num_microbatches,
             microbatch_size=microbatch_size,
             draw=draw,
-            loss_fn=loss_fn,
+            loss_fn=None if loss_fn == "trainer" else loss_fn,
             params_filter=params_filter,
             block_structure=block_structure,
             seed=seed,
+            loss_names=(*get_args(TargetLossName), "trainer"),
         )
+        self._follows_trainer = loss_fn == "trainer"
         self._memory = MemorySink()
         self._attached: Trainer | None = None
         self._trainer: Trainer | None = None
         self._monitor: CurvatureMonitor | None = None
-        self._capture_hook: Any = None
+        self._watch: Any = None
 
     @property
     def history(self) -> list[Record]:
@@ -120,19 +127,17 @@ class CurvatureCallback(TrainerCallback):
     ) -> None:
         """Build the monitor, check everything, measure step 0."""
         assert model is not None
-        self._remove_hook()  # left by a run that ended with an exception, of which callbacks are told nothing
+        self._stop_watching()  # left by a run that ended with an exception, of which callbacks are told nothing
         self._trainer = self._attached or _calling_trainer(self)
-        _report_unmeasured_loss(args, self._trainer, self._settings.loss_fn)
+        loss = self._loss(args)
         probes = self._probes(args, model, train_dataloader)
         sinks: list[Sink] = [
             self._memory,
             JSONLinesSink(Path(args.output_dir or ".") / "curvature.jsonl"),
-            _TrainerTensorBoard(self),
-            _TrainerLog(self._trainer, state),
+            TrainerTensorBoard(lambda: self.tensorboard_writer),
+            TrainerLog(self._trainer, state),
         ]
-        self._monitor = self._settings.monitor(
-            model, probes=probes, sinks=sinks, loss=self._settings.loss_fn, optimizer=optimizer
-        )
+        self._monitor = self._settings.monitor(model, probes=probes, sinks=sinks, loss=loss, optimizer=optimizer)
         self._resume(args, state)
         self._monitor.check(state.global_step)
         self._step(state)
@@ -148,9 +153,9 @@ class CurvatureCallback(TrainerCallback):
             save_whole(path, whole=self._monitor.state_dict(), plain=self._monitor.state_dict(tensors=False))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Let go of the model and the captured batches."""
-        self._remove_hook()
-        self._monitor = None
+        """Let go of the model, the captured batches and the Trainer, which would be freed late in a cycle with its callback."""
+        self._stop_watching()
+        self._monitor = self._trainer = None
 
     @property
     def tensorboard_writer(self) -> Any:
@@ -185,27 +190,47 @@ class CurvatureCallback(TrainerCallback):
         folder = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         return folder / f"curvature_{stable_seed(0, self._state_key):08x}.pt"
 
+    def _loss(self, args: TrainingArguments) -> Loss:
+        """The loss to measure, after saying so where training minimises something else than the model's own."""
+        if self._follows_trainer:
+            return loss_of(self._trainer)
+        found = departures(args, self._trainer)
+        if found and self._settings.loss_fn is None:
+            _logger.warning(
+                "curvature is measured for the model's own `.loss`, without %s: pass `loss_fn`='trainer' to measure the loss "
+                "you train.",
+                " and ".join(found),
+            )
+        return self._settings.loss_fn
+
     def _probes(self, args: TrainingArguments, model: nn.Module, loader: Any) -> Probes:
         probes = probes_from_loader(loader, **self._settings.probe_sizes())
         if probes is not None:
             return probes
+        if departures(args, self._trainer) and self._trainer is not None:
+            self._watch = ComputeLossWatch(self._trainer, self._offer)
+            return self._settings.captured_probes()
         if args.label_smoothing_factor and self._settings.loss_fn is None:
             raise ConfigurationError(
-                "the training data is a stream and label smoothing takes the labels away before the model sees them, so the "
-                "loss of a captured batch cannot be determined: pass `loss_fn`, or use a map-style dataset."
+                "the training data is a stream, label smoothing takes the labels away before the model sees them, and the "
+                "Trainer was not found, so the loss of a captured batch cannot be determined: call `callback.attach(trainer)`."
             )
-        self._capture_hook = model.register_forward_pre_hook(self._offer, with_kwargs=True)
+        self._watch = model.register_forward_pre_hook(self._offer_arguments, with_kwargs=True)
         return self._settings.captured_probes()
 
-    def _offer(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def _offer_arguments(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """A forward pre-hook that keeps training batches; a probe runs in evaluation mode and is not one."""
-        if module.training and self._monitor is not None:
-            self._monitor.offer({name: value for name, value in kwargs.items() if name != "num_items_in_batch"})
+        if module.training:
+            self._offer({name: value for name, value in kwargs.items() if name != "num_items_in_batch"})
 
-    def _remove_hook(self) -> None:
-        if self._capture_hook is not None:
-            self._capture_hook.remove()
-            self._capture_hook = None
+    def _offer(self, batch: Any) -> None:
+        if self._monitor is not None:
+            self._monitor.offer(batch)
+
+    def _stop_watching(self) -> None:
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None
 
 
 def _resumed_from(trainer: Trainer | None) -> str | None:
@@ -217,49 +242,6 @@ def _resumed_from(trainer: Trainer | None) -> str | None:
         if isinstance(folder, str) and frame.f_locals.get("self") is trainer:
             return folder
     return None
-
-
-@final
-class _TrainerTensorBoard:
-    """The Trainer's TensorBoard, whose writer may appear after the first records."""
-
-    def __init__(self, callback: CurvatureCallback) -> None:
-        self._callback = callback
-        self._sink: TensorBoardSink | None = None
-        self._waiting: list[Sequence[Record]] = []
-
-    def write(self, records: Sequence[Record]) -> None:
-        self._waiting.append(records)
-        writer = self._callback.tensorboard_writer
-        if self._sink is None and writer is not None:
-            self._sink = TensorBoardSink(writer)
-        while self._sink is not None and self._waiting:
-            self._sink.write(self._waiting.pop(0))
-
-
-@final
-class _TrainerLog:
-    """Headline numbers through the Trainer to `log_history` and every reporter but TensorBoard, which has them already."""
-
-    every_process = True  # `log_history` is the same everywhere; reporters choose the writer themselves
-
-    def __init__(self, trainer: Trainer | None, state: TrainerState) -> None:
-        self._trainer = trainer
-        self._state = state
-
-    def write(self, records: Sequence[Record]) -> None:
-        values = headline(records)
-        if self._trainer is None:
-            self._state.log_history.append({**values, "step": self._state.global_step})
-            return
-        handler, control = self._trainer.callback_handler, self._trainer.control
-        callbacks, flags = handler.callbacks, dict(vars(control))
-        try:
-            handler.callbacks = [callback for callback in callbacks if not isinstance(callback, TensorBoardCallback)]
-            Trainer.log(self._trainer, values)  # the base method: TRL's overrides flush their own metrics here
-        finally:
-            handler.callbacks = callbacks
-            vars(control).update(flags)  # logging clears `should_log`, and with it the Trainer's own loss at this step
 
 
 def _calling_trainer(callback: TrainerCallback) -> Trainer | None:
@@ -274,20 +256,3 @@ def _calling_trainer(callback: TrainerCallback) -> Trainer | None:
         "the Trainer was not found: curvature goes to `log_history` and curvature.jsonl only. Call `callback.attach(trainer)`."
     )
     return None
-
-
-def _report_unmeasured_loss(args: TrainingArguments, trainer: Trainer | None, loss_fn: Loss) -> None:
-    """Say so when training minimises something else than the model's own loss."""
-    if loss_fn is not None:
-        return
-    reasons = {
-        "`label_smoothing_factor`": bool(args.label_smoothing_factor),
-        "`compute_loss_func`": getattr(trainer, "compute_loss_func", None) is not None,
-        "an overridden `compute_loss`": trainer is not None and type(trainer).compute_loss is not Trainer.compute_loss,
-    }
-    found = [name for name, present in reasons.items() if present]
-    if found:
-        _logger.warning(
-            "curvature is measured for the model's own `.loss`, without %s: pass `loss_fn` to measure the loss you train.",
-            " and ".join(found),
-        )

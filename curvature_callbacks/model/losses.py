@@ -33,7 +33,7 @@ __all__ = [
 
 TargetLossName = Literal["cross_entropy", "mse", "bce"]
 Criterion = nn.CrossEntropyLoss | nn.MSELoss | nn.BCEWithLogitsLoss
-LossCallable = Callable[[nn.Module, Any], Tensor]
+LossCallable = Callable[[nn.Module, Any], Tensor | SampleLosses]  # the latter from the package itself
 Loss = TargetLossName | Criterion | LossCallable | None
 LossFunction = Callable[[nn.Module, Any], SampleLosses]
 
@@ -73,12 +73,14 @@ def resolve_loss(loss: Loss, batch: Any) -> LossFunction:
 @final
 @dataclass(frozen=True, slots=True)
 class _CallableLoss:
-    """A user's function: its value is all that is known, neither single targets nor the likelihood."""
+    """A function: of a user's the value is all that is known, neither single targets nor the likelihood."""
 
     function: LossCallable
 
     def __call__(self, model: nn.Module, batch: Any) -> SampleLosses:
         value = self.function(model, batch)
+        if isinstance(value, SampleLosses):
+            return value
         if not isinstance(value, Tensor):
             raise ConfigurationError(
                 f"the loss function returned {type(value).__name__} instead of a tensor: return the mean loss of the batch "
