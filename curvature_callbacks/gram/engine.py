@@ -107,11 +107,17 @@ def block_grams(
     Cost: see `compute_fisher_spectrum`; one gradient more where the layout is not certified yet; N single-row gradients for
     parameters without a rule. Memory: see `compute_fisher_spectrum`.
     """
+    if objective.is_sharded and options.max_params_per_block is not None:
+        raise RefusedError("`max_params_per_block` needs whole parameters, and these take too much of the free memory.")
     rows = chosen_rows(objective.parameters, blocks, options.max_params_per_block, seed=seed)
     local, passed, collector = _passed(objective, microbatches, rows, trust, seed, options, world)
     fallback = {name: reason for name, reason in passed.unruled.items() if name in objective.parameters}
-    if objective.is_sharded:
-        _refuse_rows(fallback, options, passed.unruled)
+    if objective.is_sharded and fallback:
+        name, reason = next(iter(fallback.items()))
+        raise RefusedError(
+            f"`{name}` has no rule ({reason}) and is sharded: its gradients cannot be taken row by row. Leave it out by "
+            "`params_filter`."
+        )
     grams = {name: gram for name, gram in collector.grams.items() if name not in fallback}
     grams |= row_grams(objective, microbatches, sorted(fallback), local.surrogates, world=world)
     layout = signature(passed.kinds, passed.positions)
@@ -174,18 +180,6 @@ def _passed(
         trust.scratch.forget()
     exchange.described()
     return local, whole, collector
-
-
-def _refuse_rows(fallback: Mapping[str, str], options: GramOptions, unruled: Mapping[str, str]) -> None:
-    """Raise a `RefusedError` for what needs whole parameters, or the gradient of one row: by shards it is a sum over rows."""
-    if options.max_params_per_block is not None:
-        raise RefusedError("`max_params_per_block` needs whole parameters, and these take too much of the free memory.")
-    if fallback:
-        name = next(iter(fallback))
-        raise RefusedError(
-            f"`{name}` has no rule ({unruled[name]}) and is sharded: its gradients cannot be taken row by row. Leave it out by "
-            "`params_filter`."
-        )
 
 
 def finite_samples(grams: Mapping[str, Tensor]) -> Tensor:

@@ -47,6 +47,15 @@ def loop(wrap: Callable[..., Any], options: Mapping[str, Any], probed: bool, dir
     return training.train(wrap, probed, **options)
 
 
+def small(wrap: Callable[..., Any], probed: bool, directory: str, size: int) -> Left:
+    return training.train_without_room(wrap, probed)
+
+
+def _small(title: str, wrap: Callable[..., Any]) -> Case:
+    names = _OPERATORS - {"kfac_empirical_expand_eigenpairs"}
+    return Case(title=title, train=small, arguments=(wrap,), steps=_LOOP, names=names)
+
+
 def _lightning(title: str, kind: str) -> Case:
     return Case(title=title, train=frameworks.lightning, arguments=(kind,), steps=_FRAMEWORK)
 
@@ -66,6 +75,10 @@ CASES: dict[str, Case] = {
     ),
     "loop_fsdp2_bf16": _loop("loop of one's own: FSDP2, bf16 `MixedPrecisionPolicy`", training.fsdp2_in_bf16),
     "loop_fsdp2_checkpointing": _loop("loop of one's own: FSDP2, activation checkpointing", training.fsdp2_checkpointing),
+    "loop_fsdp2_on_use": _small("loop of one's own: FSDP2, parameters that fit no process", training.fsdp2),
+    "loop_fsdp2_bf16_on_use": _small(
+        "loop of one's own: FSDP2, the same with bf16 `MixedPrecisionPolicy`", training.fsdp2_in_bf16
+    ),
     "lightning_ddp": _lightning("Lightning: DDP", "ddp"),
     "lightning_unused": _lightning("Lightning: DDP, `find_unused_parameters`", "unused"),
     "lightning_static": _lightning("Lightning: DDP, `static_graph`", "static"),

@@ -1,6 +1,7 @@
 """Training on several processes, with and without a monitor: what each rank is left with."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader
 from curvature_callbacks import CurvatureMonitor, EdgeRatio, FisherSpectrum, KFACCoverage, TopEigenpairs
 from curvature_callbacks.distributed import current_world
 from curvature_callbacks.measurements import Measurement
+from curvature_callbacks.model import on_use
 from curvature_callbacks.record import Record
 from tests.training_cases import Rows, global_generators, seed_everything
 
@@ -60,6 +62,23 @@ def fsdp2_in_bf16(model: Net) -> nn.Module:
 def fsdp2_checkpointing(model: Net) -> nn.Module:
     model.second = checkpoint_wrapper(model.second)
     return fsdp2(model)
+
+
+@contextmanager
+def nothing_fits() -> Iterator[None]:
+    """As if no process had the memory for whole parameters."""
+    found = on_use.device_budget
+    on_use.device_budget = lambda device: 0  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        on_use.device_budget = found  # type: ignore[attr-defined]
+
+
+def train_without_room(wrap: Callable[..., nn.Module], probed: bool) -> tuple[dict[str, Any], list[Record]]:
+    """`train` where only shards fit."""
+    with nothing_fits():
+        return train(wrap, probed, tuple(one for one in MEASURE if getattr(one, "operator", "") != "kfac"))
 
 
 def train(
