@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
@@ -16,6 +16,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_pt_utils import LabelSmoother
 
+from curvature_callbacks.batches import take_rows
 from curvature_callbacks.distributed import current_world
 from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.model.losses import Loss
@@ -27,7 +28,10 @@ from curvature_callbacks.replicas import replica
 _LIBRARIES: Final = frozenset({"transformers", "accelerate", "datasets"})
 _SHARED: Final = (nn.Module, Optimizer, LRScheduler, Dataset)  # which a loss does not change, and large
 _CONTAINERS: Final = (list, dict, set, deque)
+_MATCH: Final = 1e-5  # relative; float32 means of a few rows differ by 1e-7, those with other weights seldom by less than 1e-4
 _APART: Final = frozenset({"train_dataset", "eval_dataset", "compute_loss"})  # lists are data sets too; our own watch
+
+_Count = Callable[[Tensor], Tensor]
 
 
 def departures(args: TrainingArguments, trainer: Trainer | None) -> list[str]:
@@ -142,19 +146,63 @@ def _shifts_labels(model: nn.Module) -> bool:
 
 @final
 class _ComputedLoss:
-    """The value of `trainer.compute_loss`, a mean over the batch or one loss per row; nothing else is known of it."""
+    """The value of `trainer.compute_loss`, a mean over the batch or one loss per row; nothing else is known of it.
+
+    A mean is one over rows, or over the labels that are not ignored where single rows say so: until gradients are asked for
+    the first time, batches whose rows have different numbers of labels are evaluated row by row as well.
+    """
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         self._compute_loss = trainer.compute_loss
+        self._count: _Count | None = None
+        self._is_settled = False
 
     def __call__(self, model: nn.Module, batch: Any) -> Any:
+        loss = self._value(model, batch)
+        if not isinstance(loss, Tensor) or loss.ndim or not isinstance(batch, Mapping):
+            return loss
+        self._is_settled |= torch.is_grad_enabled()  # a pass with gradients may be watched: one evaluation only
+        if not self._is_settled:
+            self._count = self._matching_count(model, batch, loss)
+            self._is_settled = self._count is not None
+        if self._count is None:
+            return loss
+        counts = self._count(batch["labels"])
+        return SampleLosses(loss * counts.sum() if counts.any() else loss.new_zeros(()), counts, None)
+
+    def _value(self, model: nn.Module, batch: Any) -> Any:
         inputs = dict(batch) if isinstance(batch, Mapping) else batch  # its labels are popped
         device = next(model.parameters()).device
         generators = torch.random.fork_rng([device] if device.type == "cuda" else [])
         with _without_trace(self._trainer), generators:  # noise of its own is the same at every evaluation of a probe
-            loss: Any = self._compute_loss(model, inputs)
-        return loss
+            return self._compute_loss(model, inputs)
+
+    def _matching_count(self, model: nn.Module, batch: Mapping[str, Any], loss: Tensor) -> _Count | None:
+        """The only way of counting by which the losses of single rows average to `loss`; None where they do not differ."""
+        labels = batch.get("labels")
+        if not isinstance(labels, Tensor) or labels.ndim != 2 or IGNORED not in labels:
+            return None
+        single = torch.stack([self._value(model, take_rows(batch, row)) for row in torch.arange(len(labels))[:, None]])
+        single = single.nan_to_num()  # of rows without a label, which count nothing
+        means = {count: (single * count(labels)).sum() / count(labels).sum() for count in (_rows, _following, _given)}
+        found = [count for count, mean in means.items() if bool((mean - loss).abs() <= _MATCH * loss.abs())]
+        return found[0] if len(found) == 1 else None
+
+
+def _rows(labels: Tensor) -> Tensor:
+    """(N,) 1 for each row with a label."""
+    return (_given(labels) > 0).to(torch.int64)
+
+
+def _following(labels: Tensor) -> Tensor:
+    """(N,) labels that a causal model is to predict."""
+    return _given(labels[:, 1:])
+
+
+def _given(labels: Tensor) -> Tensor:
+    """(N,) labels that are not ignored."""
+    return (labels != IGNORED).sum(1)
 
 
 @contextmanager

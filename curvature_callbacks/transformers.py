@@ -58,9 +58,9 @@ class CurvatureCallback(TrainerCallback):
         loss_fn: `(model, batch) -> scalar mean | (N,) per-sample losses`, or `cross_entropy`, `mse` or `bce` where batches are
             `(inputs, targets)`: types of Fisher that need single targets or the likelihood have them from a named loss.
             `trainer` is what the Trainer minimises: the smoothed cross-entropy, with all its types of Fisher, or what
-            `compute_loss_func` or an overridden `compute_loss` return for `num_items_in_batch=None`, which must be the mean
-            over rows or one loss per row then. Nothing is logged and no attribute of the Trainer changed by calling them; a
-            function that collects elsewhere (a global) is not known to be called by a probe.
+            `compute_loss_func` or an overridden `compute_loss` return for `num_items_in_batch=None`: the mean over rows or over
+            labels that are not ignored, or one loss per row. Nothing is logged and no attribute of the Trainer changed by
+            calling them; that a function collects elsewhere (in a global) is not known.
         params_filter: `(name, parameter) -> bool`, which trainable parameters to measure.
         block_structure: `layer`, `component`, `module`, `parameter`, `none`, `{block: [names]}` or a function: `group_blocks`.
         seed: with the step it determines every draw.

@@ -179,6 +179,49 @@ def test_losses_of_single_rows_are_taken_as_such(tmp_path: Path) -> None:
     assert_probed(probing.history, [0, 2, 4], {"probe", "empirical_fisher"})
 
 
+class Passing(Trainer):
+    """The model's own loss by way of an overridden `compute_loss`, as a logging subclass gives it."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(*args, **kwargs)
+
+
+class Averaging(Trainer):
+    """The mean over rows of the means over their tokens."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        labels = inputs["labels"]
+        outputs = model(input_ids=inputs["input_ids"])
+        losses = F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
+        return (losses.reshape(len(labels), -1).sum(1) / (labels[:, 1:] != -100).sum(1)).mean()
+
+
+def spectrum(records: list[Record]) -> dict[str, float]:
+    return {key: record.scalars[key] for record in records if record.block is None for key in record.scalars if "lambda" in key}
+
+
+@pytest.mark.parametrize(("kind", "model"), [(Passing, language_model), (Passing, mask_filler), (Averaging, language_model)])
+def test_a_mean_over_ragged_tokens_or_rows_is_told_apart_by_its_rows(kind: Any, model: Any, tmp_path: Path) -> None:
+    probing = callback(num_microbatches=3, draw="fixed")
+    trainer_for(tmp_path / "trainer", [probing], kind=kind, model=model, data=Sentences).train()
+    assert_probed(probing.history, [0, 2, 4])
+    if kind is Passing:
+        own = CurvatureCallback(**options(num_microbatches=3, draw="fixed"))
+        trainer_for(tmp_path / "own", [own], model=model, data=Sentences).train()
+        assert spectrum(probing.history) == pytest.approx(spectrum(own.history), rel=1e-3)
+
+
+def test_rows_without_any_label_are_no_obstacle(tmp_path: Path) -> None:
+    class Emptied(Sentences):
+        def __init__(self) -> None:
+            super().__init__()
+            self.labels[::2] = -100
+
+    probing = callback(num_microbatches=1, microbatch_size=24)
+    trainer_for(tmp_path, [probing], kind=Passing, data=Emptied).train()
+    assert_probed(probing.history, [0, 2, 4])
+
+
 # ----------------------------------------------------------------------------------------------------------------- trace
 
 

@@ -22,6 +22,8 @@ from transformers import (
     BertForMaskedLM,
     DataCollatorForLanguageModeling,
     PreTrainedTokenizerFast,
+    ResNetConfig,
+    ResNetForImageClassification,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -227,6 +229,20 @@ class Texts(Dataset[Any]):
         return {"input_ids": self.tokens[index].tolist()}
 
 
+class Images(Dataset[Any]):
+    """Squares of noise in three classes."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.pixels = torch.randn(24, 1, 16, 16, generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"pixel_values": self.pixels[index], "labels": index % 3}
+
+
 def masking_collator() -> DataCollatorForLanguageModeling:
     """Transformers' own, which keeps a generator."""
     special = {"pad_token": "0", "mask_token": "1", "unk_token": "2"}
@@ -247,6 +263,17 @@ def mask_filler() -> nn.Module:
 def adapted_model() -> nn.Module:
     adapters = LoraConfig(r=2, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, lora_dropout=0.1, task_type="CAUSAL_LM")
     return get_peft_model(language_model(), adapters)
+
+
+def half_frozen() -> nn.Module:
+    model = language_model(n_layer=2)
+    model.transformer.h[0].requires_grad_(False)
+    return model
+
+
+def image_classifier() -> nn.Module:
+    sizes = {"num_channels": 1, "embedding_size": 4, "hidden_sizes": [4], "depths": [1], "layer_type": "basic"}
+    return ResNetForImageClassification(ResNetConfig(num_labels=3, **sizes))
 
 
 def half_model() -> nn.Module:
@@ -484,6 +511,14 @@ CASES: dict[str, Case] = {
         tolerated=IN_PEFT,
         callback=OF_THE_TRAINER,
     ),
+    "lora, checkpointing": Case(
+        "PEFT: LoRA adapters with activation checkpointing",
+        checkpointing(use_reentrant=False),
+        model=adapted_model,
+        tolerated=IN_PEFT,
+    ),
+    "frozen": Case("frozen layers", model=half_frozen),
+    "batch norm": Case("a model with BatchNorm", data=Images, model=image_classifier),
     "batch size found": Case(
         "`auto_find_batch_size` after running out of memory",
         {"auto_find_batch_size": True},
@@ -495,6 +530,11 @@ CASES: dict[str, Case] = {
         "several evaluation sets between steps",
         {"eval_strategy": "steps", "eval_steps": 2},
         arguments=several_evaluations,
+    ),
+    "best model": Case(
+        "the best model loaded at the end",
+        {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 2},
+        arguments=lambda: {"eval_dataset": Sentences(8)},
     ),
     "twice": Case("`train()` called twice", times=2, steps=(0, 2, 4, 0, 2, 4)),
     "resumed": Case("resuming from a checkpoint", {"max_steps": 7}, interrupted=3, steps=(0, 2, 4, 6)),
