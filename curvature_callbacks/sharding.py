@@ -73,6 +73,14 @@ def _checksum(value: Tensor) -> str:
     return "" if hasattr(value, "full_tensor") else str(value.detach().double().sum().item())
 
 
+def is_split_evenly(value: Any, world: World) -> bool:
+    """Whether a sharded tensor lies in parts of its first axis on all processes; True for one that is not sharded."""
+    placements = getattr(value, "placements", None)
+    if placements is None:
+        return True
+    return len(placements) == 1 and placements[0].is_shard(0) and value.device_mesh.size() == world.size
+
+
 def whole(value: Any) -> Any:
     """`value` itself, detached, or the whole tensor of which it is a shard (FSDP2); then every process must ask."""
     if not isinstance(value, Tensor):

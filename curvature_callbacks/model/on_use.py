@@ -21,7 +21,7 @@ from curvature_callbacks.batches import batch_size, take_rows
 from curvature_callbacks.distributed import World
 from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.memory import device_budget
-from curvature_callbacks.sharding import is_fully_sharded, sharded_parameters
+from curvature_callbacks.sharding import is_fully_sharded, is_split_evenly, sharded_parameters
 
 OWN_FUNCTIONS: Final = ("_GatherBackward", "_ScatterBackward")  # linear, and differentiable as often as one likes
 _VECTORS: Final = 4  # of parameters, in float32: their values, a vector, its product, and one to work with
@@ -207,6 +207,12 @@ def on_use_parameters(model: nn.Module, world: World, device: torch.device) -> O
     needed = _VECTORS * sum(4 * parameter.numel() for parameter in named.values())
     if not world.anywhere(needed > device_budget(device)):
         return None
+    odd = [name for name, value in named.items() if not is_split_evenly(value, world)]
+    if odd:
+        raise ConfigurationError(
+            f"whole parameters do not fit a process, and `{odd[0]}` is not split along its first axis over all {world.size} of "
+            "them: shard over a mesh of one dimension, or measure fewer parameters."
+        )
     found = OnUse(model, world)
     missing = [name for name, parameter in named.items() if parameter.requires_grad and name not in found.names]
     if missing:

@@ -74,6 +74,7 @@ CASES: dict[str, Case] = {
         "loop of one's own: FSDP2, `reshard_after_forward=False`", training.fsdp2, reshard_after_forward=False
     ),
     "loop_fsdp2_bf16": _loop("loop of one's own: FSDP2, bf16 `MixedPrecisionPolicy`", training.fsdp2_in_bf16),
+    "loop_hsdp": _loop("loop of one's own: FSDP2 over a mesh of two dimensions", training.hsdp),
     "loop_fsdp2_checkpointing": _loop("loop of one's own: FSDP2, activation checkpointing", training.fsdp2_checkpointing),
     "loop_fsdp2_on_use": _small("loop of one's own: FSDP2, parameters that fit no process", training.fsdp2),
     "loop_fsdp2_bf16_on_use": _small(

@@ -57,6 +57,14 @@ class ShardedNet(Net):
         return loss
 
 
+class Quiet(Net):
+    """Without dropout, whose generator Lightning does not save."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers[3] = nn.Identity()
+
+
 def lightning(strategy: str, probed: bool, directory: str, size: int) -> tuple[dict[str, Any], list[Record]]:
     seed_everything()
     sharded = strategy == "fsdp2"
@@ -100,6 +108,46 @@ def transformers(kind: str, probed: bool, directory: str, size: int) -> tuple[di
     assert (kind == "fsdp2") == all(isinstance(value, DTensor) for value in trainer.model.parameters())
     assert trainer.optimizer is not None
     return _left(trainer.model, [trainer.optimizer], training_rows(trainer.state.log_history)), list(callback.history)
+
+
+def resumed_lightning(directory: str, kind: str) -> list[Record]:
+    """Seven steps, or the last four of them from a checkpoint."""
+    seed_everything()
+
+    def fit(steps: int, callback: LightningCallback, checkpoint: str | None) -> None:
+        trainer = lightning_trainer(directory, [callback], strategy=DDPStrategy(), devices=2, max_steps=steps)
+        trainer.fit(Quiet(), loader(Rows(), shuffle=False), ckpt_path=checkpoint)
+        if checkpoint is None and kind == "cut":
+            trainer.save_checkpoint(f"{directory}/at_three.ckpt")
+
+    callback = LightningCallback(**SMALL)
+    if kind == "whole":
+        fit(7, callback, None)
+    else:
+        fit(3, LightningCallback(**SMALL), None)
+        fit(7, callback, f"{directory}/at_three.ckpt")
+    return list(callback.history)
+
+
+def resumed_transformers(directory: str, kind: str) -> list[Record]:
+    """Seven steps, or the last four of them from a checkpoint."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
+
+    def train(steps: int, callback: TransformersCallback, checkpoint: str | None) -> None:
+        seed_everything()
+        saving = {"save_strategy": "steps", "save_steps": 3, "max_steps": steps, "lr_scheduler_type": "constant"}
+        args = training_arguments(Path(directory), per_device_train_batch_size=2, **saving)
+        trainer = Trainer(model=language_model(), args=args, train_dataset=Sentences(), callbacks=[callback])
+        trainer.train(resume_from_checkpoint=checkpoint)
+
+    callback = TransformersCallback(**SMALL)
+    if kind == "whole":
+        train(7, callback, None)
+    else:
+        train(3, TransformersCallback(**SMALL), None)
+        train(7, callback, f"{directory}/checkpoint-3")
+    return list(callback.history)
 
 
 def _shard(trainer: Trainer) -> None:

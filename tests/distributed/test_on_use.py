@@ -18,7 +18,7 @@ from curvature_callbacks.model.isolation import isolated
 from curvature_callbacks.problem import Problem
 from curvature_callbacks.record import Record
 from tests.distributed.ranks import Ranks
-from tests.distributed.training import Net, nothing_fits
+from tests.distributed.training import Net, hsdp, nothing_fits
 
 ROWS = 6
 TIGHT: dict[str, Any] = {"k": 2, "tol": 1e-5, "max_matvecs": 80}
@@ -215,6 +215,9 @@ def errors_of(kind: str) -> list[str]:
         model = Net()
         fully_shard(model.head)
         batch = torch.randn(4, 6), torch.randint(3, (4,))
+    elif kind == "two dimensions":
+        model = hsdp(Net())
+        batch = torch.randn(4, 6), torch.randint(3, (4,))
     elif kind == "no rule":
         model = nn.Sequential(nn.LSTM(3, 3, batch_first=True), Last())
         fully_shard(model[0])
@@ -244,6 +247,7 @@ class Last(nn.Module):
     [
         ("other paths", ["different paths", "different paths"]),
         ("unsharded root", ["`first.weight` is not sharded while others are"]),
+        ("two dimensions", ["shard over a mesh of one dimension"]),
         ("no rule", ["cannot be taken row by row"]),
         ("options", ["`max_params_per_block` needs whole parameters", "K-FAC's matrix needs whole parameters"]),
     ],

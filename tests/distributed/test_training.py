@@ -12,8 +12,8 @@ from curvature_callbacks.distributed import current_world
 from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.model.isolation import isolated
 from curvature_callbacks.record import Record
-from tests.distributed import training
-from tests.distributed.cases import CASES, check
+from tests.distributed import frameworks, training
+from tests.distributed.cases import CASES, assert_same_records, check
 from tests.distributed.ranks import Ranks
 
 SMOKE = ("loop_ddp", "loop_fsdp2")
@@ -145,3 +145,27 @@ def test_sharding_hooks_do_not_run_inside_a_probe(two: Ranks) -> None:
     for before, inside in two(shards_in_a_probe):
         assert sum(before) > 0
         assert sum(inside) == 0
+
+
+# ------------------------------------------------------------------------------------------------------------- resuming
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("framework", "steps"), [("lightning", [3, 6]), ("transformers", [6])])
+def test_a_resumed_run_of_two_processes_measures_as_the_uninterrupted_one(
+    framework: str, steps: list[int], two: Ranks, tmp_path: Path
+) -> None:
+    whole, resumed = (two(getattr(frameworks, f"resumed_{framework}"), str(tmp_path / kind), kind) for kind in ("whole", "cut"))
+    for alone, again in zip(whole, resumed, strict=True):
+        assert [record.step for record in again if record.measurement == "probe"] == steps
+        later = [record for record in alone if record.step in steps]
+        assert [(one.measurement, one.block) for one in later] == [(one.measurement, one.block) for one in again]
+        for one, other in zip(later, again, strict=True):
+            if one.step > steps[0]:
+                continue  # Lightning begins the epoch again: other batches have trained the parameters since
+            if one.measurement == "empirical_fisher":
+                assert one.scalars == other.scalars
+            elif one.measurement == "hessian":
+                assert other.scalars["lambda_max"] == pytest.approx(one.scalars["lambda_max"], rel=1e-2)
+                assert other.num_matvecs <= one.num_matvecs, "the eigenvectors of the checkpoint are where it starts"
+    assert_same_records([list(records) for records in resumed])

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -52,6 +53,11 @@ def fsdp2(model: Net, **options: Any) -> nn.Module:
     for part in (model.second, model.head):
         fully_shard(part, **options)
     return fully_shard(model, **options)
+
+
+def hsdp(model: Net) -> nn.Module:
+    """Shards in pairs, each pair a replica."""
+    return fsdp2(model, mesh=init_device_mesh("cpu", (2, current_world().size // 2), mesh_dim_names=("replicate", "shard")))
 
 
 def fsdp2_in_bf16(model: Net) -> nn.Module:
