@@ -32,7 +32,7 @@ from curvature_callbacks.probes import CapturedProbes, Draw, Probes, as_probes, 
 from curvature_callbacks.problem import Problem
 from curvature_callbacks.record import PROBE, Record
 from curvature_callbacks.schedules import EveryNSteps, Schedule
-from curvature_callbacks.sharding import check_model_over_processes
+from curvature_callbacks.sharding import check_model_over_processes, take_buffers
 from curvature_callbacks.sinks import MemorySink, Sink
 from curvature_callbacks.states import States
 
@@ -155,6 +155,7 @@ class CurvatureMonitor:
         self._checked = True
         try:
             with world.together(), isolated(self._model, seed=world.seed(seed)):
+                take_buffers(self._model, world)
                 microbatches = self._probes.draw(seed)
                 if not world.anywhere(microbatches is None):
                     assert microbatches is not None
@@ -227,6 +228,7 @@ class CurvatureMonitor:
         records: list[Record] = []
         try:
             with world.together(), isolated(self._model, seed=world.seed(seed)):
+                take_buffers(self._model, world)
                 microbatches = self._probes.draw(seed)
                 if world.anywhere(microbatches is None):
                     return []

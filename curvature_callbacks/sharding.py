@@ -2,6 +2,7 @@
 
 from typing import Any, final
 
+import torch
 from torch import Tensor, nn
 
 from curvature_callbacks.distributed import World
@@ -31,6 +32,16 @@ def check_model_over_processes(model: nn.Module, world: World) -> None:
                 f"processes 0 and {rank} train different models (parameter `{(names or ['?'])[0]}` differs): curvature is "
                 "reduced over replicas of one model. Measure in a process group of one, or before `init_process_group`."
             )
+
+
+def take_buffers(model: nn.Module, world: World) -> None:
+    """Put rank zero's buffers (running statistics) into `model`, as DDP does at its next pass and checkpoints have them.
+
+    Call it inside `isolated`, which puts the own ones back. Cost: one broadcast of them.
+    """
+    buffers = [buffer for _, buffer in model.named_buffers() if not hasattr(buffer, "full_tensor")]
+    with torch.no_grad():
+        world.shared(buffers, source=0)
 
 
 def _obstacle(model: nn.Module) -> str | None:

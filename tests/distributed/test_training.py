@@ -87,6 +87,28 @@ def assert_same_numbers(ranks: Ranks, wrap: str) -> None:
                     assert (found - right).abs().max() <= rtol * right.abs().max(), (record.measurement, record.block)
 
 
+def measured_with_own_statistics(shared: bool) -> list[Record]:
+    """Of a replica whose running means differ from those of the first process, or (alone) with these."""
+    world = current_world()
+    torch.manual_seed(0)
+    model = training.Net()
+    assert model.norm.running_mean is not None
+    model.norm.running_mean += world.rank
+    before = model.norm.running_mean.clone()
+    batch = union(2)
+    own = [batch[world.rank]] if shared else batch
+    monitor = CurvatureMonitor(model, probes=own, loss="cross_entropy", measure=[FisherSpectrum()])
+    records = monitor.step(0)
+    assert torch.equal(model.norm.running_mean, before)
+    return records
+
+
+def test_running_statistics_are_those_of_the_first_process(two: Ranks) -> None:
+    expected = [record.scalars["trace"] for record in measured_with_own_statistics(False) if record.block is not None]
+    for records in two(measured_with_own_statistics, True):
+        assert [record.scalars["trace"] for record in records if record.block is not None] == pytest.approx(expected, rel=1e-5)
+
+
 # ---------------------------------------------------------------------------------------------------- what is refused
 
 
