@@ -1,12 +1,15 @@
 """Training with the Hugging Face Trainer is the same bits with and without the callback, in every configuration listed."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from curvature_callbacks import ConfigurationError, probes
+from curvature_callbacks.model import isolation
 from tests.configurations.transformers_cases import CASES, check, wide
 
 
@@ -19,15 +22,40 @@ def _imported_modules_are_no_garbage() -> Iterator[None]:
     gc.unfreeze()
 
 
-def marked(names: list[str]) -> list[Any]:
-    return [pytest.param(name, marks=[pytest.mark.slow] if CASES[name].is_slow else []) for name in names]
+# Of the loop around the model alone: what is measured at a step should make no difference to them.
+AROUND = {"clipping", "adafactor", "sgd", "schedule", "workers", "batch size found", "tensorboard", "evaluation", "best model"}
+AROUND |= {"twice", "resumed", "resumed stream", "fp16 flag", "augmentation", "own generator"}
+LIKELY = [name for name, case in CASES.items() if case.has_likelihood]
 
 
-@pytest.mark.parametrize("name", marked(list(CASES)))
+def marked(names: Iterable[str], slow: Iterable[str] = ()) -> list[Any]:
+    return [pytest.param(name, marks=[pytest.mark.slow] if CASES[name].is_slow or name in slow else []) for name in names]
+
+
+@pytest.mark.parametrize("name", marked(CASES))
 def test_training_is_bit_identical(name: str, tmp_path: Path) -> None:
     check(CASES[name], tmp_path)
 
 
-@pytest.mark.parametrize("name", marked([name for name, case in CASES.items() if case.has_likelihood]))
+@pytest.mark.parametrize("name", marked(LIKELY, slow=AROUND))
 def test_training_is_bit_identical_whatever_is_measured(name: str, tmp_path: Path) -> None:
     check(CASES[name], tmp_path, wide())
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "protection"),
+    [
+        ("augmentation", isolation, "_generators"),
+        ("batch norm", isolation, "_training_flags"),
+        ("plain", isolation, "sdpa_kernel"),
+        ("bf16", isolation, "_unpatched_forward"),
+        ("model's own checkpointing, reentrant", isolation, "_no_checkpointing"),
+        ("own generator", probes, "undisturbed"),
+    ],
+)
+def test_each_protection_is_needed(name: str, module: Any, protection: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """Without it training differs, a measurement fails or is refused: the comparison above can fail."""
+    monkeypatch.setattr(module, protection, lambda *args, **kwargs: nullcontext())
+    monkeypatch.setattr(probes, "_private_copy", lambda collate: collate)
+    with pytest.raises((AssertionError, ConfigurationError)):
+        check(CASES[name], tmp_path)

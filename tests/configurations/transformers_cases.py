@@ -5,6 +5,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset, IterableDataset
 from transformers import (
     BertConfig,
@@ -200,6 +202,19 @@ def padded(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
+class Augmented(Sentences):
+    """Tokens replaced at random, from every global generator and one of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(9)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        row = super().__getitem__(index)
+        noise = torch.rand(6) + torch.rand(6, generator=self.generator) + np.random.rand() + random.random()
+        return row | {"input_ids": row["input_ids"].masked_fill(noise > 2.5, 0)}
+
+
 class OneShot(IterableDataset[Any]):
     """A stream that goes by once: rows drawn as they are asked for, from a generator of its own."""
 
@@ -263,6 +278,30 @@ def mask_filler() -> nn.Module:
 def adapted_model() -> nn.Module:
     adapters = LoraConfig(r=2, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, lora_dropout=0.1, task_type="CAUSAL_LM")
     return get_peft_model(language_model(), adapters)
+
+
+class Checkpointed(nn.Module):
+    """Checkpointing by a model itself, in evaluation mode too."""
+
+    def __init__(self, inner: nn.Module, *, use_reentrant: bool) -> None:
+        super().__init__()
+        self.inner = inner
+        self.use_reentrant = use_reentrant
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return checkpoint(self.inner, hidden, use_reentrant=self.use_reentrant)
+
+
+def checkpointed_model(*, use_reentrant: bool) -> nn.Module:
+    model = language_model()
+    model.transformer.h[0].mlp = Checkpointed(model.transformer.h[0].mlp, use_reentrant=use_reentrant)
+    return model
+
+
+def partly_compiled_model() -> nn.Module:
+    model = language_model()
+    model.transformer.h[0].mlp.compile(backend="aot_eager")
+    return model
 
 
 def half_frozen() -> nn.Module:
@@ -461,6 +500,14 @@ CASES: dict[str, Case] = {
     "compiled, aot_eager": compiled("aot_eager"),
     "checkpointing": Case("activation checkpointing without reentry", checkpointing(use_reentrant=False)),
     "checkpointing, reentrant": Case("activation checkpointing, reentrant", checkpointing(use_reentrant=True)),
+    "model's own checkpointing": Case(
+        "`torch.utils.checkpoint` called by the model", model=partial(checkpointed_model, use_reentrant=False)
+    ),
+    "model's own checkpointing, reentrant": Case(
+        "`torch.utils.checkpoint` called by the model, reentrant", model=partial(checkpointed_model, use_reentrant=True)
+    ),
+    "compiled in place": Case("a submodule compiled in place", model=partly_compiled_model, tolerated=IN_DYNAMO),
+    "augmentation": Case("data augmented from the global generators", data=Augmented),
     "grouped by length": Case("batches grouped by length", BY_LENGTH, data=Ragged, collator=lambda: padded),
     "workers": Case(
         "persistent workers and a collator with generators of its own",
