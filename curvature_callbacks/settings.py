@@ -21,7 +21,7 @@ from curvature_callbacks.sinks import Sink
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Arguments of `CurvatureCallback`; see there. `loss_names` are the strings to name where `loss_fn` is none of them.
+    """Arguments of `CurvatureCallback`; see there.
 
     Raises:
         ConfigurationError: at construction, for a bad value.
@@ -36,7 +36,6 @@ class Settings:
     params_filter: ParamsFilter | None
     block_structure: BlockStructure
     seed: int
-    loss_names: tuple[str, ...] = get_args(TargetLossName)
 
     def __post_init__(self) -> None:
         check_positive("every_n_steps", self.every_n_steps)
@@ -45,10 +44,11 @@ class Settings:
         check_choice("draw", self.draw, get_args(Draw))
         check_block_structure(self.block_structure)
         checked_measurements(self.measure)
-        if self.loss_fn is not None and not callable(self.loss_fn) and self.loss_fn not in get_args(TargetLossName):
+        names = get_args(TargetLossName)
+        if self.loss_fn is not None and not callable(self.loss_fn) and self.loss_fn not in names:
             raise ConfigurationError(
-                f"`loss_fn` must be a function `(model, batch) -> loss` or one of {', '.join(map(repr, self.loss_names))}, got "
-                f"{self.loss_fn!r}."
+                f"`loss_fn` must be a function `(model, batch) -> loss` or one of {', '.join(map(repr, names))}, got "
+                f"{self.loss_fn!r}. The callback for Hugging Face also takes 'trainer'."
             )
 
     @property

@@ -29,7 +29,9 @@ _LIBRARIES: Final = frozenset({"transformers", "accelerate", "datasets"})
 _SHARED: Final = (nn.Module, Optimizer, LRScheduler, Dataset)  # which a loss does not change, and large
 _CONTAINERS: Final = (list, dict, set, deque)
 _MATCH: Final = 1e-5  # relative; float32 means of a few rows differ by 1e-7, those with other weights seldom by less than 1e-4
-_APART: Final = frozenset({"train_dataset", "eval_dataset", "compute_loss"})  # lists are data sets too; our own watch
+_APART: Final = frozenset(  # data (lists are data sets too), functions that no loss calls, and our own watch
+    {"train_dataset", "eval_dataset", "model_init", "compute_metrics", "preprocess_logits_for_metrics", "compute_loss"}
+)
 
 _Count = Callable[[Tensor], Tensor]
 

@@ -3,7 +3,7 @@
 import logging
 import sys
 from pathlib import Path
-from typing import Any, Literal, final, get_args
+from typing import Any, Literal, final
 
 from torch import nn
 from torch.optim import Optimizer
@@ -12,7 +12,7 @@ from curvature_callbacks._optional import require
 from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.measurements import Measurement
 from curvature_callbacks.model.blocks import BlockStructure
-from curvature_callbacks.model.losses import Loss, TargetLossName
+from curvature_callbacks.model.losses import Loss
 from curvature_callbacks.model.objective import ParamsFilter
 from curvature_callbacks.monitor import CurvatureMonitor
 from curvature_callbacks.probes import Draw, Probes, probes_from_loader, stable_seed
@@ -96,7 +96,6 @@ class CurvatureCallback(TrainerCallback):
             params_filter=params_filter,
             block_structure=block_structure,
             seed=seed,
-            loss_names=(*get_args(TargetLossName), "trainer"),
         )
         self._follows_trainer = loss_fn == "trainer"
         self._memory = MemorySink()
