@@ -315,6 +315,10 @@ def image_classifier() -> nn.Module:
     return ResNetForImageClassification(ResNetConfig(num_labels=3, **sizes))
 
 
+def bfloat16_model() -> nn.Module:
+    return language_model().to(torch.bfloat16)
+
+
 def half_model() -> nn.Module:
     return language_model().to(torch.float16)
 
@@ -454,7 +458,7 @@ def compiled(backend: str) -> Case:
 
 
 CASES: dict[str, Case] = {
-    "plain": Case("AdamW in float32, the default"),
+    "plain": Case("AdamW in float32, `report_to='none'`"),
     "accumulation": Case("gradient accumulation", {"gradient_accumulation_steps": 2}),
     "bf16": Case("mixed precision in bfloat16", {"bf16": True}),
     "fp16 flag": Case("`fp16` on a CPU, which the Trainer runs in float32", {"fp16": True}),
@@ -462,6 +466,7 @@ CASES: dict[str, Case] = {
         "mixed precision in float16 with a gradient scaler, forced on a CPU", {"fp16": True}, trainer=ScalingTrainer
     ),
     "fp16 weights": Case("weights in float16", {"max_grad_norm": 0.5}, model=half_model),
+    "bf16 weights": Case("weights in bfloat16", model=bfloat16_model),
     "clipping": Case("gradient clipping", {"max_grad_norm": 0.1}),
     "adafactor": Case("Adafactor", {"optim": "adafactor"}),
     "sgd": Case("SGD with momentum by `optimizer_cls_and_kwargs`", arguments=stepped),
@@ -520,6 +525,12 @@ CASES: dict[str, Case] = {
     ),
     "own generator": Case("a collator with generators of its own", collator=MaskingCollator),
     "stream": Case("an `IterableDataset`", data=lambda: Stream(Sentences()), steps=AFTER_ONE),
+    "stream, workers": Case(
+        "an `IterableDataset` read by a persistent worker",
+        WORKERS | {"max_steps": 8},
+        data=lambda: Stream(Sentences()),
+        steps=(1, 2, 4, 6, 8),
+    ),
     "one-shot stream": Case("a stream that can be read once", data=OneShot, steps=AFTER_ONE),
     "smoothed stream": Case(
         "a stream with label smoothing, the model's own loss measured",
