@@ -187,6 +187,40 @@ def test_matmul_precision(precision: str, ending: Any) -> None:
 
 
 @endings
+@pytest.mark.parametrize("allowed", [False, True])
+def test_models_may_set_cudnns_own_flags_inside(allowed: bool, ending: Any) -> None:
+    """As Wav2Vec2 does around its CTC loss: they read the old switch, which is an error where it differs from the new ones."""
+    cudnn = torch.backends.cudnn
+    found = cudnn.allow_tf32
+    cudnn.allow_tf32 = allowed
+    try:
+        before = [cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, cudnn.fp32_precision]
+        with probe(network(), ending):
+            with cudnn.flags(enabled=False):
+                pass
+            assert not cudnn.allow_tf32
+            assert "tf32" not in (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision)
+        assert cudnn.allow_tf32 == allowed
+        assert [cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, cudnn.fp32_precision] == before
+    finally:
+        cudnn.allow_tf32 = found
+
+
+@endings
+def test_settings_that_make_the_old_switch_an_error_are_kept(ending: Any) -> None:
+    cudnn = torch.backends.cudnn
+    found = cudnn.conv.fp32_precision
+    cudnn.conv.fp32_precision = "ieee" if found == "tf32" else "tf32"
+    try:
+        before = [cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision]
+        with probe(network(), ending):
+            assert [cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision] == ["ieee", "ieee"]
+        assert [cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision] == before
+    finally:
+        cudnn.conv.fp32_precision = found
+
+
+@endings
 def test_autocast_grad_mode_and_inference_mode(ending: Any) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
         with probe(network(), ending):
