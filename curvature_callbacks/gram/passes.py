@@ -178,7 +178,7 @@ class _Round:
         if self.kind.fisher != "empirical" or self.kind.sample_unit != "sequence":
             chosen = [*surrogates(self.kind, losses, seed=self.seed + place)]
         elif losses.per_sample is None and size > 1:
-            check_rows(self.objective, batch)
+            check_rows(self.objective, batch, losses)
         self.result.surrogates.append(chosen)
         self.result.num_passes.append(len(chosen))
         self.result.sizes += [size] * len(chosen)

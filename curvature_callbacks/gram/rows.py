@@ -11,6 +11,7 @@ from curvature_callbacks.distributed import SINGLE, World
 from curvature_callbacks.errors import RefusedError
 from curvature_callbacks.gram.parcels import gram_together
 from curvature_callbacks.model.objective import Objective, gradients
+from curvature_callbacks.model.sample_losses import SampleLosses
 from curvature_callbacks.model.surrogates import Surrogate
 
 Part = tuple[str, int, int]  # elements start:stop of a flattened parameter
@@ -110,11 +111,16 @@ def _pass_major(rows: list[list[Tensor]], num_passes: int) -> list[list[Tensor]]
     return [rows[index] for number in range(num_passes) for index in range(number, len(rows), num_passes)]
 
 
-def check_rows(objective: Objective, batch: Any) -> None:
-    """`check_separable` for the single rows of a batch: halves of a ragged one can balance by chance.
+def check_rows(objective: Objective, batch: Any, losses: SampleLosses) -> None:
+    """`check_separable` for the single rows of a batch with these losses: halves of a ragged one can balance by chance.
 
     Cost: one forward pass over the batch and one over each row.
     """
+    if losses.coupled is not None:
+        raise RefusedError(
+            f"the loss has a part, `{losses.coupled}`, of all rows of a batch together: samples are coupled and have no "
+            "gradients of their own. Measure a loss without it (`output_router_logits`=False, or a loss function)."
+        )
     with torch.no_grad():
         rows = torch.arange(batch_size(batch))
         total = sum(float(objective(take_rows(batch, row[None])).total) for row in rows)

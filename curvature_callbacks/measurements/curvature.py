@@ -9,7 +9,7 @@ import torch
 from curvature_callbacks.errors import ConfigurationError, check_choice
 from curvature_callbacks.gram.positions import Sharing
 from curvature_callbacks.linalg.operator import Operator
-from curvature_callbacks.model.surrogates import Fisher, FisherType, SampleUnit, surrogates
+from curvature_callbacks.model.surrogates import EMPIRICAL, Fisher, FisherType, SampleUnit, surrogates
 from curvature_callbacks.operators.ggn import known_predictive
 from curvature_callbacks.problem import Problem
 
@@ -133,10 +133,11 @@ class Curvature:
             raise ConfigurationError(
                 f"`operator`={self.label!r} needs the `optimizer`, got None: pass the one that trains the model."
             )
-        if self.operator == "ggn" or self._samples:
+        samples = self._samples and not (self.is_kronecker and self.fisher_type == EMPIRICAL)  # whose factors any loss has
+        if self.operator == "ggn" or samples:
             with torch.no_grad():
                 losses = problem.objective(problem.microbatches[0])
-            if self._samples:
+            if samples:
                 surrogates(self.fisher_type, losses, seed=problem.seed)
             else:
                 known_predictive(losses)

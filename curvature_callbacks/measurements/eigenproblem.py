@@ -16,6 +16,7 @@ from curvature_callbacks.linalg.operator import Operator
 from curvature_callbacks.linalg.space import InnerProducts
 from curvature_callbacks.linalg.symmetry import check_symmetric
 from curvature_callbacks.measurements.curvature import Curvature
+from curvature_callbacks.model.checks import refusing_single_derivatives
 from curvature_callbacks.operators.adjoint import CHECK_PRODUCTS, check_adjoint
 from curvature_callbacks.operators.difference import FiniteDifferenceHessianOperator, check_differences
 from curvature_callbacks.operators.fisher import EmpiricalFisherOperator, FisherOperator
@@ -124,11 +125,13 @@ class Eigenproblem:
         if isinstance(operator, KFACOperator):
             return 0.0, 0  # matrices, with nothing differentiated
         if isinstance(operator, FisherOperator | GGNOperator):
-            return check_adjoint(operator, seed=seed), CHECK_PRODUCTS
+            with refusing_single_derivatives():
+                return check_adjoint(operator, seed=seed), CHECK_PRODUCTS
         if isinstance(operator, FiniteDifferenceHessianOperator):
             return check_differences(operator, seed=seed), _DIFFERENCE_PRODUCTS
         if isinstance(operator, HessianOperator):
-            return check_second_order(operator, seed=seed), _SYMMETRY_PRODUCTS
+            with refusing_single_derivatives():
+                return check_second_order(operator, seed=seed), _SYMMETRY_PRODUCTS
         return check_symmetric(operator, seed=seed), _SYMMETRY_PRODUCTS
 
     def solve(self, wish: Wish) -> Eigenpairs:

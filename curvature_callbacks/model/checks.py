@@ -1,12 +1,17 @@
 """What a model can be asked for, looked at before anything is computed."""
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 from torch import nn
 
-from curvature_callbacks.errors import ConfigurationError
+from curvature_callbacks.errors import ConfigurationError, RefusedError
 
 _TWICE_DIFFERENTIABLE: Final = ("eager", "sdpa")
+# How autograd says it: of its own operations, and of custom ones that are `once_differentiable`.
+_SINGLE: Final = re.compile(r"derivative for (\S+) is not implemented|differentiate twice .*@once_differentiable")
 
 
 def check_model(model: nn.Module) -> None:
@@ -34,3 +39,22 @@ def second_order_obstacle(model: nn.Module) -> str | None:
                 f"derivative: load the model with `attn_implementation` {' or '.join(map(repr, _TWICE_DIFFERENTIABLE))}."
             )
     return None
+
+
+@contextmanager
+def refusing_single_derivatives() -> Iterator[None]:
+    """A context in which an operation that has no second derivative, and says so, is refused for good.
+
+    Raises:
+        RefusedError: for the error that autograd raises then.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        found = _SINGLE.search(str(error))
+        if isinstance(error, RefusedError) or found is None:
+            raise
+        raise RefusedError(
+            f"{found.group(1) or 'a custom operation'} has no second derivative. `operator`='finite_difference_hessian' needs "
+            "first ones only."
+        ) from error

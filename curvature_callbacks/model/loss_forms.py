@@ -19,7 +19,7 @@ from curvature_callbacks.model.sample_losses import (
 
 LossForm = Callable[..., SampleLosses]  # of logits and labels
 
-_MATCH: Final = 1e-4  # relative agreement with the model's own loss; float32 sums differ by about 1e-6
+MATCH: Final = 1e-4  # relative agreement with the model's own loss; float32 sums differ by about 1e-6
 _POSITIONS: Final = ("start_positions", "end_positions")
 
 
@@ -82,7 +82,7 @@ def matching_forms(model: nn.Module, output: Any, batch: Mapping[str, Any], loss
         return []
     possible = [form for form in candidate_forms(model, logits, batch) if _has_classes(form, logits, labels)]
     means = [(form, _mean(form, form(logits.detach(), labels))) for form in possible]
-    return [form for form, mean in means if bool((mean - loss).abs() <= _MATCH * loss.abs())]
+    return [form for form, mean in means if bool((mean - loss).abs() <= MATCH * loss.abs())]
 
 
 def count_targets(model: nn.Module, output: Any, batch: Mapping[str, Any]) -> Tensor:

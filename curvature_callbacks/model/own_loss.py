@@ -2,14 +2,16 @@
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Final, final
 
 import torch
 from torch import Tensor, nn
 
 from curvature_callbacks.batches import batch_size, take_rows
+from curvature_callbacks.distributed import current_world
 from curvature_callbacks.errors import ConfigurationError, ProbeError
 from curvature_callbacks.model.loss_forms import (
+    MATCH,
     LossForm,
     candidate_forms,
     count_targets,
@@ -26,6 +28,8 @@ from curvature_callbacks.model.sample_losses import (
     without_targets,
 )
 
+_OF_ROUTERS: Final = ("aux_loss", "z_loss")  # how the outputs of mixtures of experts name them
+
 
 @final
 @dataclass(slots=True)
@@ -34,6 +38,7 @@ class _Settled:
 
     form: LossForm | None
     needs_labels: bool | None = None  # whether the logits do; None: not tried yet
+    by_rows: bool = False  # where no form fits: whether the model's mean is one over rows, not over targets
 
 
 @final
@@ -42,9 +47,9 @@ class OwnLoss:
 
     Names do not tell shift, head and problem type apart; values do. The form is settled at the first call whose value is
     finite and fits one form only, and kept, for every layout of batches (its keys, kind and rank of the labels) by itself;
-    where none fits, the model's mean loss times its targets is used. Where the logits are bit for bit the same without
-    `labels`, the model is called without them from then on: it would compute a loss that is not used. One object may serve a
-    whole run.
+    where none fits, the model's mean loss times its targets is used, or times its rows where two halves of the batch say that
+    it is a mean over these (CTC). Where the logits are bit for bit the same without `labels`, the model is called without them
+    from then on: it would compute a loss that is not used. One object may serve a whole run.
 
     Questions answered by spans have two targets a row, start and end. Their models average over starts and over ends before
     they average the two; here every target weighs the same, which differs where a batch has more starts than ends beyond the
@@ -55,7 +60,8 @@ class OwnLoss:
             positions and with the shift of the model's own, which has to be a cross-entropy of `labels` then. This is what
             `label_smoothing_factor` makes of the loss in Hugging Face's Trainer.
 
-    Cost: two more evaluations of the loss at the first call; two more forward passes at the first without gradients.
+    Cost: two more evaluations of the loss at the first call; two more forward passes at the first without gradients (one where
+    no form fits).
     """
 
     def __init__(self, *, label_smoothing: float | None = None) -> None:
@@ -83,7 +89,8 @@ class OwnLoss:
         if self._label_smoothing is not None:
             _require_cross_entropy(known.form, loss)
         if known.form is None:
-            return _mean_times_targets(loss, count_targets(model, output, batch))
+            counts = count_targets(model, output, batch)
+            return _mean_times_targets(loss, torch.ones_like(counts) if known.by_rows else counts, coupled=_router_loss(output))
         logits = _fitting_logits(model, output, batch, known.form)
         if known.needs_labels is None and not torch.is_grad_enabled():  # a pass with gradients may be watched: one call only
             known.needs_labels = _logits_need_labels(model, batch, logits)
@@ -99,6 +106,8 @@ class OwnLoss:
         if not matching and not loss.isfinite() and not torch.is_grad_enabled():
             matching = _matching_finite_rows(model, output, batch)
         found = _Settled(matching[0] if matching else None)
+        if not matching and not torch.is_grad_enabled():  # a pass with gradients may be watched: one call only
+            found.by_rows = _averages_rows(model, batch, loss, count_targets(model, output, batch))
         if len(matching) == 1 or (not matching and loss.isfinite()):  # else nothing is proven: look again at the next call
             self._settled[_layout(batch)] = found
         return found
@@ -144,6 +153,24 @@ def _matching_finite_rows(model: nn.Module, output: Any, batch: Mapping[str, Any
     return matching_forms(model, again, rows, _loss_of(again, rows).detach())
 
 
+def _averages_rows(model: nn.Module, batch: Mapping[str, Any], loss: Tensor, counts: Tensor) -> bool:
+    """Whether `loss` is the mean of that of two halves of the batch weighed by their rows, and not weighed by their targets.
+
+    False where it may be both, and for many processes, which could come to different answers.
+    """
+    N = batch_size(batch)
+    if N < 2 or len(counts) != N or current_world().size > 1:
+        return False
+    halves = [torch.arange(start, N, 2) for start in (0, 1)]
+    parts = [_loss_of(model(**part), part) for part in (take_rows(batch, rows) for rows in halves)]
+
+    def fits(weights: Tensor) -> bool:
+        mean = sum(part * weights[rows].sum() for part, rows in zip(parts, halves, strict=True)) / weights.sum()
+        return bool((mean - loss).abs() <= MATCH * loss.abs())
+
+    return fits(torch.ones(N)) and not fits(counts.cpu().float())
+
+
 def _fitting_logits(model: nn.Module, output: Any, batch: Mapping[str, Any], form: LossForm) -> Tensor:
     logits, labels = logits_of(output, batch), labels_of(batch)
     if logits is None or form not in candidate_forms(model, logits, batch):
@@ -176,6 +203,15 @@ def _gives(model: nn.Module, other: Mapping[str, Any], batch: Mapping[str, Any],
     return found is not None and found.dtype == logits.dtype and torch.equal(found.nan_to_num(), logits.nan_to_num())
 
 
-def _mean_times_targets(loss: Tensor, counts: Tensor) -> SampleLosses:
+def _router_loss(output: Any) -> str | None:
+    """The name of a loss that balances the experts over the whole batch, where the model's own has one in it.
+
+    Products of means over all rows: as a thousandth of the loss, which is usual, too small to show in the value of it.
+    """
+    parts = getattr(output, "__dict__", {}).items()
+    return next((name for name, value in parts if name.endswith(_OF_ROUTERS) and isinstance(value, Tensor)), None)
+
+
+def _mean_times_targets(loss: Tensor, counts: Tensor, *, coupled: str | None) -> SampleLosses:
     total = loss * counts.sum().to(loss.device) if counts.any() else loss.new_zeros(())
-    return SampleLosses(total, counts, None)
+    return SampleLosses(total, counts, None, coupled=coupled)

@@ -46,6 +46,8 @@ class SampleLosses:
         per_target: (N, M) losses of single targets, zero at those that do not count, `per_sample = per_target.sum(1)`;
             None where single targets are not told apart.
         predictive: what labels can be drawn from; None where the likelihood of the loss is not known.
+        coupled: the name of a part that is one of all rows together and makes their gradients no sum over rows; None where
+            none is known.
     """
 
     total: Tensor
@@ -53,6 +55,7 @@ class SampleLosses:
     per_sample: Tensor | None
     per_target: Tensor | None = None
     predictive: Predictive | None = None
+    coupled: str | None = None
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0, ignore_index: int = IGNORED) -> SampleLosses:

@@ -363,6 +363,17 @@ def test_what_the_run_cannot_have_stops_it_before_its_first_step(kind: Any, opti
         watching.check()
 
 
+@pytest.mark.parametrize("name", ["kfac", "ekfac"])
+def test_kronecker_factors_of_given_labels_need_the_mean_loss_only(name: Any):
+    measure = [TopEigenpairs(operator=name, k=1, which="LA")]
+    found = []
+    for loss in (mean_loss, row_losses):
+        watching = CurvatureMonitor(network(), probes=microbatches(), loss=loss, measure=measure)
+        watching.check()
+        found.append(watching.step(0)[1].scalars["lambda_max"])
+    assert found[0] == pytest.approx(found[1], rel=1e-9)
+
+
 @pytest.mark.parametrize("loss", [mean_loss, row_losses])
 @pytest.mark.parametrize("name", ["hessian", "finite_difference_hessian"])
 def test_a_hessian_asks_nothing_of_the_loss(name: Any, loss: Any):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.trainer_pt_utils import LabelSmoother
 
-from curvature_callbacks import ConfigurationError, ProbeError, Problem, compute_fisher_spectrum, compute_spectrum
+from curvature_callbacks import ConfigurationError, ProbeError, Problem, RefusedError, compute_fisher_spectrum, compute_spectrum
 from curvature_callbacks.model.losses import SampleLosses, resolve_loss
 from tests.cases import CASES, CLASSES, causal_batch, family, in_general_position
 from tests.heads import HEADS, Batch, Head, bert, outputs_and_labels, text_with
@@ -121,6 +121,67 @@ def test_a_loss_of_no_standard_form_is_known_as_its_mean(model: Any, labels: Bat
     assert found.per_sample is found.per_target is found.predictive is None
     assert int(found.num_targets.sum()) == num_targets
     assert torch.allclose(found.total / num_targets, odd(**model)(**batch).loss)
+
+
+class ByRow(nn.Module):
+    """A loss averaged over each row's targets and then over rows, as CTC is; `extra` adds one of all rows together."""
+
+    def __init__(self, *, extra: bool = False) -> None:
+        super().__init__()
+        self.table, self.head, self.extra = nn.Embedding(11, 4), nn.Linear(4, CLASSES), extra
+
+    def forward(self, input_ids: Tensor, labels: Any = None) -> SimpleNamespace:
+        logits = self.head(self.table(input_ids).cumsum(1).tanh())
+        if labels is None:
+            return SimpleNamespace(logits=logits)
+        rows = [F.cross_entropy(z, y) for z, y in zip(logits, labels, strict=True)]
+        shared = logits.softmax(-1).mean((0, 1)).square().sum() if self.extra else None
+        loss = torch.stack(rows).mean() + (0.001 * shared if self.extra else 0)
+        return SimpleNamespace(loss=loss, logits=logits, aux_loss=shared)
+
+
+def ragged(*lengths: int) -> Batch:
+    labels = classes(len(lengths), LENGTH)
+    labels[torch.arange(LENGTH) >= torch.tensor(lengths)[:, None]] = -100
+    return {"input_ids": classes(len(lengths), LENGTH, count=11), "labels": labels}
+
+
+def test_a_mean_over_rows_is_told_from_one_over_targets():
+    model, batch = in_general_position(ByRow).double(), ragged(6, 2, 5, 1)
+    with torch.no_grad():
+        found = own_losses(model, batch)
+        single = own_losses(model, {key: value[:1] for key, value in batch.items()})
+        squared = own_losses(Squared().double(), batch)
+    assert found.num_targets.tolist() == [1, 1, 1, 1]
+    assert torch.allclose(found.total / 4, model(**batch).loss)
+    assert single.num_targets.tolist() == squared.num_targets.tolist()[:1] == [6]  # of one row nothing can be told
+    assert squared.num_targets.tolist() == [6, 2, 5, 1]
+
+
+class Squared(Odd):
+    """A mean over neither."""
+
+    def __init__(self) -> None:
+        super().__init__(power=2)
+
+
+def test_the_fisher_of_a_mean_over_rows_is_that_of_the_rows_own_losses():
+    model, batch = in_general_position(ByRow).double(), ragged(6, 2, 5, 1)
+    found = compute_fisher_spectrum(model, batch, block_structure="none")
+    lines = []
+    for i in range(4):
+        loss = model(**{key: value[i : i + 1] for key, value in batch.items()}).loss
+        lines.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
+    expected = torch.linalg.svdvals(torch.stack(lines)).square() / 4
+    assert relative_error(torch.as_tensor(found.full.eigenvalues), expected) < 1e-8
+
+
+def test_a_loss_of_all_experts_together_couples_the_rows():
+    model, batch = in_general_position(lambda: ByRow(extra=True)).double(), ragged(6, 2, 5, 1)
+    assert own_losses(model, batch).coupled == "aux_loss"
+    with pytest.raises(RefusedError, match="`aux_loss`, of all rows of a batch together: samples are coupled"):
+        compute_fisher_spectrum(model, batch)
+    assert compute_spectrum(model, batch, k=1).eigenvalues.isfinite().all()
 
 
 def questions() -> nn.Module:
