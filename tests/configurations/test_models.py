@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, LlamaForCausalLM
 from transformers.masking_utils import eager_mask
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from curvature_callbacks import FisherSpectrum, Measurement, TopEigenpairs
 from tests.configurations.model_cases import CASES, NAMES, ModelCase, check, first_probe
@@ -270,8 +271,11 @@ def test_attention_of_other_names_has_a_fisher_and_no_second_derivative(
     registered(kind, monkeypatch)
     case = named_attention(CASES["llama"], kind)
     assert case.model().config._attn_implementation == kind  # type: ignore[union-attr]
-    assert check(case, tmp_path) == dict.fromkeys(NAMES.values(), "yes") | SECOND_REFUSED
-    assert_fisher_of_rows(case, tmp_path)
+    assert check(case, tmp_path / "checked") == dict.fromkeys(NAMES.values(), "yes") | SECOND_REFUSED
+    assert_fisher_of_rows(case, tmp_path / "fisher")
+    _, _, records = first_probe(case, tmp_path / "second", SECOND)
+    for one in SECOND:
+        assert f"attention implementation {kind!r}" in (records[one.name, None].error or "")
 
 
 @pytest.mark.parametrize("kind", ["sdpa", "eager"])
@@ -338,6 +342,40 @@ def test_a_fused_activation_has_a_fisher_and_no_hessian(function: Any, refused: 
     if "GGN" not in refused:
         found, right = (first_probe(one, tmp_path / "ggn", SECOND[1:])[2] for one in (case, CASES["llama"]))
         assert found["ggn", None].scalars["lambda_max"] == pytest.approx(right["ggn", None].scalars["lambda_max"], rel=1e-4)
+
+
+class FusedCrossEntropy(torch.autograd.Function):
+    """Head and loss in one, with the gradient taken on the way forward, as Liger does it."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaves = [tensor.detach().requires_grad_() for tensor in (hidden, weight)]
+            logits = leaves[0] @ leaves[1].T
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+            ctx.save_for_backward(*torch.autograd.grad(loss, leaves))
+        return loss.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> Any:
+        return *(slopes[0] * gradient for gradient in ctx.saved_tensors), None
+
+
+class FusedLlamaForCausalLM(LlamaForCausalLM):
+    """Without logits."""
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, **options: Any) -> Any:  # type: ignore[override]
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask)[0]
+        return CausalLMOutputWithPast(loss=FusedCrossEntropy.apply(hidden, self.lm_head.weight, labels))
+
+
+def test_a_fused_loss_has_a_fisher_and_no_hessian(tmp_path: Path) -> None:
+    """At the end of the model, where a constant leaves a symmetric product."""
+    config: Any = CASES["llama"].build().config
+    case = replace(CASES["llama"], build=lambda: FusedLlamaForCausalLM(config))
+    refused = {"Hessian": KERNEL, "GGN": "the likelihood of the loss is not known"}
+    assert check(case, tmp_path / "checked") == dict.fromkeys(NAMES.values(), "yes") | refused
+    assert_fisher_of_rows(case, tmp_path / "fisher")
 
 
 def test_an_operation_that_says_it_has_no_second_derivative_is_refused_at_once(tmp_path: Path) -> None:
