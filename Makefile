@@ -5,7 +5,7 @@ READY := .venv/.ready
 PEERS := .venv/.peers
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all lint bench bench-fisher bench-eigen bench-gpu clean
+.PHONY: demo test test-all lint bench bench-fisher bench-eigen bench-processes bench-gpu configurations clean
 
 demo: $(READY)
 	$(BIN)/python examples/lightning_digits.py --logdir runs/demo/lightning_digits
@@ -34,6 +34,12 @@ bench-fisher: $(PEERS)
 
 bench-eigen: $(PEERS)
 	$(BIN)/python benchmarks/eigen.py --out benchmarks/results/eigen.json
+
+bench-processes: $(READY)
+	$(BIN)/python benchmarks/processes.py --out benchmarks/results/processes.json
+
+configurations: $(READY)
+	$(BIN)/python -m tests.configurations.table docs/configurations.md
 
 bench-gpu: $(PEERS)
 	$(BIN)/python benchmarks/probe.py --device cuda --out benchmarks/results/probe_cuda.json
