@@ -37,12 +37,13 @@ from curvature_callbacks.monitor import CurvatureMonitor
 from curvature_callbacks.probes import CapturedProbes, DatasetProbes, FixedProbes, Probes
 from curvature_callbacks.problem import Problem
 from curvature_callbacks.record import Record
-from curvature_callbacks.schedules import EveryNSteps, Schedule
+from curvature_callbacks.schedules import AtSteps, EveryNSteps, LogSpaced, LossSpike, Schedule
 from curvature_callbacks.sinks import JSONLinesSink, MemorySink, Sink, read_records
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AtSteps",
     "CapturedProbes",
     "ConfigurationError",
     "CurvatureMonitor",
@@ -60,6 +61,8 @@ __all__ = [
     "KFACCoverageReport",
     "KFACQuality",
     "LinearCombination",
+    "LogSpaced",
+    "LossSpike",
     "MatrixOperator",
     "Measurement",
     "MemorySink",

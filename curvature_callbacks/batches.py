@@ -1,7 +1,7 @@
 """Batches of any nesting: their rows, device and dtype."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -85,3 +85,13 @@ def _like(original: Mapping[Any, Any], values: dict[Any, Any]) -> Mapping[Any, A
     replica = copy.copy(original)
     replica.update(values)  # type: ignore[attr-defined]
     return replica
+
+
+def at_most(microbatches: Sequence[Any], rows: int) -> list[Any]:
+    """The same rows in microbatches of at most so many."""
+    found: list[Any] = []
+    for batch in microbatches:
+        size = batch_size(batch)
+        pieces = [torch.arange(start, min(start + rows, size)) for start in range(0, size, rows)]
+        found += [batch] if size <= rows else [take_rows(batch, piece) for piece in pieces]
+    return found

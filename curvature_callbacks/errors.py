@@ -30,3 +30,15 @@ def check_positive(parameter: str, value: Any) -> None:
     """Raise a `ConfigurationError` unless `value` is an integer of at least one."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigurationError(f"`{parameter}` must be an integer of at least 1, got {value!r}.")
+
+
+def check_share(parameter: str, value: Any) -> None:
+    """Raise a `ConfigurationError` unless `value` is None or a number between 0 and 1."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1):
+        raise ConfigurationError(f"`{parameter}` must be a share of wall time between 0 and 1, or None, got {value!r}.")
+
+
+def check_seconds(parameter: str, value: Any) -> None:
+    """Raise a `ConfigurationError` unless `value` is None or a positive number."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
+        raise ConfigurationError(f"`{parameter}` must be a positive number of seconds, or None, got {value!r}.")

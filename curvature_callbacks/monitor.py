@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from curvature_callbacks.common_failure import is_out_of_memory
 from curvature_callbacks.distributed import current_world
-from curvature_callbacks.errors import ConfigurationError, check_choice, check_positive
+from curvature_callbacks.errors import ConfigurationError, check_choice, check_positive, check_seconds, check_share
 from curvature_callbacks.failures import Failures
 from curvature_callbacks.gram.trust import Trust
 from curvature_callbacks.measurements import (
@@ -23,6 +23,7 @@ from curvature_callbacks.measurements import (
     checked_measurements,
 )
 from curvature_callbacks.measurements.probe import PROBE_HEADLINE, probe_record
+from curvature_callbacks.measuring import Measuring
 from curvature_callbacks.model.blocks import BlockStructure, check_block_structure, group_blocks
 from curvature_callbacks.model.isolation import isolated
 from curvature_callbacks.model.losses import Loss
@@ -31,10 +32,11 @@ from curvature_callbacks.model.stability import Optimizers
 from curvature_callbacks.probes import CapturedProbes, Draw, Probes, as_probes, stable_seed
 from curvature_callbacks.problem import Problem
 from curvature_callbacks.record import PROBE, Record
-from curvature_callbacks.schedules import EveryNSteps, Schedule
+from curvature_callbacks.schedules import EveryNSteps, LossSpike, Schedule
 from curvature_callbacks.sharding import check_model_over_processes, take_buffers
 from curvature_callbacks.sinks import MemorySink, Sink
 from curvature_callbacks.states import States
+from curvature_callbacks.timing import Timing, Trigger
 
 _logger = logging.getLogger("curvature_callbacks")
 
@@ -56,7 +58,10 @@ class CurvatureMonitor:
         probes: a `DataLoader` over a map-style dataset (its dataset is indexed, the loader never iterated), a list of
             microbatches, or a `Probes` object.
         measure: measurements; default Fisher spectrum, Hessian eigenpairs, K-FAC coverage.
-        when: every how many steps, or a schedule. The first call always measures.
+        when: every how many steps, or a schedule.
+        max_overhead: largest share of wall time for probes, with their logging; where they take more the interval is stretched.
+        max_seconds: of a probe, after which no measurement is begun and Lanczos ends at its next look.
+        spike: a probe out of turn when the `loss` given to `step` leaves its range.
         sinks: receivers of the records, called on rank zero only unless they have `every_process = True`; `history` holds the
             records in any case.
         loss: None for the model's own `.loss` (mapping batches); `cross_entropy`, `mse` or `bce` for `(inputs, targets)`; or
@@ -94,6 +99,9 @@ class CurvatureMonitor:
         probes: DataLoader[Any] | Probes | Sequence[Any],
         measure: Sequence[Measurement] | None = None,
         when: int | Schedule = 200,
+        max_overhead: float | None = None,
+        max_seconds: float | None = None,
+        spike: LossSpike | None = None,
         sinks: Sequence[Sink] = (),
         loss: Loss = None,
         params_filter: ParamsFilter | None = None,
@@ -111,7 +119,11 @@ class CurvatureMonitor:
         self._model = model
         self._probes = as_probes(probes, num_microbatches=num_microbatches, microbatch_size=microbatch_size)
         self._measure = checked_measurements(measure)
-        self._when = when if isinstance(when, Schedule) else EveryNSteps(n=when)
+        check_share("max_overhead", max_overhead)
+        check_seconds("max_seconds", max_seconds)
+        schedule = when if isinstance(when, Schedule) else EveryNSteps(n=when)
+        self._timing = Timing(schedule, max_overhead=max_overhead, spike=spike)
+        self._max_seconds = max_seconds
         self._memory = MemorySink()
         self._sinks: list[Sink] = [self._memory, *sinks]
         self._problem_options: dict[str, Any] = {
@@ -125,7 +137,7 @@ class CurvatureMonitor:
         self._trust = Trust()
         self._states = States()
         self._failures = Failures()
-        self._previous: int | None = None
+        self._measuring = Measuring(self._measure, self._failures, self._states)
         self._sink_seconds = 0.0  # what the sinks took at the previous probe
         self._checked = False
 
@@ -175,24 +187,27 @@ class CurvatureMonitor:
                 "the training set and the loss function."
             ) from error
 
-    def step(self, step: int, *, logged_as: int | None = None) -> list[Record]:
+    def step(self, step: int, loss: Any = None, *, logged_as: int | None = None) -> list[Record]:
         """Measure if `step` is due; the records of this probe, empty when it is not.
 
         Args:
             step: optimizer steps completed; decides whether to measure.
+            loss: of training since the last call, for `spike`.
             logged_as: the step the records carry, where the loop's loggers count otherwise; default `step`.
         """
-        if not self._when.due(step, self._previous):
-            self._previous = step
+        trigger = self._timing.due(step, loss, current_world())
+        if trigger is None:
             return []
         shown = step if logged_as is None else logged_as
         if not self._checked:
             self.check(shown)
-        records = self._probe(shown)
+        start = time.perf_counter()
+        records = self._probe(shown, trigger)
         if not records:
             return []  # no data yet: still due at the next call
-        self._previous = step
+        self._timing.probed(step)
         self._hand_on(records)
+        self._timing.spent(time.perf_counter() - start)
         return records
 
     def offer(self, batch: Any) -> None:
@@ -211,18 +226,18 @@ class CurvatureMonitor:
             tensors: False for a checkpoint in JSON; the vectors that eigensolvers start from are then left out.
         """
         return {
-            "previous": self._previous,
+            **self._timing.state(),
             "failures": dict(self._failures.counts),
             "states": self._states.saved(tensors=tensors),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`."""
-        self._previous = state["previous"]
+        self._timing.load(state)
         self._failures.load(state["failures"])
         self._states.load(state.get("states", {}))  # which the first checkpoints did not have
 
-    def _probe(self, step: int) -> list[Record]:
+    def _probe(self, step: int, trigger: Trigger) -> list[Record]:
         start = time.perf_counter()
         seed, world = self._probe_seed(step), current_world()
         records: list[Record] = []
@@ -233,37 +248,25 @@ class CurvatureMonitor:
                 if world.anywhere(microbatches is None):
                     return []
                 assert microbatches is not None
-                problem = self._problem(microbatches, seed, step)
-                for measurement in self._measure:
-                    records += self._measured(measurement, problem)
+                problem, records = self._measuring.run(
+                    microbatches, lambda found: self._problem(found, seed, step), max_seconds=self._max_seconds
+                )
+                seconds = time.perf_counter() - start
                 summary = probe_record(
                     problem,
                     records,
-                    seconds=time.perf_counter() - start,
+                    seconds=seconds,
                     sink_seconds=self._sink_seconds,
                     switched_off=self._failures.switched_off,
-                    draw=self._draw,
+                    skipped=self._measuring.skipped,
+                    overhead=self._timing.overhead(seconds),
+                    about={"draw": self._draw, "trigger": trigger},
                 )
         except Exception as error:
             failed = self._failures.recorded(PROBE, step, error)
             scalars = {"failed": 1.0, "probe_seconds": time.perf_counter() - start}
             summary = replace(failed, scalars=scalars, headline=PROBE_HEADLINE)
         return [summary, *records]
-
-    def _measured(self, measurement: Measurement, problem: Problem) -> list[Record]:
-        name = measurement.name
-        if name in self._failures.switched_off:
-            return []
-        start = time.perf_counter()
-        try:
-            with problem.world.together():
-                state = self._states[name] if name in self._states else measurement.init(problem)
-                found, self._states[name] = measurement.measure(problem, state)
-                seconds = problem.world.average(time.perf_counter() - start)
-        except Exception as error:
-            return [self._failures.failed(name, problem.step, error)]
-        self._failures.succeeded(name)
-        return [replace(record, seconds=seconds) for record in found]
 
     def _hand_on(self, records: Sequence[Record]) -> None:
         start = time.perf_counter()

@@ -100,6 +100,7 @@ class Problem:
         if self._trust.blocks is None or self._trust.blocks[0] != names:
             self._trust.blocks = names, group_blocks(model, names, block_structure)
         self.blocks: Blocks = self._trust.blocks[1]
+        self.deadline: float | None = None  # of `time.perf_counter`, for iterative measurements
         self.gradient_seconds = 0.0  # wall time of one gradient, once `gradients` was asked for
         self._shared = SharedGrams(
             self.objective, self.microbatches, self.blocks, trust=self._trust, seed=seed, sharing=sharing or {}, world=world
@@ -141,7 +142,7 @@ class Problem:
 
     @cached_property
     def operations(self) -> Mapping[str, list[str]]:
-        """Parameter to the operations that use it; see `SharedGrams.operations`."""
+        """Parameter to the operations that use it."""
         return self._shared.operations
 
     @property

@@ -14,6 +14,7 @@ from curvature_callbacks.model.stability import Stability
 from curvature_callbacks.operators.preconditioned import PreconditionedOperator
 from curvature_callbacks.problem import Problem
 from curvature_callbacks.record import Record
+from curvature_callbacks.timing import seconds_left
 
 _HEADLINE: Final = ("ratio", "limit", "learning_rate")
 
@@ -130,6 +131,7 @@ class EdgeRatio:
             which="LA",
             tol=self.tol,
             max_matvecs=self.max_matvecs,
+            max_seconds=seconds_left(problem.deadline),
             seed=problem.seed,
             initial_vectors=None if previous is None else previous[:, None].to(hessian.device, hessian.dtype),
             return_eigenvectors=True,

@@ -2,11 +2,12 @@
 
 import logging
 import math
-from collections.abc import Collection, Sequence
-from typing import Final
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Final
 
 import torch
 
+from curvature_callbacks.batches import batch_size
 from curvature_callbacks.problem import Problem
 from curvature_callbacks.record import PROBE, Record
 
@@ -22,7 +23,9 @@ def probe_record(
     seconds: float,
     sink_seconds: float,
     switched_off: Collection[str],
-    draw: str,
+    skipped: Collection[str],
+    overhead: float,
+    about: Mapping[str, Any],
 ) -> Record:
     """The probe about itself.
 
@@ -32,7 +35,9 @@ def probe_record(
         seconds: wall time it took.
         sink_seconds: wall time the sinks took at the probe before.
         switched_off: measurements that are not tried again.
-        draw: `fresh` or `fixed`.
+        skipped: measurements that it had no time for.
+        overhead: share of wall time that all probes of the run have taken so far.
+        about: why and how it was drawn, for the metadata.
 
     Cost: one gradient where no measurement has taken it: the unit of all costs.
     """
@@ -42,6 +47,9 @@ def probe_record(
         "sink_seconds": average(sink_seconds),
         "matvecs": float(sum(record.num_matvecs for record in records)),
         "rows": float(problem.num_rows),
+        "microbatch_size": float(max(problem.world.gathered(max(map(batch_size, problem.microbatches))))),
+        "overhead": average(overhead),
+        "skipped": float(len(skipped)),
         "failed": float(len({record.measurement for record in records if record.failed}.union(switched_off))),
         "non_finite": float(sum(not math.isfinite(value) for record in records for value in record.scalars.values())),
     }
@@ -49,7 +57,7 @@ def probe_record(
         scalars["gradient_equivalents"] = scalars["probe_seconds"] / average(problem.gradient_seconds)
     metadata = {
         "seed": problem.seed,
-        "draw": draw,
+        **about,
         "torch": torch.__version__,
         "blocks": list(problem.blocks),
     }

@@ -14,6 +14,7 @@ from curvature_callbacks.measurements.eigenproblem import Eigenproblem, Wish, ei
 from curvature_callbacks.model.surrogates import Fisher, SampleUnit
 from curvature_callbacks.problem import Problem
 from curvature_callbacks.record import Record
+from curvature_callbacks.timing import seconds_left
 
 _HEADLINE: Final = (
     "lambda_max",
@@ -103,7 +104,7 @@ class TopEigenpairs:
     per_block: bool = False
 
     def __post_init__(self) -> None:
-        _ = self.curvature, self._wish(0, None)  # which check their options
+        _ = self.curvature, self._wish()  # which check their options
 
     @property
     def name(self) -> str:
@@ -128,7 +129,7 @@ class TopEigenpairs:
 
     def check(self, problem: Problem) -> None:
         """Raise a `ConfigurationError` where the matrix cannot be had in this run."""
-        self.curvature.check(problem, negative=self._wish(0, None).negative)
+        self.curvature.check(problem, negative=self._wish().negative)
 
     def init(self, problem: Problem) -> State | None:
         """None: the self-check has not run."""
@@ -145,13 +146,13 @@ class TopEigenpairs:
             records += [run.record(block) for block in measured_blocks(problem, self.curvature)]
         return records, run.state()
 
-    def _wish(self, seed: int, start: Tensor | None) -> Wish:
+    def _wish(self, *, seed: int = 0, start: Tensor | None = None, max_seconds: float | None = None) -> Wish:
         return Wish(
             k=self.k,
             which=self.which,
             tol=self.tol,
             max_matvecs=self.max_matvecs,
-            max_seconds=self.max_seconds,
+            max_seconds=max_seconds or self.max_seconds,
             reorth_mode=self.reorth_mode,
             seed=seed,
             initial_vectors=None if start is None else start[:, None],
@@ -182,7 +183,8 @@ class _Run:
             self.error = self.previous.get("error")
         if self.error is None:
             self.error, spent = task.check(seed=problem.seed)
-        pairs = task.solve(measurement._wish(problem.seed, self._start(task, block)))
+        left = seconds_left(problem.deadline, measurement.max_seconds)
+        pairs = task.solve(measurement._wish(seed=problem.seed, start=self._start(task, block), max_seconds=left))
         if measurement.warm_start and task.is_iterative:
             self.starts[block or _WHOLE] = task.whole(pairs.starting_vector())
         return Record(

@@ -1,0 +1,143 @@
+"""Timing: when the next probe of a run takes place, by schedule, by what probes have cost, and by the loss."""
+
+import math
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Literal, final
+
+from curvature_callbacks.distributed import World
+from curvature_callbacks.schedules import LossSpike, Schedule
+
+Trigger = Literal["schedule", "spike"]
+
+_LEAST_SECONDS: Final = 1e-3  # what an eigensolver gets that begins at the deadline: its first look ends it
+
+
+@final
+class Timing:
+    """Decides on every process alike: clocks and losses are averaged over processes before they decide anything.
+
+    A budget stretches the interval. At a step that the schedule asks for, a probe takes place only if the share of wall time
+    that all probes have taken, this one counted as long as the last, is within it; else it is put off by as many steps as the
+    time missing takes at the pace of the run so far. Spikes of the loss have to keep to it too.
+
+    Args:
+        schedule: which steps to ask at.
+        max_overhead: largest share of the run's wall time for probes, with their logging; None for no limit.
+        spike: what a spike of the loss is; None to ignore the loss.
+        clock: seconds.
+
+    Cost: between the schedule's steps a comparison of integers; of `spike`, for every loss given, its value on the host and one
+    average over processes.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        *,
+        max_overhead: float | None = None,
+        spike: LossSpike | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._schedule = schedule
+        self._share = max_overhead
+        self._spike = spike
+        self._clock = clock
+        self.previous: int | None = None
+        self._put_off: int | None = None  # the step a probe has to wait for
+        self._probing = self._latest = 0.0  # seconds of all probes, and of the last one
+        self._earlier = self._before = 0.0  # seconds of training, and of probes, before this process started
+        self._start: float | None = None
+        self._first = 0  # step at which the clock started
+        self._losses: deque[float] = deque(maxlen=spike.window if spike else 1)
+        self._last_spike: int | None = None
+        self._spiked = False
+
+    def due(self, step: int, loss: Any, world: World) -> Trigger | None:
+        """Why to probe at `step`, or None.
+
+        Args:
+            step: optimizer steps completed.
+            loss: of training since the last call, anything `float` takes; None where it is not known.
+            world: the processes.
+        """
+        if self._start is None:
+            self._start, self._first = self._clock(), step
+        self._see(step, loss, world)
+        waited = self._put_off is not None and step >= self._put_off
+        trigger: Trigger | None = "schedule" if waited or self._schedule.due(step, self.previous) else None
+        if trigger is None and self._spiked and (self.previous is None or step > self.previous):
+            trigger = "spike"
+        if trigger is not None and not self._affordable(step, world):
+            trigger = None
+        if trigger is None:
+            self.previous = step
+        return trigger
+
+    def probed(self, step: int) -> None:
+        """A probe took place at `step`."""
+        self.previous, self._put_off, self._spiked = step, None, False
+
+    def spent(self, seconds: float) -> None:
+        """What it took, with its logging."""
+        self._probing += seconds
+        self._latest = seconds
+
+    def overhead(self, seconds: float) -> float:
+        """Share of wall time of all probes, with the `seconds` of one that is under way."""
+        probing = self._probing + seconds
+        return probing / (probing + max(self._training() - seconds, 0.0)) if probing > 0 else 0.0
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs."""
+        return {"previous": self.previous, "probing": self._probing, "latest": self._latest, "training": self._training()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`."""
+        self.previous = state["previous"]
+        self._probing, self._latest = state.get("probing", 0.0), state.get("latest", 0.0)
+        self._earlier, self._before = state.get("training", 0.0), self._probing
+
+    def _training(self) -> float:
+        """Seconds of wall time outside probes."""
+        here = 0.0 if self._start is None else self._clock() - self._start
+        return self._earlier + max(here - (self._probing - self._before), 0.0)
+
+    def _affordable(self, step: int, world: World) -> bool:
+        if self._share is None or self._probing == 0:
+            return True
+        needed = (self._probing + self._latest) * (1 - self._share) / self._share
+        missing = world.average(needed - self._training())
+        if missing <= 0:
+            return True
+        pace = world.average((self._training() - self._earlier) / max(step - self._first, 1))
+        self._put_off = step + max(1, math.ceil(missing / pace)) if pace > 0 else step + 1
+        return False
+
+    def _see(self, step: int, loss: Any, world: World) -> None:
+        if self._spike is None or loss is None:
+            return
+        value = world.average(float(loss))
+        calm = self._last_spike is None or step - self._last_spike >= self._spike.cooldown
+        if calm and self._is_spike(value):
+            self._spiked, self._last_spike = True, step
+        if math.isfinite(value):
+            self._losses.append(value)
+
+    def _is_spike(self, value: float) -> bool:
+        assert self._spike is not None
+        if not math.isfinite(value):
+            return True
+        if len(self._losses) < self._spike.window:
+            return False
+        return value > statistics.fmean(self._losses) + self._spike.num_std * statistics.pstdev(self._losses)
+
+
+def seconds_left(deadline: float | None, most: float | None = None) -> float | None:
+    """Time until the `deadline` of `time.perf_counter`, at most `most`; None where there is neither."""
+    if deadline is None:
+        return most
+    left = max(deadline - time.perf_counter(), _LEAST_SECONDS)
+    return left if most is None else min(left, most)
