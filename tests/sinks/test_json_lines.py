@@ -1,7 +1,10 @@
 """The file that holds everything survives a kill at any byte."""
 
+import errno
 import math
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,3 +83,89 @@ def test_bytes_that_are_no_text_are_skipped(tmp_path: Path) -> None:
 def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         read_records(tmp_path / "none.jsonl")
+
+
+def test_a_file_cut_at_any_byte_keeps_every_whole_record_before_and_after(tmp_path: Path) -> None:
+    sink = JSONLinesSink(tmp_path / "a.jsonl")
+    before = [Record(step=step, measurement="ü\u2028", scalars={"x": math.inf}) for step in range(3)]
+    after = [Record(step=9, measurement="after")]
+    sink.write(before)
+    content = sink.path.read_bytes()
+    ends = [i for i, byte in enumerate(content) if byte == ord("\n")]  # a record is whole without its line end
+    for size in range(len(content) + 1):
+        sink.path.write_bytes(content[:size])
+        whole = before[: sum(end <= size for end in ends)]
+        assert read_records(sink.path) == whole
+        sink.write(after)
+        sink.write(after)
+        assert read_records(sink.path) == whole + after + after
+
+
+def failing_write(monkeypatch: Any, *, room: int, error: int = errno.ENOSPC) -> None:
+    """A disk with room for so many bytes, which takes at most 20 at once."""
+    left, write = [room], os.write
+
+    def limited(descriptor: int, content: bytes) -> int:
+        if left[0] == 0:
+            raise OSError(error, os.strerror(error))
+        done = write(descriptor, content[: min(left[0], 20)])
+        left[0] -= done
+        return done
+
+    monkeypatch.setattr(os, "write", limited)
+
+
+@pytest.mark.parametrize("room", [0, 1, 20, 150, 260])
+def test_what_a_full_disk_has_no_room_for_is_taken_back(tmp_path: Path, monkeypatch: Any, room: int) -> None:
+    sink = JSONLinesSink(tmp_path / "a.jsonl")
+    first, lost, last = ([Record(step=step, measurement=name) for name in ("probe", "x")] for step in range(3))
+    sink.write(first)
+    content = sink.path.read_bytes()
+    with monkeypatch.context() as full:
+        failing_write(full, room=room)
+        with pytest.raises(OSError, match="No space left"):
+            sink.write(lost)
+    assert sink.path.read_bytes() == content
+    sink.write(last)
+    assert read_records(sink.path) == first + last
+
+
+def test_a_write_in_pieces_is_whole(tmp_path: Path, monkeypatch: Any) -> None:
+    sink, records = JSONLinesSink(tmp_path / "a.jsonl"), [Record(step=1, measurement="x" * 100)]
+    failing_write(monkeypatch, room=10_000)
+    sink.write(records)
+    assert read_records(sink.path) == records
+
+
+@pytest.mark.parametrize("room", [0, 30, 120])
+def test_what_cannot_be_taken_back_is_closed_by_the_next_write(tmp_path: Path, monkeypatch: Any, room: int) -> None:
+    sink = JSONLinesSink(tmp_path / "a.jsonl")
+    first, lost, last = ([Record(step=step, measurement="probe")] for step in range(3))
+    sink.write(first)
+
+    def broken(descriptor: int, size: int) -> None:
+        raise OSError(errno.EIO, "broken")
+
+    with monkeypatch.context() as full:
+        failing_write(full, room=room)
+        full.setattr(os, "ftruncate", broken)
+        with pytest.raises(OSError, match="No space left"):
+            sink.write(lost)
+    sink.write(last)
+    assert read_records(sink.path) == first + last
+
+
+def test_a_write_that_fails_leaves_what_another_run_appended(tmp_path: Path, monkeypatch: Any) -> None:
+    sink, other = (JSONLinesSink(tmp_path / "a.jsonl") for _ in range(2))
+    theirs = [Record(step=5, measurement="theirs")]
+    write = os.write
+
+    def interrupted(descriptor: int, content: bytes) -> int:
+        monkeypatch.setattr(os, "write", write)
+        other.write(theirs)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", interrupted)
+    with pytest.raises(OSError, match="No space left"):
+        sink.write([Record(step=1, measurement="mine")])
+    assert read_records(sink.path) == theirs
