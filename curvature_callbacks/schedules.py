@@ -3,11 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, final, runtime_checkable
+from typing import Any, Final, Protocol, final, runtime_checkable
 
 from curvature_callbacks.errors import ConfigurationError, check_positive
 
-_ROUNDING = 1e-9  # of a logarithm: a power of ten must count as reached
+_ROUNDING: Final = 1e-9  # of a logarithm: a power of ten must count as reached
 
 
 @runtime_checkable
@@ -57,9 +57,9 @@ class AtSteps:
     steps: Sequence[int]
 
     def __post_init__(self) -> None:
-        wrong = [step for step in self.steps if isinstance(step, bool) or not isinstance(step, int) or step < 0]
-        if wrong or not self.steps:
-            raise ConfigurationError(f"`steps` must list integers of at least 0, got {list(self.steps)!r}.")
+        listed: Any = self.steps if isinstance(self.steps, list | tuple) else ()
+        if not listed or any(isinstance(step, bool) or not isinstance(step, int) or step < 0 for step in listed):
+            raise ConfigurationError(f"`steps` must list integers of at least 0, got {self.steps!r}.")
 
     def due(self, step: int, previous: int | None) -> bool:
         """Whether a listed step lies in `(previous, step]`; at the first call, whether `step` is listed."""
@@ -93,7 +93,10 @@ class LogSpaced:
 
     def _reached(self, step: int) -> int:
         """How many of them are at most `step`."""
-        return math.floor(self.per_decade * math.log10(step / self.first) + _ROUNDING) + 1 if step >= self.first else 0
+        if step < self.first:
+            return 0
+        count = math.floor(self.per_decade * math.log10(step / self.first) + _ROUNDING)
+        return count + 1 if self.first * 10 ** (count / self.per_decade) <= step + _ROUNDING else count
 
 
 @final

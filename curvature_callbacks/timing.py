@@ -20,12 +20,13 @@ class Timing:
     """Decides on every process alike: clocks and losses are averaged over processes before they decide anything.
 
     A budget stretches the interval. At a step that the schedule asks for, a probe takes place only if the share of wall time
-    that all probes have taken, this one counted as long as the last, is within it; else it is put off by as many steps as the
-    time missing takes at the pace of the run so far. Spikes of the loss have to keep to it too.
+    that all probes have taken, and half of this one taken as long as the last, is within it (so that the share is met between
+    just before a probe and just after it); else it is put off by as many steps as the time missing takes at the pace of the run
+    so far. A spike of the loss does not wait; later probes make up for it.
 
     Args:
         schedule: which steps to ask at.
-        max_overhead: largest share of the run's wall time for probes, with their logging; None for no limit.
+        max_overhead: share of the run's wall time that probes, with their logging, may take; None for no limit.
         spike: what a spike of the loss is; None to ignore the loss.
         clock: seconds.
 
@@ -66,12 +67,7 @@ class Timing:
         if self._start is None:
             self._start, self._first = self._clock(), step
         self._see(step, loss, world)
-        waited = self._put_off is not None and step >= self._put_off
-        trigger: Trigger | None = "schedule" if waited or self._schedule.due(step, self.previous) else None
-        if trigger is None and self._spiked and (self.previous is None or step > self.previous):
-            trigger = "spike"
-        if trigger is not None and not self._affordable(step, world):
-            trigger = None
+        trigger = self._trigger(step, world)
         if trigger is None:
             self.previous = step
         return trigger
@@ -105,10 +101,16 @@ class Timing:
         here = 0.0 if self._start is None else self._clock() - self._start
         return self._earlier + max(here - (self._probing - self._before), 0.0)
 
+    def _trigger(self, step: int, world: World) -> Trigger | None:
+        waited = self._put_off is not None and step >= self._put_off
+        if (waited or self._schedule.due(step, self.previous)) and self._affordable(step, world):
+            return "schedule"
+        return "spike" if self._spiked and (self.previous is None or step > self.previous) else None
+
     def _affordable(self, step: int, world: World) -> bool:
         if self._share is None or self._probing == 0:
             return True
-        needed = (self._probing + self._latest) * (1 - self._share) / self._share
+        needed = (self._probing + self._latest / 2) * (1 - self._share) / self._share
         missing = world.average(needed - self._training())
         if missing <= 0:
             return True
