@@ -72,6 +72,10 @@ def load_whole(places: Sequence[Path], plain: Any) -> dict[str, Any] | None:
         if json.loads(json.dumps(found["plain"])) == json.loads(json.dumps(plain)):
             whole: dict[str, Any] = found["whole"]
             return whole
+    _logger.warning(
+        "%s is missing or of another checkpoint: the vectors of curvature measurements begin anew. Training is not affected.",
+        places[-1].name,
+    )
     return None
 
 
