@@ -95,3 +95,19 @@ def at_most(microbatches: Sequence[Any], rows: int) -> list[Any]:
         pieces = [torch.arange(start, min(start + rows, size)) for start in range(0, size, rows)]
         found += [batch] if size <= rows else [take_rows(batch, piece) for piece in pieces]
     return found
+
+
+def cut_sequences(batch: Any, longest: int) -> Any:
+    """A batch of token sequences with their first `longest` positions: axis 1 of everything as long as `input_ids`.
+
+    Raises:
+        ConfigurationError: it is no mapping with `input_ids`.
+    """
+    tokens = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if not isinstance(tokens, Tensor) or tokens.ndim < 2:
+        raise ConfigurationError(
+            "`max_sequence_length` cuts token sequences, and the batch is no mapping with `input_ids` (rows, positions): cut "
+            "in the collator of a `probe_dataloader` instead."
+        )
+    length = tokens.shape[1]
+    return map_tensors(batch, lambda value: value[:, :longest] if value.ndim > 1 and value.shape[1] == length else value)

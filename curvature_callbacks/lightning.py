@@ -1,19 +1,21 @@
 """The callback for Lightning."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from torch import tensor
 
 from curvature_callbacks._optional import is_available, require
+from curvature_callbacks.fingerprint import DESCRIPTION, warn_of_change
 from curvature_callbacks.measurements import Measurement
 from curvature_callbacks.model.blocks import BlockStructure
 from curvature_callbacks.model.losses import Loss
 from curvature_callbacks.model.objective import ParamsFilter
 from curvature_callbacks.monitor import CurvatureMonitor
-from curvature_callbacks.probes import CapturedProbes, Draw, Probes, probes_from_loader
+from curvature_callbacks.probes import CapturedProbes, Draw, Probes
 from curvature_callbacks.record import Record, headline, scalar_tags
+from curvature_callbacks.schedules import LossSpike, Schedule
 from curvature_callbacks.settings import Settings
 from curvature_callbacks.sinks import JSONLinesSink, MemorySink, Sink
 from curvature_callbacks.sinks.tensorboard import TensorBoardSink
@@ -56,6 +58,13 @@ class CurvatureCallback(Callback):
         params_filter: `(name, parameter) -> bool`, which trainable parameters to measure.
         block_structure: `layer`, `component`, `module`, `parameter`, `none`, `{block: [names]}` or a function: `group_blocks`.
         seed: with the step it determines every draw.
+        schedule: `AtSteps`, `LogSpaced` or one of your own, in place of `every_n_steps`.
+        max_overhead: share of the run's wall time that probes may take; where they would take more the interval is stretched.
+        max_seconds: of a probe, after which no measurement is begun and eigensolvers end at their next look.
+        spike: `LossSpike()` probes out of turn when the training loss leaves its range.
+        probe_dataset: map-style, what to measure on in place of the training data; collated like it.
+        probe_dataloader: a DataLoader with a dataset and a collator of its own to measure on.
+        max_sequence_length: cut token sequences of probes to so many positions.
 
     Attributes:
         history: every record so far.
@@ -77,6 +86,13 @@ class CurvatureCallback(Callback):
         params_filter: ParamsFilter | None = None,
         block_structure: BlockStructure = "layer",
         seed: int = 0,
+        schedule: Schedule | None = None,
+        max_overhead: float | None = None,
+        max_seconds: float | None = None,
+        spike: LossSpike | None = None,
+        probe_dataset: Any = None,
+        probe_dataloader: Any = None,
+        max_sequence_length: int | None = None,
     ) -> None:
         self._settings = Settings(
             every_n_steps=every_n_steps,
@@ -88,12 +104,20 @@ class CurvatureCallback(Callback):
             params_filter=params_filter,
             block_structure=block_structure,
             seed=seed,
+            schedule=schedule,
+            max_overhead=max_overhead,
+            max_seconds=max_seconds,
+            spike=spike,
+            probe_dataset=probe_dataset,
+            probe_dataloader=probe_dataloader,
+            max_sequence_length=max_sequence_length,
         )
         self._memory = MemorySink()
         self._monitor: CurvatureMonitor | None = None
         self._captured: CapturedProbes | None = None
         self._loaded: dict[str, Any] | None = None
         self._last_state: dict[str, Any] = {}
+        self._loss: Any = None  # of the batch before, where spikes are looked for
 
     @property
     def history(self) -> list[Record]:
@@ -104,10 +128,8 @@ class CurvatureCallback(Callback):
         """Build the monitor and check everything that can be checked without a batch."""
         self._captured = None
         loss = loss_of(pl_module, self._settings.loss_fn)
-        probes: Probes | None = probes_from_loader(
-            trainer.train_dataloader,
-            prepare=lambda batch: _as_the_loop_does(trainer, pl_module, batch),
-            **self._settings.probe_sizes(),
+        probes: Probes | None = self._settings.probes(
+            trainer.train_dataloader, prepare=lambda batch: _as_the_loop_does(trainer, pl_module, batch)
         )
         if probes is None:
             probes = self._captured = self._settings.captured_probes()
@@ -126,9 +148,18 @@ class CurvatureCallback(Callback):
             return
         if self._captured is not None:
             self._monitor.offer(batch)
-        records = self._monitor.step(trainer.global_step, logged_as=_logged_step(trainer))
+        records = self._monitor.step(trainer.global_step, self._loss, logged_as=_logged_step(trainer))
+        self._loss = None
         if records:
             _show(trainer, records)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the loss for the coming step."""
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if self._settings.spike is not None and loss is not None:
+            self._loss = loss.detach()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let go of the model and the captured batches."""
@@ -145,11 +176,21 @@ class CurvatureCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What the checkpoint keeps; after training what it kept last."""
-        return self._last_state if self._monitor is None else self._monitor.state_dict()
+        if self._monitor is None:
+            return self._last_state
+        return self._monitor.state_dict() | {DESCRIPTION: self._settings.description}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Used when training starts."""
         self._loaded = state_dict or None
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Say so where the checkpoint's state is of other arguments; Lightning hands a state to its own key only."""
+        states = checkpoint.get("callbacks", {})
+        if self.state_key not in states:
+            taken = {callback.state_key for callback in getattr(trainer, "callbacks")}  # noqa: B009 - set by a connector
+            own = [state for key, state in states.items() if key.startswith(type(self).__qualname__) and key not in taken]
+            warn_of_change(self._settings.description, own)
 
     def _release(self) -> None:
         self._last_state = self.state_dict()

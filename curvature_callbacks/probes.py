@@ -19,6 +19,7 @@ from curvature_callbacks.distributed import current_world
 from curvature_callbacks.errors import ConfigurationError
 
 Draw = Literal["fresh", "fixed"]
+Prepare = Callable[[Any], Any]
 
 _SEARCH_OBJECTS: Final = 5000  # objects looked at for generators of a dataset's or collator's own
 _LEAVES: Final = (torch.Tensor, str, bytes, int, float, type, ModuleType, type(None))
@@ -107,16 +108,18 @@ class CapturedProbes(Probes):
     Args:
         num_microbatches: microbatches a probe, at most.
         microbatch_size: rows of each, at most.
+        prepare: what is done to a batch before it is kept.
     """
 
-    def __init__(self, *, num_microbatches: int, microbatch_size: int) -> None:
+    def __init__(self, *, num_microbatches: int, microbatch_size: int, prepare: Prepare | None = None) -> None:
         self._recent: deque[Any] = deque(maxlen=num_microbatches)
         self._microbatch_size = microbatch_size
+        self._prepare = prepare or (lambda batch: batch)
 
     def offer(self, batch: Any) -> None:
         """Keep a copy of the first rows of a training batch. Cost: that copy."""
         rows = torch.arange(min(batch_size(batch), self._microbatch_size))
-        self._recent.append(detached_copy(take_rows(batch, rows)))
+        self._recent.append(detached_copy(self._prepare(take_rows(batch, rows))))
 
     def draw(self, seed: int) -> list[Any] | None:
         """Those kept, oldest first; None before the first batch."""
@@ -134,9 +137,27 @@ def probes_from_loader(
         return None
     if isinstance(loader, DataLoader) and loader.batch_size is None and loader.batch_sampler is None:
         return None
+    return dataset_probes(dataset, collate, num_microbatches=num_microbatches, microbatch_size=microbatch_size, prepare=prepare)
+
+
+def dataset_probes(dataset: Any, collate: Callable[[list[Any]], Any], **options: Any) -> DatasetProbes:
+    """Probes on a map-style dataset.
+
+    Args:
+        dataset: it.
+        collate: list of rows to a batch.
+        options: of `DatasetProbes`.
+
+    Raises:
+        ConfigurationError: it cannot be indexed, or has no rows.
+    """
+    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")) or isinstance(dataset, IterableDataset):
+        raise ConfigurationError(
+            f"`probe_dataset` must have `__getitem__` and `__len__`, so that rows can be drawn, got {type(dataset).__name__}."
+        )
     if len(dataset) == 0:
-        raise ConfigurationError("the training dataset is empty: there is nothing to draw a probe from.")
-    return DatasetProbes(dataset, collate, num_microbatches=num_microbatches, microbatch_size=microbatch_size, prepare=prepare)
+        raise ConfigurationError("the dataset is empty: there is nothing to draw a probe from.")
+    return DatasetProbes(dataset, collate, **options)
 
 
 def as_probes(probes: Any, *, num_microbatches: int, microbatch_size: int) -> Probes:

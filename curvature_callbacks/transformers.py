@@ -1,7 +1,6 @@
 """The callback for the Hugging Face Trainer."""
 
 import logging
-import sys
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -10,13 +9,15 @@ from torch.optim import Optimizer
 
 from curvature_callbacks._optional import require
 from curvature_callbacks.errors import ConfigurationError
+from curvature_callbacks.fingerprint import DESCRIPTION, warn_of_change
 from curvature_callbacks.measurements import Measurement
 from curvature_callbacks.model.blocks import BlockStructure
 from curvature_callbacks.model.losses import Loss
 from curvature_callbacks.model.objective import ParamsFilter
 from curvature_callbacks.monitor import CurvatureMonitor
-from curvature_callbacks.probes import Draw, Probes, probes_from_loader, stable_seed
+from curvature_callbacks.probes import Draw, Probes, stable_seed
 from curvature_callbacks.record import Record
+from curvature_callbacks.schedules import LossSpike, Schedule
 from curvature_callbacks.settings import Settings
 from curvature_callbacks.sinks import JSONLinesSink, MemorySink, Sink
 from curvature_callbacks.states import load_whole, save_whole
@@ -26,8 +27,11 @@ require("transformers", extra="transformers")
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments  # noqa: E402
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR  # noqa: E402
 
+from curvature_callbacks.trainer_frames import calling_trainer, resumed_from  # noqa: E402
 from curvature_callbacks.trainer_loss import ComputeLossWatch, departures, loss_of  # noqa: E402
 from curvature_callbacks.trainer_sinks import TrainerLog, TrainerTensorBoard  # noqa: E402
+
+_STATES = "curvature_callbacks: "  # what our keys among the Trainer's callback states begin with
 
 _logger = logging.getLogger("curvature_callbacks")
 
@@ -64,6 +68,13 @@ class CurvatureCallback(TrainerCallback):
         params_filter: `(name, parameter) -> bool`, which trainable parameters to measure.
         block_structure: `layer`, `component`, `module`, `parameter`, `none`, `{block: [names]}` or a function: `group_blocks`.
         seed: with the step it determines every draw.
+        schedule: `AtSteps`, `LogSpaced` or one of your own, in place of `every_n_steps`.
+        max_overhead: share of the run's wall time that probes may take; where they would take more the interval is stretched.
+        max_seconds: of a probe, after which no measurement is begun and eigensolvers end at their next look.
+        spike: `LossSpike()` probes out of turn when the training loss leaves its range.
+        probe_dataset: map-style, what to measure on in place of the training data; collated like it.
+        probe_dataloader: a DataLoader with a dataset and a collator of its own to measure on.
+        max_sequence_length: cut token sequences of probes to so many positions.
 
     Attributes:
         history: every record so far.
@@ -85,6 +96,13 @@ class CurvatureCallback(TrainerCallback):
         params_filter: ParamsFilter | None = None,
         block_structure: BlockStructure = "layer",
         seed: int = 0,
+        schedule: Schedule | None = None,
+        max_overhead: float | None = None,
+        max_seconds: float | None = None,
+        spike: LossSpike | None = None,
+        probe_dataset: Any = None,
+        probe_dataloader: Any = None,
+        max_sequence_length: int | None = None,
     ) -> None:
         self._settings = Settings(
             every_n_steps=every_n_steps,
@@ -96,6 +114,13 @@ class CurvatureCallback(TrainerCallback):
             params_filter=params_filter,
             block_structure=block_structure,
             seed=seed,
+            schedule=schedule,
+            max_overhead=max_overhead,
+            max_seconds=max_seconds,
+            spike=spike,
+            probe_dataset=probe_dataset,
+            probe_dataloader=probe_dataloader,
+            max_sequence_length=max_sequence_length,
         )
         self._follows_trainer = loss_fn == "trainer"
         self._memory = MemorySink()
@@ -103,6 +128,7 @@ class CurvatureCallback(TrainerCallback):
         self._trainer: Trainer | None = None
         self._monitor: CurvatureMonitor | None = None
         self._watch: Any = None
+        self._logged_loss: float | None = None
 
     @property
     def history(self) -> list[Record]:
@@ -127,7 +153,7 @@ class CurvatureCallback(TrainerCallback):
         """Build the monitor, check everything, measure step 0."""
         assert model is not None
         self._stop_watching()  # left by a run that ended with an exception, of which callbacks are told nothing
-        self._trainer = self._attached or _calling_trainer(self)
+        self._trainer = self._attached or calling_trainer(self)
         loss = self._loss(args)
         probes = self._probes(args, model, train_dataloader)
         sinks: list[Sink] = [
@@ -145,11 +171,23 @@ class CurvatureCallback(TrainerCallback):
         """Probe if due: gradients are freed, the parameters are those after `global_step` steps."""
         self._step(state)
 
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Keep the training loss, which the Trainer tells every `logging_steps`, for the coming step."""
+        self._logged_loss = (logs or {}).get("loss", self._logged_loss)
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put the vectors that eigensolvers start from beside the Trainer's state, which is JSON."""
         path = self._tensor_file(args, state)
         if self._monitor is not None and state.is_world_process_zero and path.parent.is_dir():
-            save_whole(path, whole=self._monitor.state_dict(), plain=self._monitor.state_dict(tensors=False))
+            saved: Any = state.stateful_callbacks  # what the Trainer has just written: clocks have gone on since
+            save_whole(path, whole=self._monitor.state_dict(), plain=saved[self._state_key])
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Let go of the model, the captured batches and the Trainer, which would be freed late in a cycle with its callback."""
@@ -165,23 +203,35 @@ class CurvatureCallback(TrainerCallback):
 
     @property
     def _state_key(self) -> str:
-        return f"curvature_callbacks: {self._settings.key}"
+        return f"{_STATES}{self._settings.key}{' trainer' if self._follows_trainer else ''}"
+
+    @property
+    def _description(self) -> dict[str, str]:
+        return self._settings.description | ({"loss_fn": "trainer"} if self._follows_trainer else {})
 
     def _step(self, state: TrainerState) -> None:
         if self._monitor is None:
             return
-        self._monitor.step(state.global_step)
+        self._monitor.step(state.global_step, self._logged_loss)
+        self._logged_loss = None
         saved: Any = state.stateful_callbacks
-        saved[self._state_key] = self._monitor.state_dict(tensors=False)  # this checkpoint is JSON
+        plain = self._monitor.state_dict(tensors=False)  # this checkpoint is JSON
+        saved[self._state_key] = plain | {DESCRIPTION: self._description}
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         """From the file beside the Trainer's own state, or without its tensors from that."""
         assert self._monitor is not None
         saved: Any = state.stateful_callbacks
-        if state.global_step == 0 or self._state_key not in saved:
+        if state.global_step == 0:
+            return
+        if self._state_key not in saved:
+            callbacks = self._trainer.callback_handler.callbacks if self._trainer is not None else []
+            taken = {getattr(callback, "_state_key", None) for callback in callbacks}
+            others = [value for key, value in saved.items() if key.startswith(_STATES) and key not in taken]
+            warn_of_change(self._description, others)
             return
         plain, own = saved[self._state_key], self._tensor_file(args, state)
-        folders = [_resumed_from(self._trainer), args.resume_from_checkpoint]
+        folders = [resumed_from(self._trainer), args.resume_from_checkpoint]
         places = [*(Path(folder) / own.name for folder in folders if isinstance(folder, str)), own]
         self._monitor.load_state_dict(load_whole(places, plain) or plain)
 
@@ -203,7 +253,7 @@ class CurvatureCallback(TrainerCallback):
         return self._settings.loss_fn
 
     def _probes(self, args: TrainingArguments, model: nn.Module, loader: Any) -> Probes:
-        probes = probes_from_loader(loader, **self._settings.probe_sizes())
+        probes = self._settings.probes(loader)
         if probes is not None:
             return probes
         if departures(args, self._trainer) and self._trainer is not None:
@@ -230,28 +280,3 @@ class CurvatureCallback(TrainerCallback):
         if self._watch is not None:
             self._watch.remove()
             self._watch = None
-
-
-def _resumed_from(trainer: Trainer | None) -> str | None:
-    """The folder that `trainer.train` was told to go on from, which no callback is given."""
-    frame = sys._getframe()
-    while frame.f_back is not None:
-        frame = frame.f_back
-        folder = frame.f_locals.get("resume_from_checkpoint")
-        if isinstance(folder, str) and frame.f_locals.get("self") is trainer:
-            return folder
-    return None
-
-
-def _calling_trainer(callback: TrainerCallback) -> Trainer | None:
-    """The Trainer among the calling frames that holds `callback`: callbacks are never given it."""
-    frame = sys._getframe()
-    while frame.f_back is not None:
-        frame = frame.f_back
-        candidate = frame.f_locals.get("self")
-        if isinstance(candidate, Trainer) and callback in candidate.callback_handler.callbacks:
-            return candidate
-    _logger.warning(
-        "the Trainer was not found: curvature goes to `log_history` and curvature.jsonl only. Call `callback.attach(trainer)`."
-    )
-    return None

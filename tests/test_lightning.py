@@ -664,9 +664,9 @@ def test_an_exception_in_a_measurement_changes_nothing(error: Exception, tmp_pat
     assert [record.step for record in failed] == [0, 2, 4]
     assert all(not record.scalars for record in failed)
     assert_probed([record for record in probed.records if not record.failed], range(0, 7, 2), {"checksum"})
-    assert len(reports(caplog)) == 1
-    assert "raising" in reports(caplog)[0]
-    assert str(error) in reports(caplog)[0]
+    said = reports(caplog)
+    assert len(said) == 1 + isinstance(error, torch.OutOfMemoryError)  # that smaller microbatches are tried
+    assert all("raising" in text and str(error) in text for text in said)
 
 
 def test_a_refusal_switches_the_measurement_off_at_once(tmp_path: Path, caplog: Any) -> None:

@@ -106,7 +106,7 @@ def in_a_plain_loop(tmp_path: Path, **changes: Any) -> list[Record]:
 
 
 LOOPS = {"lightning": in_lightning, "transformers": in_transformers, "plain loop": in_a_plain_loop}
-TIMES = ("probe_seconds", "gradient_equivalents", "sink_seconds")
+TIMES = ("probe_seconds", "gradient_equivalents", "sink_seconds", "overhead")
 
 
 def content(records: Sequence[Record]) -> list[tuple[Any, ...]]:

@@ -208,7 +208,7 @@ def test_what_cannot_be_indexed_is_recognised(source: Any) -> None:
 
 def test_an_empty_dataset_is_refused() -> None:
     empty = TensorDataset(torch.zeros(0, 2))
-    with pytest.raises(ConfigurationError, match="the training dataset is empty"):
+    with pytest.raises(ConfigurationError, match="the dataset is empty"):
         probes_from_loader(DataLoader(empty, batch_size=2), **SIZES)
 
 

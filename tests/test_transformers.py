@@ -305,8 +305,9 @@ def test_an_exception_in_a_measurement_changes_nothing(error: Exception, tmp_pat
     failed = [record for record in probed.records if record.measurement == "raising"]
     assert [(record.step, record.error) for record in failed] == [(s, f"{type(error).__name__}: {error}") for s in (0, 2, 4)]
     assert_probed([record for record in probed.records if not record.failed], range(0, 9, 2), {"checksum"})
-    assert len(reports(caplog)) == 1
-    assert str(error) in reports(caplog)[0]
+    said = reports(caplog)
+    assert len(said) == 1 + isinstance(error, torch.OutOfMemoryError)  # that smaller microbatches are tried
+    assert all(str(error) in text for text in said)
 
 
 def test_a_keyboard_interrupt_stops_training_and_restores_the_model(tmp_path: Path) -> None:
