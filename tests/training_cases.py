@@ -19,7 +19,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassPrecision, MulticlassRecall
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
-from curvature_callbacks import FisherSpectrum, KFACCoverage, Measurement, Problem, Record, TopEigenpairs
+from curvature_callbacks import FisherSpectrum, KFACCoverage, KFACQuality, Measurement, Problem, Record, TopEigenpairs
 
 # Both frameworks say things about tiny CPU runs that are true and beside the point.
 LIGHTNING_WARNINGS = [
@@ -37,6 +37,12 @@ ROWS = 24
 def cheap() -> list[Measurement]:
     """The default measurements, small."""
     return [FisherSpectrum(), TopEigenpairs(k=2, max_matvecs=4), KFACCoverage()]
+
+
+def wide() -> list[Measurement]:
+    """More of the measurements, those of the likelihood among them."""
+    eigenpairs = [TopEigenpairs(k=2, max_matvecs=8), TopEigenpairs(operator="ggn", k=2, max_matvecs=8)]
+    return [FisherSpectrum(), *eigenpairs, KFACQuality(), KFACCoverage()]
 
 
 def options(**changes: Any) -> dict[str, Any]:

@@ -43,6 +43,12 @@ class Measurement(Protocol):
         ...
 
 
+# For LightningCLI: jsonargparse takes a class for a protocol only where what it annotates is the same, or where the protocol
+# annotates nothing; a measurement may say more than the protocol (`list[Record]`, the type of its state), or nothing.
+for _method in (Measurement.init, Measurement.measure):
+    _method.__annotations__ = {}
+
+
 @runtime_checkable
 class OfFisher(Protocol):
     """A measurement of a type of Fisher; where the run's loss does not have it, the run stops before step 1."""

@@ -10,7 +10,8 @@ import pytest
 
 from curvature_callbacks import ConfigurationError, probes
 from curvature_callbacks.model import isolation
-from tests.configurations.transformers_cases import CASES, check, wide
+from tests.configurations.transformers_cases import CASES, check
+from tests.training_cases import wide
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -31,7 +31,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from curvature_callbacks import FisherSpectrum, KFACCoverage, KFACQuality, Measurement, TopEigenpairs
+from curvature_callbacks import Measurement
 from curvature_callbacks.transformers import CurvatureCallback
 from tests.training_cases import (
     VOCABULARY,
@@ -49,12 +49,6 @@ from tests.training_cases import (
     training_arguments,
     training_rows,
 )
-
-
-def wide() -> list[Measurement]:
-    """More of the measurements, those of the likelihood among them."""
-    eigenpairs = [TopEigenpairs(k=2, max_matvecs=8), TopEigenpairs(operator="ggn", k=2, max_matvecs=8)]
-    return [FisherSpectrum(), *eigenpairs, KFACQuality(), KFACCoverage()]
 
 
 @dataclass(frozen=True)
