@@ -42,7 +42,7 @@ def in_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_there_is_a_snippet_for_every_way_in() -> None:
-    assert len(SNIPPETS) == README.count("```python") == 6
+    assert len(SNIPPETS) == README.count("```python") == 7
     assert {_framework(snippet) for snippet in SNIPPETS} == {"torch", "lightning", "transformers"}
 
 
