@@ -1,13 +1,15 @@
 """Probes whose memory or time runs out: the same rows in smaller microbatches, and what is left for the next probe."""
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 
-from curvature_callbacks import Record
+from curvature_callbacks import EveryNSteps, LossSpike, Record
 from curvature_callbacks.batches import batch_size
+from curvature_callbacks.timing import Timing
 from tests.test_monitor import batch, monitor
 from tests.training_cases import reports
 
@@ -15,6 +17,8 @@ MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
 ]
+
+TRIES: list[int] = []  # largest microbatch of each
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Fitting:
 
     def measure(self, problem: Any, state: None) -> Any:
         sizes = list(map(batch_size, problem.microbatches))
+        TRIES.append(max(sizes))
         if max(sizes) > self.most:
             raise self.error
         norm = float(sum(value.square().sum() for value in problem.gradients.values()))
@@ -53,7 +58,9 @@ def test_memory_that_runs_out_is_met_with_smaller_microbatches_of_the_same_rows(
     assert found.scalars["most"] == 3
     assert found.scalars["norm"] == pytest.approx(expected.scalars["norm"], rel=1e-5)
     assert of(watching.history, "probe").scalars["microbatch_size"] == 3
+    TRIES.clear()
     again = of(watching.step(1), "probe")
+    assert TRIES == [3]
     assert again.scalars["microbatch_size"] == 3
     assert again.scalars["failed"] == 0
     assert len(reports(caplog)) == 1
@@ -100,3 +107,11 @@ def test_what_there_is_no_time_for_comes_first_at_the_next_probe() -> None:
 def test_nothing_is_left_out_in_time_enough() -> None:
     records = monitor(measure=[Named("a"), Named("b")], max_seconds=1000).step(0)
     assert of(records, "probe").scalars["skipped"] == 0
+
+
+def test_a_probe_that_waits_and_the_losses_looked_back_at_go_on_after_a_checkpoint() -> None:
+    first, second = (Timing(EveryNSteps(n=5), spike=LossSpike(window=3)) for _ in range(2))
+    first._put_off, first._last_spike = 7, 4
+    first._losses.extend([1.0, 2.0])
+    second.load(json.loads(json.dumps(first.state())))
+    assert (second._put_off, second._last_spike, list(second._losses)) == (7, 4, [1.0, 2.0])
