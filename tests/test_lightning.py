@@ -1,9 +1,8 @@
-"""The Lightning callback: training unchanged bit for bit, values at the right step, in every logger, errors before step 1."""
+"""The Lightning callback: values at the right step, in every logger, errors before step 1. See also `tests.configurations`."""
 
 import copy
 import logging
 import math
-from collections import defaultdict, deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,12 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional as F
-from torch.utils.data import IterableDataset, Subset
-from torchmetrics.classification import MulticlassAccuracy
+from torch.utils.data import IterableDataset
 
 from curvature_callbacks import ConfigurationError, FisherSpectrum, RefusedError, TopEigenpairs, read_records
 from curvature_callbacks.lightning import CurvatureCallback
 from curvature_callbacks.model import isolation
+from tests.configurations.lightning_cases import ValidatedNet
 from tests.training_cases import (
     LIGHTNING_WARNINGS,
     AugmentedRows,
@@ -28,7 +27,6 @@ from tests.training_cases import (
     FrozenNet,
     ListLogger,
     ManualNet,
-    MeteredNet,
     Net,
     Raising,
     Rows,
@@ -63,195 +61,7 @@ class CountingNet(Net):
         self.num_updates += 1
 
 
-# ------------------------------------------------------------------------------------------------------------ invariance
-
-CASES: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "accumulation": {"accumulate_grad_batches": 3},
-    "bf16-mixed": {"precision": "bf16-mixed"},
-    "bf16-true": {"precision": "bf16-true"},
-    "64-true": {"precision": "64-true"},
-    "clipping": {"gradient_clip_val": 0.1},
-    "augmentation": {"data": lambda: loader(AugmentedRows())},
-    "metrics": {"net": MeteredNet, "max_steps": 13},
-    "frozen submodule": {"net": FrozenNet},
-    "manual optimization": {"net": ManualNet, "max_steps": 14},
-    "stream": {"data": lambda: loader(Stream(AugmentedRows()), shuffle=False)},
-    "several loaders": {"data": lambda: {"a": loader(), "b": loader(batch_size=8)}},
-}
-STEPS = {"metrics": range(0, 13, 2), "manual optimization": range(7)}
-
-
-class TransferringNet(Net):
-    """Batches become usable, and noisy, in the hooks of the transfer."""
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return {"x": batch[0], "y": batch[1]}
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return batch | {"x": batch["x"] + 0.1 * torch.rand(6)}
-
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        return super().training_step((batch["x"], batch["y"]), batch_idx)
-
-
-CASES["transfer hooks"] = {"net": TransferringNet}
-
-
-class TwoLoadersNet(Net):
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        return super().training_step(batch["a"], batch_idx)
-
-
-CASES["several loaders"]["net"] = TwoLoadersNet
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_training_is_bit_identical(name: str, tmp_path: Path) -> None:
-    loss_fn = pair_loss if name == "manual optimization" else None
-    plain = lightning_run(tmp_path, **CASES[name])
-    probed = lightning_run(tmp_path, callback(loss_fn=loss_fn), **CASES[name])
-    assert_probed(probed.records, STEPS.get(name, range(0, 7, 2)))
-    assert_same_training(plain, probed)
-
-
-def test_persistent_workers_deliver_the_same_data(tmp_path: Path) -> None:
-    case = {"data": lambda: loader(AugmentedRows(), num_workers=1, persistent_workers=True), "max_steps": 8}
-    plain = lightning_run(tmp_path, **case)
-    probed = lightning_run(tmp_path, callback(), **case)
-    assert_probed(probed.records, range(0, 8, 2))
-    assert_same_training(plain, probed)
-
-
-class Noise:
-    """A transform with a generator of its own."""
-
-    def __init__(self) -> None:
-        self.generator = torch.Generator().manual_seed(2)
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return x + 0.1 * torch.rand(6, generator=self.generator)
-
-
-class Compose:
-    """As torchvision's: a list of transforms."""
-
-    def __init__(self, transforms: list[Any]) -> None:
-        self.transforms = transforms
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        for transform in self.transforms:
-            x = transform(x)
-        return x
-
-
-class TransformedRows(Rows):
-    def __init__(self) -> None:
-        super().__init__()
-        self.transform = Compose([Noise()])
-
-    def __getitem__(self, index: int) -> Any:
-        return self.transform(self.x[index]), self.y[index]
-
-
-@pytest.mark.parametrize("wrap", [lambda rows: rows, lambda rows: Subset(rows, range(20))], ids=["whole", "random_split"])
-def test_a_generator_inside_a_composed_transform_is_put_back(wrap: Callable[[Any], Any], tmp_path: Path) -> None:
-    case = {"data": lambda: loader(wrap(TransformedRows()))}
-    plain, probed = lightning_run(tmp_path, **case), lightning_run(tmp_path, callback(), **case)
-    assert_probed(probed.records, range(0, 7, 2))
-    assert_same_training(plain, probed)
-
-
-class CollectingNet(Net):
-    """Keeps the outputs of an epoch in a list, as Lightning's migration guide says."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.outputs: list[torch.Tensor] = []
-
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        self.outputs.append(loss := super().training_step(batch, batch_idx))
-        return loss
-
-    def on_train_epoch_end(self) -> None:
-        self.log("epoch_mean", torch.stack(self.outputs).mean())
-        self.outputs.clear()
-
-
-class RememberingNet(Net):
-    """Remembers losses wherever a module can: nested, in a submodule, in a tensor that changes in place."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.by_name: dict[str, list[torch.Tensor]] = defaultdict(list)
-        self.layers.seen = deque(maxlen=100)
-        self.running = torch.zeros(())
-
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        loss = super().training_step(batch, batch_idx)
-        self.by_name["loss"].append(loss.detach())
-        self.layers.seen.append(loss.detach())
-        self.running += loss.detach()
-        return loss
-
-    def on_train_epoch_end(self) -> None:
-        lists = {"nested": self.by_name["loss"], "in_submodule": list(self.layers.seen)}
-        self.log_dict({name: torch.stack(losses).mean() for name, losses in lists.items()} | {"running": self.running})
-
-
-class DirectlyLoggingNet(Net):
-    """Writes to the logger itself rather than through `self.log`."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        loss = super().training_step(batch, batch_idx)
-        self.logger.log_metrics({"direct": loss.item()}, step=self.global_step)
-        return loss
-
-
-class UnregisteredMetricNet(Net):
-    """A metric `modules()` does not know."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.metrics = {"accuracy": MulticlassAccuracy(3)}
-
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        self.metrics["accuracy"].update(self(batch[0]), batch[1])
-        return super().training_step(batch, batch_idx)
-
-    def on_train_epoch_end(self) -> None:
-        self.log("accuracy", self.metrics["accuracy"].compute())
-        self.metrics["accuracy"].reset()
-
-
-@pytest.mark.parametrize("net", [CollectingNet, RememberingNet, DirectlyLoggingNet, UnregisteredMetricNet])
-def test_side_effects_of_training_step_leave_no_trace(net: type[Net], tmp_path: Path) -> None:
-    plain = lightning_run(tmp_path, net=net, max_steps=13)
-    probed = lightning_run(tmp_path, callback(), net=net, max_steps=13)
-    assert_same_training(plain, probed)
-
-
-class CompiledNet(Net):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers.compile(backend="eager")
-
-
-def test_compiled_submodules_train_the_same(tmp_path: Path) -> None:
-    plain, probed = lightning_run(tmp_path, net=CompiledNet), lightning_run(tmp_path, callback(), net=CompiledNet)
-    assert_probed(probed.records, range(0, 7, 2))
-    assert_same_training(plain, probed)
-
-
-def test_curvature_loss_of_the_module_is_used(tmp_path: Path) -> None:
-    class WithLoss(ManualNet):
-        def curvature_loss(self, batch: Any) -> torch.Tensor:
-            return pair_loss(self, batch)
-
-    plain = lightning_run(tmp_path, net=WithLoss, max_steps=6)
-    probed = lightning_run(tmp_path, callback(), net=WithLoss, max_steps=6)
-    assert_probed(probed.records, range(3))
-    assert_same_training(plain, probed)
+# ------------------------------------------------------------------------------------------------------------------ data
 
 
 @pytest.mark.parametrize("bound_to", ["module", "datamodule"])
@@ -436,11 +246,6 @@ def test_validating_without_training(tmp_path: Path) -> None:
     lightning_trainer(tmp_path, [probing]).validate(ValidatedNet(), loader(shuffle=False), verbose=False)
     assert probing.history == []
     assert not list(tmp_path.iterdir())
-
-
-class ValidatedNet(Net):
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
 
 
 def test_model_checkpoint_can_monitor_the_sharpness_long_after_a_probe(tmp_path: Path) -> None:

@@ -28,11 +28,13 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 from torchmetrics.classification import MulticlassAccuracy
 
-from curvature_callbacks import Measurement, Record
+import curvature_callbacks
+from curvature_callbacks import AtSteps, LogSpaced, LossSpike, Measurement, Record
 from curvature_callbacks.lightning import CurvatureCallback
 from tests.training_cases import (
     ROWS,
     AugmentedRows,
+    Checksum,
     FrozenNet,
     ListLogger,
     ManualNet,
@@ -391,6 +393,13 @@ class ValidatedNet(Net):
         self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
 
 
+class SpikingNet(Net):
+    """Of one batch the loss is out of all proportion."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * (1000 if self.global_step == 3 else 1)
+
+
 class TunedNet(Net):
     """What the finders change, as attributes."""
 
@@ -463,13 +472,12 @@ def by_the_module(session: Session) -> pl.Trainer:
     return trainer
 
 
-def by_command_line(session: Session) -> pl.Trainer:
+def by_command_line(session: Session, **more: Any) -> pl.Trainer:
     """`LightningCLI` with a file that says everything."""
     callbacks = []
     if session.measure is not None:
-        given = options(
-            measure=[in_yaml(one) for one in session.measure], block_structure="module", seed=3, **session.case.callback
-        )
+        measure = [*session.measure, *more.pop("measure", [])]
+        given = options(**session.case.callback, **more) | {"measure": [in_yaml(one) for one in measure]}
         callbacks = [{"class_path": "curvature_callbacks.lightning.CurvatureCallback", "init_args": given}]
     quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = quiet | {"accelerator": "cpu", "devices": 1, "max_steps": 7, "log_every_n_steps": 1, "callbacks": callbacks}
@@ -486,15 +494,16 @@ def by_command_line(session: Session) -> pl.Trainer:
     return cli.trainer
 
 
-def in_yaml(measurement: Any) -> dict[str, Any]:
-    """What a user would write for it."""
-    kind = type(measurement)
-    given = {
-        one.name: getattr(measurement, one.name)
-        for one in dataclasses.fields(kind)
-        if one.init and getattr(measurement, one.name) != one.default
-    }
-    return {"class_path": f"curvature_callbacks.{kind.__name__}"} | ({"init_args": given} if given else {})
+def in_yaml(value: Any) -> dict[str, Any]:
+    """What a user would write for a measurement or a schedule."""
+    kind = type(value)
+    fields = [one for one in dataclasses.fields(kind) if one.init and getattr(value, one.name) != one.default]
+    home = "curvature_callbacks" if hasattr(curvature_callbacks, kind.__name__) else kind.__module__
+    return {"class_path": f"{home}.{kind.__name__}", "init_args": {one.name: getattr(value, one.name) for one in fields}}
+
+
+def own_is_measured(session: Session, run: Run) -> None:
+    assert_probed(run.records, session.case.steps, {"checksum"})
 
 
 def scaled() -> dict[str, Any]:
@@ -662,8 +671,46 @@ CASES: dict[str, Case] = {
         verified=size_is_found,
     ),
     "command line": Case(
-        "`LightningCLI` with callback and measurements in YAML", fit=by_command_line, tolerated=IN_JSONARGPARSE
+        "`LightningCLI` with callback and measurements in YAML",
+        fit=partial(by_command_line, block_structure={"first": ["layers.0"]}, seed=3),
+        tolerated=IN_JSONARGPARSE,
     ),
+    "command line, more": Case(
+        "`LightningCLI` with a schedule, other data, limits and a measurement of one's own in YAML",
+        fit=partial(
+            by_command_line,
+            every_n_steps=200,
+            measure=[Checksum()],
+            schedule=in_yaml(AtSteps(steps=[0, 3, 5])),
+            spike=in_yaml(LossSpike(num_std=40.0)),
+            probe_dataset={"class_path": "tests.training_cases.AugmentedRows"},
+            max_seconds=100.0,
+            draw="fixed",
+        ),
+        steps=(0, 3, 5),
+        verified=own_is_measured,
+        tolerated=IN_JSONARGPARSE,
+    ),
+    "schedule": Case(
+        "a schedule", callback={"every_n_steps": 200, "schedule": LogSpaced(per_decade=4, first=2)}, steps=(0, 2, 4)
+    ),
+    "spike": Case(
+        "a probe when the loss leaves its range",
+        net=SpikingNet,
+        callback={"every_n_steps": 200, "spike": LossSpike(num_std=20.0, window=2)},
+        steps=(0, 4),
+    ),
+    "probe dataset": Case(
+        "other data to measure on, with generators of its own",
+        data=lambda: loader(AugmentedRows()),
+        callback={"probe_dataset": AugmentedRows()},
+    ),
+    "probe dataloader": Case(
+        "a loader of other data to measure on",
+        data=lambda: loader(Stream(AugmentedRows()), shuffle=False),
+        callback={"probe_dataloader": loader(AugmentedRows())},
+    ),
+    "limits": Case("a share of wall time and seconds of a probe", callback={"max_overhead": 0.99, "max_seconds": 100.0}),
     "twice": Case("`fit` called again to go on", fit=on_after_an_epoch, steps=range(0, 12, 2)),
     "another trainer": Case(
         "another Trainer for the same module, with the same callback", fit=by_another_trainer, steps=(0, 2, 4, 6, 0, 2, 4, 6)

@@ -2,11 +2,15 @@
 
 import gc
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import curvature_callbacks.lightning
+from curvature_callbacks import ConfigurationError, probes, training_step
+from curvature_callbacks.model import isolation
 from tests.configurations.lightning_cases import CASES, check
 from tests.training_cases import LIGHTNING_WARNINGS, wide
 
@@ -25,7 +29,17 @@ def _imported_modules_are_no_garbage() -> Iterator[None]:
 # Of the loop around the model alone: what is measured at a step should make no difference to them.
 AROUND = {"clipping", "clipping by value", "one cycle", "workers", "weight averaging", "limit_train_batches", "validation"}
 AROUND |= {"checkpoints", "lr_find", "learning rate finder", "batch size finder", "twice", "another trainer", "resumed"}
-AROUND |= {"resumed within an epoch", "augmentation", "transform", "transform of a subset", "collecting", "remembering"}
+AROUND |= {
+    "resumed within an epoch",
+    "schedule",
+    "spike",
+    "limits",
+    "augmentation",
+    "transform",
+    "transform of a subset",
+    "collecting",
+    "remembering",
+}
 LIKELY = [name for name, case in CASES.items() if case.has_likelihood]
 
 
@@ -41,3 +55,31 @@ def test_training_is_bit_identical(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", marked(LIKELY, slow=AROUND))
 def test_training_is_bit_identical_whatever_is_measured(name: str, tmp_path: Path) -> None:
     check(CASES[name], tmp_path, wide(), loss_fn="cross_entropy")
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "protection"),
+    [
+        ("plain", isolation, "_training_flags"),
+        ("frozen at every epoch", isolation, "_training_flags"),
+        ("augmentation", isolation, "_generators"),
+        ("plain", training_step, "_muted"),
+        ("logging directly", training_step, "_muted"),
+        ("metrics", training_step, "_attributes_set_aside"),
+        ("unregistered metric", training_step, "_attributes_set_aside"),
+        ("collecting", training_step, "_attributes_set_aside"),
+        ("remembering", training_step, "_attributes_set_aside"),
+        ("transform", probes, "undisturbed"),
+    ],
+)
+def test_each_protection_is_needed(name: str, module: Any, protection: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """Without it training differs, a measurement fails or is refused: the comparison above can fail."""
+    monkeypatch.setattr(module, protection, lambda *args, **kwargs: nullcontext())
+    with pytest.raises((AssertionError, ConfigurationError)):
+        check(CASES[name], tmp_path)
+
+
+def test_batches_of_probes_have_to_be_made_as_those_of_training(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(curvature_callbacks.lightning, "_as_the_loop_does", lambda trainer, module, batch: batch)
+    with pytest.raises(ConfigurationError):
+        check(CASES["transfer hooks"], tmp_path)
