@@ -3,7 +3,7 @@
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Final, Protocol, final
+from typing import Any, Final, final
 
 import torch
 import torch.distributed as dist
@@ -11,131 +11,9 @@ from torch import Tensor
 
 from curvature_callbacks.common_failure import common_failure, described
 from curvature_callbacks.errors import ProbeError
-from curvature_callbacks.linalg.space import Space
+from curvature_callbacks.world import SINGLE, World
 
-
-class World(Space, Protocol):
-    """The processes that train one model on different rows. Every method is called by all of them, in the same order.
-
-    Attributes:
-        rank: number of this process, from 0.
-        size: how many there are.
-    """
-
-    rank: int
-    size: int
-
-    def total(self, partial: Tensor) -> Tensor:
-        """The sum over processes, the same bits on each; a new tensor."""
-        ...
-
-    def seed(self, seed: int) -> int:
-        """What this process seeds its own part with."""
-        ...
-
-    def part(self, length: int) -> slice:
-        """The part of a vector of that length that is held here; the parts follow each other by rank."""
-        ...
-
-    def assembled(self, part: Tensor, length: int) -> Tensor:
-        """(K, length) whole vectors as rows, from the `part` (K, held here) of each."""
-        ...
-
-    def reduced(self, partial: Tensor) -> Tensor:
-        """(K, held here): the part held here of the sum over processes of `partial` (K, length)."""
-        ...
-
-    def joined(self, rows: Tensor, length: int, *, label: str = "") -> Tensor:
-        """(length, ...) the `rows` of all processes, of which `part(length)` are here. All must ask with the same `label`."""
-        ...
-
-    def gathered(self, item: Any) -> list[Any]:
-        """What every process gave, by rank. For small things: they are pickled."""
-        ...
-
-    def delivered(self, parcels: Sequence[Sequence[Tensor]], sizes: Sequence[Sequence[Any]]) -> list[list[Tensor]]:
-        """What every process sent here, by rank.
-
-        Args:
-            parcels: for each rank the tensors that go there.
-            sizes: for each rank the (shape, dtype) of the tensors that come from there.
-        """
-        ...
-
-    def shared(self, tensors: Sequence[Tensor], *, source: int) -> None:
-        """Fill `tensors` with those of the process `source`, in place."""
-        ...
-
-    def together(self) -> Any:
-        """A context that all processes leave normally, or all with an exception of the same kind."""
-        ...
-
-    def anywhere(self, flag: bool) -> bool:
-        """Whether any process says so."""
-        ...
-
-    def average(self, number: float) -> float:
-        """Over processes, the same on each: for clocks, which differ."""
-        ...
-
-
-@final
-class SingleProcess:
-    """A world of one."""
-
-    rank = 0
-    size = 1
-
-    def total(self, partial: Tensor) -> Tensor:
-        """`partial` itself."""
-        return partial
-
-    def seed(self, seed: int) -> int:
-        """`seed` itself."""
-        return seed
-
-    def part(self, length: int) -> slice:
-        """All of it."""
-        return slice(0, length)
-
-    def assembled(self, part: Tensor, length: int) -> Tensor:
-        """`part` itself."""
-        return part
-
-    def reduced(self, partial: Tensor) -> Tensor:
-        """`partial` itself."""
-        return partial
-
-    def joined(self, rows: Tensor, length: int, *, label: str = "") -> Tensor:
-        """`rows` themselves."""
-        return rows
-
-    def gathered(self, item: Any) -> list[Any]:
-        """`[item]`."""
-        return [item]
-
-    def delivered(self, parcels: Sequence[Sequence[Tensor]], sizes: Sequence[Sequence[Any]]) -> list[list[Tensor]]:
-        """The parcel to itself."""
-        return [list(parcels[0])]
-
-    def shared(self, tensors: Sequence[Tensor], *, source: int) -> None:
-        """Nothing: they are there."""
-
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """Nothing to agree on."""
-        yield
-
-    def anywhere(self, flag: bool) -> bool:
-        """`flag` itself."""
-        return flag
-
-    def average(self, number: float) -> float:
-        """`number` itself."""
-        return number
-
-
-SINGLE: Final = SingleProcess()
+_AGREED: Final = "_curvature_agreed"  # marks a failure that all processes know already
 
 
 @final
@@ -153,12 +31,12 @@ class ProcessGroup:
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
         self._devices = _devices()
-        self._agreed: BaseException | None = None  # the failure that all know already
 
-    def total(self, partial: Tensor) -> Tensor:
+    def total(self, partial: Tensor, *, label: str = "") -> Tensor:
         """One all-reduce."""
-        self._agree("total", partial.shape, partial.dtype)
-        result = partial.detach().to(self._place(partial), copy=True).contiguous()
+        with self._allocating():
+            result = partial.detach().to(self._place(partial), copy=True).contiguous()
+        self._agree("total", label, partial.shape, partial.dtype)
         dist.all_reduce(result)
         return result.to(partial.device)
 
@@ -176,14 +54,14 @@ class ProcessGroup:
 
     def joined(self, rows: Tensor, length: int, *, label: str = "") -> Tensor:
         """One all-gather."""
+        longest = self._parts(length)[0].stop
+        with self._allocating():
+            own = rows.new_zeros(longest, *rows.shape[1:], device=self._place(rows))
+            own[: len(rows)] = rows
+            found = own.new_empty(self.size * longest, *rows.shape[1:])
         self._agree("joined", label, length, rows.shape[1:], rows.dtype)
-        parts = self._parts(length)
-        own = rows.new_zeros(parts[0].stop, *rows.shape[1:], device=self._place(rows))
-        own[: len(rows)] = rows
-        found = [torch.empty_like(own) for _ in parts]
-        dist.all_gather(found, own)
-        pieces = [one[: piece.stop - piece.start] for one, piece in zip(found, parts, strict=True)]
-        return torch.cat(pieces).to(rows.device)
+        dist.all_gather_into_tensor(found, own)
+        return found[:length].to(rows.device)  # all parts but the last ones are as long as the longest
 
     def reduced(self, partial: Tensor) -> Tensor:
         """One all-reduce; gloo knows no reduction that leaves each process its part."""
@@ -214,12 +92,21 @@ class ProcessGroup:
 
     def shared(self, tensors: Sequence[Tensor], *, source: int) -> None:
         """One broadcast a tensor."""
+        with self._allocating():
+            there = [tensor.to(self._place(tensor)).contiguous() for tensor in tensors]
         self._agree("shared", source, [(tensor.shape, tensor.dtype) for tensor in tensors])
-        for tensor in tensors:
-            there = tensor.to(self._place(tensor)).contiguous()
-            dist.broadcast(there, source)
+        for tensor, sent in zip(tensors, there, strict=True):
+            dist.broadcast(sent, source)
             if self.rank != source:
-                tensor.copy_(there)
+                tensor.copy_(sent)
+
+    @contextmanager
+    def _allocating(self) -> Iterator[None]:
+        """Before an agreement: memory that runs out here is told to the others, who do not begin without this process."""
+        try:
+            yield
+        except Exception as error:
+            raise self._failure(error) from error
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -227,10 +114,11 @@ class ProcessGroup:
         try:
             yield
         except BaseException as error:
-            if error is self._agreed:
+            if getattr(error, _AGREED, False):
                 raise
             failure = self._failure(error)
             if not isinstance(error, Exception):  # an interrupt stops this process as it would have without a probe
+                setattr(error, _AGREED, True)
                 raise
             raise failure from error
         self._agree()
@@ -257,12 +145,13 @@ class ProcessGroup:
 
     def _agree(self, *action: object) -> None:
         """Raise what all raise, where somebody failed or is about to do something else than `action`."""
-        code = zlib.crc32(repr(action).encode())
+        told = repr(action)
+        code = zlib.crc32(told.encode())
         failed, highest, lowest = self._highest(0, code, -code)
         if failed:
             raise self._exchanged(None)
         if highest != -lowest:
-            raise self._exchanged(ProbeError(f"processes take different paths, this one to {action}"))
+            raise self._exchanged(ProbeError(f"processes take different paths, this one to {told[:200]}"))
 
     def _failure(self, error: BaseException) -> BaseException:
         """Tell the others, and hear from them."""
@@ -279,14 +168,15 @@ class ProcessGroup:
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, None if error is None else described(error))
         failure = common_failure(found)
-        self._agreed = failure
+        setattr(failure, _AGREED, True)
         return failure
 
 
 def _devices() -> list[torch.device]:
     """Where the group's collectives work, the fastest first."""
     pairs = dict(pair.split(":") for pair in str(dist.get_backend_config()).split(","))
-    found = [torch.device("cuda", torch.cuda.current_device())] if pairs.get("cuda") == "nccl" else []
+    nccl = pairs.get("cuda") == "nccl" and torch.cuda.is_available()
+    found = [torch.device("cuda", torch.cuda.current_device())] if nccl else []
     return found or [torch.device("cpu")]
 
 

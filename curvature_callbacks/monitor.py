@@ -33,10 +33,11 @@ from curvature_callbacks.probes import CapturedProbes, Draw, Probes, as_probes, 
 from curvature_callbacks.problem import Problem
 from curvature_callbacks.record import PROBE, Record
 from curvature_callbacks.schedules import EveryNSteps, LossSpike, Schedule
-from curvature_callbacks.sharding import check_model_over_processes, take_buffers
+from curvature_callbacks.sharding import check_model_over_processes, reshard, take_buffers
 from curvature_callbacks.sinks import MemorySink, Sink
 from curvature_callbacks.states import States
 from curvature_callbacks.timing import Timing, Trigger
+from curvature_callbacks.world import World
 
 _logger = logging.getLogger("curvature_callbacks")
 
@@ -155,14 +156,16 @@ class CurvatureMonitor:
         Cost: one draw and two forward passes over it, one more for each measurement that has to ask the loss.
         """
         world = current_world()
-        check_model_over_processes(self._model, world)
-        trainable = {name: value for name, value in self._model.named_parameters() if value.requires_grad}
-        if not trainable:
-            raise ConfigurationError("the model has no trainable parameter: nothing to measure.")
-        keep = self._problem_options["params_filter"]
-        names = [name for name, value in trainable.items() if keep is None or keep(name, value)]
-        group_blocks(self._model, names, self._problem_options["block_structure"])
-        check_optimizer(self._measure, self._optimizer, {name: trainable[name] for name in names})
+        with world.together():
+            reshard(self._model.modules())
+            check_model_over_processes(self._model, world)
+            trainable = {name: value for name, value in self._model.named_parameters() if value.requires_grad}
+            if not trainable:
+                raise ConfigurationError("the model has no trainable parameter: nothing to measure.")
+            keep = self._problem_options["params_filter"]
+            names = [name for name, value in trainable.items() if keep is None or keep(name, value)]
+            group_blocks(self._model, names, self._problem_options["block_structure"])
+            check_optimizer(self._measure, self._optimizer, {name: trainable[name] for name in names})
         seed = self._probe_seed(step)
         self._checked = True
         try:
@@ -172,7 +175,7 @@ class CurvatureMonitor:
                 if not world.anywhere(microbatches is None):
                     assert microbatches is not None
                     kinds = [one.fisher_type for one in self._measure if isinstance(one, OfFisher)]
-                    problem = self._problem(microbatches, seed, step)
+                    problem = self._problem(microbatches, seed, step, world)
                     problem.check(kinds)
                     for one in [one for one in self._measure if isinstance(one, Checked)]:
                         one.check(problem)
@@ -249,7 +252,7 @@ class CurvatureMonitor:
                     return []
                 assert microbatches is not None
                 problem, records = self._measuring.run(
-                    microbatches, lambda found: self._problem(found, seed, step), max_seconds=self._max_seconds
+                    microbatches, lambda found: self._problem(found, seed, step, world), max_seconds=self._max_seconds
                 )
                 seconds = time.perf_counter() - start
                 summary = probe_record(
@@ -281,7 +284,7 @@ class CurvatureMonitor:
                 self._failures.say(name, f"curvature sink `{name}` failed", error)
         self._sink_seconds = time.perf_counter() - start
 
-    def _problem(self, microbatches: Sequence[Any], seed: int, step: int) -> Problem:
+    def _problem(self, microbatches: Sequence[Any], seed: int, step: int, world: World) -> Problem:
         active = [one for one in self._measure if one.name not in self._failures.switched_off]
         sharing = {one.fisher_type: one.sharing for one in reversed(active) if isinstance(one, OfKronecker)}
         return Problem(
@@ -292,7 +295,7 @@ class CurvatureMonitor:
             trust=self._trust,
             sharing=sharing,
             optimizer=self._optimizer,
-            world=current_world(),
+            world=world,
             **self._problem_options,
         )
 

@@ -2,14 +2,13 @@
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Final, TypeVar, final
 
 import torch
 from torch import Tensor, nn
 
 from curvature_callbacks.batches import batch_size, to_device
-from curvature_callbacks.distributed import SINGLE, World
 from curvature_callbacks.errors import ConfigurationError, ProbeError, RefusedError
 from curvature_callbacks.gram.engine import BlockGrams
 from curvature_callbacks.gram.kronecker import LayerKronecker
@@ -34,6 +33,7 @@ from curvature_callbacks.operators.kfac import KFACOperator, KroneckerLayer
 from curvature_callbacks.operators.preconditioned import PreconditionedOperator
 from curvature_callbacks.operators.sharded import ShardedFisherOperator, ShardedOperator
 from curvature_callbacks.sharding import shard, whole
+from curvature_callbacks.world import SINGLE, World
 
 A = TypeVar("A", bound=Operator)
 AnyFisher = FisherOperator | ShardedFisherOperator
@@ -171,8 +171,7 @@ class Problem:
             self.gradient_seconds = time.perf_counter() - start
         if self._is_whole_world:
             return found
-        share = self._num_targets / int(self.world.total(torch.tensor(self._num_targets)))
-        return {name: self.world.total(gradient * share) for name, gradient in found.items()}
+        return {name: self.world.total(gradient) for name, gradient in found.items()}
 
     @cached_property
     def _num_targets(self) -> int:
@@ -222,7 +221,7 @@ class Problem:
             )
         named = dict(self.model.named_parameters())
         wanted = self.objective.parameters if names is None else names
-        read = shard if self.objective.is_sharded else whole
+        read = shard if self.objective.is_sharded else partial(whole, world=self.world)
         return read_stability(self.optimizer, {name: named[name] for name in wanted}, dtype=self.objective.dtype, read=read)
 
     def preconditioned_hessian(self, names: Names = None) -> PreconditionedOperator:

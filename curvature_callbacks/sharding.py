@@ -1,12 +1,13 @@
 """Sharding: how a model lies over processes, as a whole on each (DDP) or in parts (FSDP2), and what cannot be measured."""
 
+from collections.abc import Iterable
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from curvature_callbacks.distributed import World
 from curvature_callbacks.errors import ConfigurationError
+from curvature_callbacks.world import World
 
 
 def check_model_over_processes(model: nn.Module, world: World) -> None:
@@ -24,7 +25,9 @@ def check_model_over_processes(model: nn.Module, world: World) -> None:
         )
     if world.size == 1:
         return
-    digests = world.gathered([(name, tuple(value.shape), _checksum(value)) for name, value in model.named_parameters()])
+    with world.together():
+        own = [(name, tuple(value.shape), value.requires_grad, _checksum(value)) for name, value in model.named_parameters()]
+    digests = world.gathered(own)
     for rank, digest in enumerate(digests):
         if digest != digests[0]:
             names = [ours[0] for theirs, ours in zip(digest, digests[0], strict=False) if theirs != ours]
@@ -34,14 +37,26 @@ def check_model_over_processes(model: nn.Module, world: World) -> None:
             )
 
 
+def reshard(modules: Iterable[nn.Module]) -> None:
+    """Free whole parameters that FSDP2 holds: those of the root stay after a forward pass without gradients (validation).
+
+    Nothing is lost: the next forward pass gathers them again.
+    """
+    for module in modules:
+        if is_fully_sharded(module):
+            module.reshard()  # type: ignore[operator]
+
+
 def take_buffers(model: nn.Module, world: World) -> None:
     """Put rank zero's buffers (running statistics) into `model`, as DDP does at its next pass and checkpoints have them.
 
     Call it inside `isolated`, which puts the own ones back. Cost: one broadcast of them.
     """
-    buffers = [buffer for _, buffer in model.named_buffers() if not hasattr(buffer, "full_tensor")]
+    own = {name: buffer for name, buffer in model.named_buffers() if not hasattr(buffer, "full_tensor")}
+    kinds = world.gathered({name: (tuple(buffer.shape), buffer.dtype) for name, buffer in own.items()})
+    common = [name for name in own if all(found.get(name) == kinds[0].get(name) for found in kinds)]  # not caches by length
     with torch.no_grad():
-        world.shared(buffers, source=0)
+        world.shared([own[name] for name in common], source=0)
 
 
 def _obstacle(model: nn.Module) -> str | None:
@@ -52,6 +67,8 @@ def _obstacle(model: nn.Module) -> str | None:
     for name, parameter in model.named_parameters():
         if type(parameter).__name__ == "FlatParameter":
             return f"parameter `{name}` is flattened by FSDP1"
+        if hasattr(parameter, "full_tensor") and parameter.device.type == "cpu" and torch.cuda.is_available():
+            return f"parameter `{name}` is offloaded to the host"
         if hasattr(parameter, "ds_id"):
             return f"parameter `{name}` is partitioned by DeepSpeed ZeRO-3"
         if hasattr(parameter, "full_tensor") and id(parameter) not in sharded:
@@ -80,8 +97,10 @@ def is_fully_sharded(module: nn.Module) -> bool:
 
 
 def _checksum(value: Tensor) -> str:
-    """Of the values; of a shard nothing, they differ."""
-    return "" if hasattr(value, "full_tensor") else str(value.detach().double().sum().item())
+    """Of the bits, which replicas share, by integer sums; of a shard nothing, they differ."""
+    if hasattr(value, "full_tensor"):
+        return ""
+    return str(int(value.detach().contiguous().view(torch.uint8).sum(dtype=torch.int64)))
 
 
 def is_split_evenly(value: Any, world: World) -> bool:
@@ -92,12 +111,16 @@ def is_split_evenly(value: Any, world: World) -> bool:
     return len(placements) == 1 and placements[0].is_shard(0) and value.device_mesh.size() == world.size
 
 
-def whole(value: Any) -> Any:
+def whole(value: Any, world: World) -> Any:
     """`value` itself, detached, or the whole tensor of which it is a shard (FSDP2); then every process must ask."""
-    if not isinstance(value, Tensor):
-        return value
-    gather = getattr(value.detach(), "full_tensor", None)
-    return value.detach() if gather is None else gather()
+    if not isinstance(value, Tensor) or not hasattr(value, "full_tensor"):
+        return value.detach() if isinstance(value, Tensor) else value
+    if is_split_evenly(value, world):
+        return world.joined(shard(value), value.shape[0], label=str(value.shape))
+    with world.together():  # room for it: nobody may be alone in what follows
+        torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    gathered: Tensor = value.detach().full_tensor()  # type: ignore[attr-defined]
+    return gathered
 
 
 def shard(value: Any) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, Literal, final
 
 from curvature_callbacks.schedules import LossSpike, Schedule
-from curvature_callbacks.distributed import World
+from curvature_callbacks.world import World
 
 Trigger = Literal["schedule", "spike"]
 
@@ -113,7 +113,7 @@ class Timing:
         return "spike" if self._spiked and (self.previous is None or step > self.previous) else None
 
     def _affordable(self, step: int, world: World) -> bool:
-        if self._share is None or self._probing == 0:
+        if self._share is None or world.average(self._probing) == 0:
             return True
         needed = (self._probing + self._latest / 2) * (1 - self._share) / self._share
         missing = world.average(needed - self._training())
@@ -124,9 +124,12 @@ class Timing:
         return False
 
     def _see(self, step: int, loss: Any, world: World) -> None:
-        if self._spike is None or loss is None:
+        if self._spike is None:
             return
-        value = world.average(float(loss))
+        known = [value for value in world.gathered(None if loss is None else float(loss)) if value is not None]
+        if not known:
+            return
+        value = statistics.fmean(known)
         calm = self._last_spike is None or step - self._last_spike >= self._spike.cooldown
         if calm and self._is_spike(value):
             self._spiked, self._last_spike = True, step

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from curvature_callbacks import AtSteps, ConfigurationError, EveryNSteps, LossSpike
-from curvature_callbacks.distributed import SINGLE
 from curvature_callbacks.timing import Timing
+from curvature_callbacks.world import SINGLE
 from tests.test_monitor import monitor
 
 Cost = Callable[[int], float]
@@ -95,6 +95,11 @@ class Averaging:
         self.asked.append(number)
         return number
 
+    def gathered(self, item: float | None) -> list[float | None]:
+        """As if the other process had a loss that is larger by two, or had none."""
+        self.asked.append(-1.0 if item is None else item)
+        return [item, None if item is None else item + 2.0]
+
 
 def test_clocks_of_processes_are_asked_at_candidates_only() -> None:
     world, clock = Averaging(), Clock()
@@ -108,7 +113,7 @@ def test_clocks_of_processes_are_asked_at_candidates_only() -> None:
             probed += 1
         clock.now += 0.1
     assert probed >= 1
-    assert len(world.asked) <= 2 * (2000 // 50 + probed)
+    assert len(world.asked) <= 3 * (2000 // 50 + probed)
 
 
 def test_the_monitor_says_what_share_it_took() -> None:
@@ -182,7 +187,9 @@ def test_the_loss_is_that_of_all_processes() -> None:
     timing = Timing(AtSteps(steps=[0]), spike=LossSpike(window=2), clock=Clock())
     for step in range(5):
         timing.due(step, float(step), world)  # type: ignore[arg-type]
-    assert world.asked == [0.0, 1.0, 2.0, 3.0, 4.0]
+    timing.due(5, None, world)  # type: ignore[arg-type]
+    assert world.asked == [0.0, 1.0, 2.0, 3.0, 4.0, -1.0], "every process takes part, with a loss or without"
+    assert list(timing._losses) == [4.0, 5.0]
 
 
 def test_a_spike_inside_an_accumulation_window_waits_for_its_end() -> None:

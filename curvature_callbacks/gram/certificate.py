@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from curvature_callbacks.batches import batch_size, take_rows
-from curvature_callbacks.distributed import SINGLE, World
 from curvature_callbacks.gram.rows import check_separable
 from curvature_callbacks.linalg.accumulate import dot
 from curvature_callbacks.model.objective import Objective, gradients
 from curvature_callbacks.model.surrogates import Surrogate
+from curvature_callbacks.world import SINGLE, World
 
 _ROUNDING: Final = 1e-8  # share of the squared gradient norm below which a parameter may be rounding: (1000 eps)^2 of float32
 _PASSES: Final = 4  # backward passes of a microbatch that are proved; all go through the same uses

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from curvature_callbacks.batches import batch_size, take_rows
-from curvature_callbacks.distributed import SINGLE, World
 from curvature_callbacks.errors import ProbeError, RefusedError
 from curvature_callbacks.gram.capture import Capture
 from curvature_callbacks.gram.certificate import certificate_errors
@@ -25,6 +24,7 @@ from curvature_callbacks.gram.trust import Trust, signature
 from curvature_callbacks.model.blocks import Blocks
 from curvature_callbacks.model.objective import Objective
 from curvature_callbacks.model.surrogates import EMPIRICAL, FisherType
+from curvature_callbacks.world import SINGLE, World
 
 
 @final

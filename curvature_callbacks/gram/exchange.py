@@ -11,11 +11,11 @@ from typing import final
 
 import torch
 
-from curvature_callbacks.distributed import World
 from curvature_callbacks.gram.collect import Collector
 from curvature_callbacks.gram.parcels import delivered, packed, shared
 from curvature_callbacks.gram.passes import Passed
 from curvature_callbacks.gram.sources import Placed
+from curvature_callbacks.world import World
 
 Passes = list[list[Placed]]
 

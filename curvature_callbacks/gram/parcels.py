@@ -9,8 +9,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from curvature_callbacks.distributed import World
 from curvature_callbacks.linalg.accumulate import gram
+from curvature_callbacks.world import World
 
 Parcel = tuple[bytes, list[Tensor]]  # pickled without its tensors, and these, each once
 

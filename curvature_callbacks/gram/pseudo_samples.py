@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from curvature_callbacks.distributed import World
 from curvature_callbacks.gram.passes import Passed
+from curvature_callbacks.world import World
 
 
 def pseudo_samples(passed: Passed, world: World) -> tuple[Tensor, Tensor, Tensor]:

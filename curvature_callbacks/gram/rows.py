@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from curvature_callbacks.batches import batch_size, take_rows
-from curvature_callbacks.distributed import SINGLE, World
 from curvature_callbacks.errors import RefusedError
 from curvature_callbacks.gram.parcels import gram_together
 from curvature_callbacks.model.objective import Objective, gradients
 from curvature_callbacks.model.sample_losses import SampleLosses
 from curvature_callbacks.model.surrogates import Surrogate
+from curvature_callbacks.world import SINGLE, World
 
 Part = tuple[str, int, int]  # elements start:stop of a flattened parameter
 

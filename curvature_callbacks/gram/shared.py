@@ -7,7 +7,6 @@ from typing import Any, final
 
 import torch
 
-from curvature_callbacks.distributed import SINGLE, World
 from curvature_callbacks.gram.engine import BlockGrams, GramOptions, block_grams, parameter_operations
 from curvature_callbacks.gram.kronecker import LayerKronecker
 from curvature_callbacks.gram.positions import Sharing
@@ -17,6 +16,7 @@ from curvature_callbacks.linalg.spectrum import LinAlgError
 from curvature_callbacks.model.blocks import Blocks
 from curvature_callbacks.model.objective import Objective
 from curvature_callbacks.model.surrogates import EMPIRICAL, FisherType
+from curvature_callbacks.world import SINGLE, World
 
 _logger = logging.getLogger("curvature_callbacks")
 

@@ -160,7 +160,7 @@ def eigenproblem(problem: Problem, curvature: Curvature, block: str | None = Non
     """
     names = None if block is None else problem.blocks[block]
     if callable(curvature.operator):
-        return _users(curvature, curvature.operator(problem, names))
+        return _users(problem, curvature, curvature.operator(problem, names))
     match curvature.operator:
         case "hessian":
             operator: Operator = problem.hessian(names)
@@ -221,10 +221,15 @@ def _kronecker(problem: Problem, curvature: Curvature, names: Iterable[str] | No
     return Eigenproblem(operator=operator, about={"uncovered": list(operator.uncovered)})
 
 
-def _users(curvature: Curvature, operator: object) -> Eigenproblem:
+def _users(problem: Problem, curvature: Curvature, operator: object) -> Eigenproblem:
     if not isinstance(operator, Operator):
         raise ConfigurationError(
             f"`operator` {curvature.label!r} must give an operator (shape, dtype, device, is_psd, matmat), got {operator!r}."
+        )
+    if problem.world.size > 1 and not hasattr(operator, "space"):
+        raise ConfigurationError(
+            f"`operator` {curvature.label!r} needs an attribute `space` in a run of several processes: that of the operator it "
+            "is made of, or `LocalSpace()` of `curvature_callbacks.linalg.space` where every process has all rows."
         )
     return Eigenproblem(operator=operator)
 

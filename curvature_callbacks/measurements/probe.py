@@ -69,7 +69,8 @@ def probe_record(
 def _has_gradient(problem: Problem) -> bool:
     """Whether one gradient, the unit of all costs, could be timed."""
     try:
-        return len(problem.gradients) > 0
+        with problem.world.together():
+            return len(problem.gradients) > 0
     except Exception as error:  # the measurements have met and reported what is wrong
         _logger.debug("no gradient to compare the cost of this probe with: %s", error)
         return False

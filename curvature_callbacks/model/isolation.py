@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvature_callbacks.errors import ConfigurationError
-from curvature_callbacks.sharding import is_fully_sharded
+from curvature_callbacks.sharding import is_fully_sharded, reshard
 
 _DETERMINISTIC_CUBLAS: Final = (":4096:8", ":16:8")  # the two settings PyTorch accepts
 
@@ -189,6 +189,7 @@ def _unpatched_forward(modules: Sequence[nn.Module]) -> Iterator[None]:
 @contextmanager
 def _no_sharding_hooks(modules: Sequence[nn.Module]) -> Iterator[None]:
     """FSDP2 without its gathering: a probe passes whole parameters of its own, in full precision, and shards stay shards."""
+    reshard(modules)
     hooked: list[Any] = [
         hooks for module in modules if is_fully_sharded(module) for hooks in (module._forward_pre_hooks, module._forward_hooks)
     ]

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from curvature_callbacks.batches import to_dtype
-from curvature_callbacks.distributed import SINGLE, World
 from curvature_callbacks.errors import ConfigurationError, ProbeError
 from curvature_callbacks.linalg.space import LOCAL, Space
 from curvature_callbacks.model.losses import LossFunction, SampleLosses
 from curvature_callbacks.model.on_use import OnUse, Watch
 from curvature_callbacks.sharding import ShardSpace, shard, whole
+from curvature_callbacks.world import SINGLE, World
 
 ParamsFilter = Callable[[str, nn.Parameter], bool]
 
@@ -42,7 +42,7 @@ class Objective:
         params_filter: which trainable parameters to keep.
         on_use: of parameters that no process can hold as a whole: `parameters` has the shards held here, gradients by them are
             sums over all processes.
-        world: the processes of `on_use`.
+        world: the processes that parameters may be sharded over.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class Objective:
         world: World = SINGLE,
     ) -> None:
         self._on_use = on_use
+        self._processes = world
         self._world = SINGLE if on_use is None else world
         self.space: Space = LOCAL if on_use is None else ShardSpace(world)
         named = dict(model.named_parameters())
@@ -123,6 +124,10 @@ class Objective:
         """`count` over the processes whose rows gradients are summed over."""
         return int(self._world.total(torch.tensor(count)))
 
+    def least(self, number: int) -> int:
+        """The least of `number` over the processes that must take the same path."""
+        return int(min(self._world.gathered(number)))
+
     def saving(self) -> AbstractContextManager[None]:
         """A context for forward passes and for backward passes that build a graph: it will hold no whole sharded parameter."""
         return nullcontext() if self._on_use is None else self._on_use.saving()
@@ -133,13 +138,13 @@ class Objective:
         return None if self._on_use is None else self._on_use.size_of
 
     def mean(self, microbatches: Sequence[Any], values: Mapping[str, Tensor]) -> Tensor:
-        """The objective `L = sum_i l_i / sum_i n_i` over all microbatches, 0-d.
+        """This process's part of the objective `L = sum_i l_i / sum_i n_i` over the microbatches of all, 0-d.
 
         Raises:
             ProbeError: no sample has a valid target, or L is not finite.
         """
         losses = [self(batch, values) for batch in microbatches]
-        num_targets = self.summed(sum(int(loss.num_targets.sum()) for loss in losses))
+        num_targets = int(self._processes.total(torch.tensor(sum(int(loss.num_targets.sum()) for loss in losses))))
         if num_targets == 0:
             raise ProbeError("no sample of this probe has a valid target: the loss is undefined.")
         mean = torch.stack([loss.total for loss in losses]).sum() / num_targets
@@ -147,11 +152,18 @@ class Objective:
             raise ProbeError(f"the loss of this probe is {mean.item()}.")
         return mean
 
+    @property
+    def is_part(self) -> bool:
+        """Whether other processes have rows too: then this one may have none that counts."""
+        return self._processes.size > 1
+
     def _widen(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.dtype) if _is_narrow(tensor.dtype) else tensor
 
     def _widened(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        held = {name: shard(value) if name in self._sharded else whole(value) for name, value in tensors.items()}
+        held = {
+            name: shard(value) if name in self._sharded else whole(value, self._processes) for name, value in tensors.items()
+        }
         return {name: self._widen(value) for name, value in held.items()}
 
 

@@ -18,12 +18,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from curvature_callbacks.batches import batch_size, take_rows
-from curvature_callbacks.distributed import World
 from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.memory import device_budget
 from curvature_callbacks.sharding import is_fully_sharded, is_split_evenly, sharded_parameters
+from curvature_callbacks.world import World
 
 OWN_FUNCTIONS: Final = ("_GatherBackward", "_ScatterBackward")  # linear, and differentiable as often as one likes
+_MOST_NOTED: Final = 1 << 10  # storages noted before those that are gone are dropped
 _VECTORS: Final = 4  # of parameters, in float32: their values, a vector, its product, and one to work with
 
 G = TypeVar("G")
@@ -64,7 +65,7 @@ class _Member:
 
     def scattered(self, whole: Tensor) -> Tensor:
         """The part held here of the sum over processes."""
-        return self.world.total(whole)[self.world.part(self.shape[0])].clone()
+        return self.world.total(whole, label=self.name)[self.world.part(self.shape[0])].clone()
 
 
 @final
@@ -81,6 +82,7 @@ class OnUse:
 
     def __init__(self, model: nn.Module, world: World) -> None:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._world = world
         self._groups: list[tuple[nn.Module, list[_Member]]] = []
         for module in model.modules():
             members = [
@@ -115,6 +117,7 @@ class OnUse:
             for module, members in self._groups:
                 stack.enter_context(self._gathering(module, members, shards, watch))
             yield
+        self._gathered = {key: found for key, found in self._gathered.items() if not found[0].expired()}
 
     @contextmanager
     def saving(self) -> Iterator[None]:
@@ -126,7 +129,7 @@ class OnUse:
         """What `build` builds, and the bytes it saved on the way."""
         self.saved_bytes = 0
         graph = build()
-        return graph, self.saved_bytes
+        return graph, max(self._world.gathered(self.saved_bytes))  # all must keep the same graphs
 
     @contextmanager
     def _gathering(
@@ -170,6 +173,8 @@ class OnUse:
 
     def _noted(self, whole: Tensor, member: _Member, shard: Tensor) -> Tensor:
         storage = whole.untyped_storage()
+        if len(self._gathered) >= _MOST_NOTED:
+            self._gathered = {key: found for key, found in self._gathered.items() if not found[0].expired()}
         self._gathered[storage.data_ptr()] = _weak(storage), member, shard.detach()
         return whole
 

@@ -131,11 +131,11 @@ class FiniteDifferenceHessianOperator:
             total += upper.sub_(self._gradient(batch, below)[0])
             num_targets += count
         num_targets = self._objective.summed(num_targets)
-        if num_targets == 0:
+        if num_targets == 0 and not self._objective.is_part:
             raise ProbeError("no sample of this probe has a valid target: the loss is undefined.")
         if not total.isfinite().all():
             raise ProbeError("the gradient of this probe is not finite a step away from the parameters: no difference of it.")
-        return total / num_targets
+        return total / max(num_targets, 1)
 
     def _gradient(self, batch: Any, leaves: dict[str, Tensor]) -> tuple[Tensor, int]:
         """(P,) gradient of the summed loss of one microbatch, and its valid targets."""

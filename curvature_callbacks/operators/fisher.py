@@ -103,14 +103,14 @@ class FisherOperator(MicrobatchOperator[LossRows]):
             found.append((graph.valid, graph.num_targets, graph.num_losses, graph.is_finite))
 
         self._keep(note)
-        if not any(valid.any() for valid, *_ in found):
+        if not self._objective.is_part and not any(valid.any() for valid, *_ in found):
             raise ProbeError("no row of this probe has both a valid target and a finite gradient: there is no Fisher.")
         self.rows = torch.cat([numbers[valid] for numbers, (valid, *_) in zip(rows, found, strict=True)])
         self.num_samples = self._objective.summed(len(self.rows))
         self.num_targets = self._objective.summed(sum(targets for _, targets, *_ in found))
         self._counts = [count for *_, count, _ in found]
         self.normaliser = self.num_draws * (self.num_samples if self.sample_unit == "sequence" else self.num_targets)
-        self._scale = 1 / self.normaliser
+        self._scale = 1 / max(self.normaliser, 1)
         return all(is_finite for *_, is_finite in found)
 
     def _finite_part(self, microbatches: Sequence[Any]) -> tuple[list[Any], list[Tensor]]:

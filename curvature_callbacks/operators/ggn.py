@@ -10,7 +10,7 @@ from torch.autograd.graph import Node
 from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.model.objective import Objective
 from curvature_callbacks.model.sample_losses import Predictive, SampleLosses
-from curvature_callbacks.operators.graphs import MicrobatchOperator, checked_targets
+from curvature_callbacks.operators.graphs import MicrobatchOperator, checked_scale
 from curvature_callbacks.operators.jacobian import Jacobian
 from curvature_callbacks.operators.vectors import unflatten
 
@@ -66,7 +66,7 @@ class GGNOperator(MicrobatchOperator["_LogitGraph"]):
 
         self._keep(note)
         self.num_targets = objective.summed(self.num_targets)
-        self._scale = 1 / checked_targets(totals, self.num_targets)
+        self._scale = checked_scale(totals, self.num_targets, is_part=objective.is_part)
 
     @property
     def num_outputs(self) -> int:

@@ -132,7 +132,7 @@ class MicrobatchOperator(ABC, Generic[G]):
         self._named_leaves = objective.leaves(names)
         self._leaves = list(self._named_leaves.values())
         self._shapes = [leaf.shape for leaf in self._leaves]
-        self._budget = device_budget(objective.device) if memory_budget is None else memory_budget
+        self._budget = objective.least(device_budget(objective.device) if memory_budget is None else memory_budget)
         size = sum(shape.numel() for shape in self._shapes)
         self.shape = (size, size)
         self.dtype = objective.dtype
@@ -194,18 +194,23 @@ class MicrobatchOperator(ABC, Generic[G]):
         return result
 
 
-def checked_targets(totals: Sequence[Tensor], num_targets: int) -> int:
-    """`num_targets` again, if the mean of the `totals`, summed losses of microbatches, over so many is a loss.
+def checked_scale(totals: Sequence[Tensor], num_targets: int, *, is_part: bool) -> float:
+    """`1 / num_targets`, if the mean of the `totals`, summed losses of microbatches, over so many is a loss.
+
+    Args:
+        totals: of microbatches.
+        num_targets: of all of them.
+        is_part: whether other processes have rows too: then there may be none here, and nothing to scale.
 
     Raises:
         ProbeError: no sample has a valid target, or the mean loss is not finite.
     """
-    if num_targets == 0:
+    if num_targets == 0 and not is_part:
         raise ProbeError("no sample of this probe has a valid target: the loss is undefined.")
-    mean = torch.stack([*totals]).sum() / num_targets
+    mean = torch.stack([*totals]).sum() / max(num_targets, 1)
     if not mean.isfinite():
         raise ProbeError(f"the loss of this probe is {mean.item()}.")
-    return num_targets
+    return 1 / max(num_targets, 1)
 
 
 def _measured(build: Callable[[], G], device: torch.device, known: Sequence[Tensor]) -> tuple[G, int]:

@@ -10,7 +10,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 from curvature_callbacks.model.objective import Objective
 from curvature_callbacks.model.on_use import OWN_FUNCTIONS
 from curvature_callbacks.operators.difference import FiniteDifferenceHessianOperator
-from curvature_callbacks.operators.graphs import MicrobatchOperator, checked_targets, graph_nodes
+from curvature_callbacks.operators.graphs import MicrobatchOperator, checked_scale, graph_nodes
 
 
 @final
@@ -60,7 +60,7 @@ class HessianOperator(MicrobatchOperator["_GradientGraph"]):
         self._keep(note)
         self.num_targets = objective.summed(self.num_targets)
         self.custom_functions = tuple(sorted(custom))
-        self._scale = 1 / checked_targets(totals, self.num_targets)
+        self._scale = checked_scale(totals, self.num_targets, is_part=objective.is_part)
 
     def difference_product(self, v: Tensor) -> Tensor:
         """`H v` (P,) by differences of the gradient: coarse, but blind to no kernel. Cost: two gradients."""

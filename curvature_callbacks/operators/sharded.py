@@ -6,9 +6,10 @@ from typing import final
 import torch
 from torch import Tensor
 
-from curvature_callbacks.distributed import World
+from curvature_callbacks.errors import ProbeError
 from curvature_callbacks.linalg.operator import Operator
 from curvature_callbacks.operators.fisher import FisherOperator
+from curvature_callbacks.world import World
 
 
 class ShardedOperator:
@@ -38,6 +39,8 @@ class ShardedOperator:
         self._world = world
         counts = world.gathered(count)
         self.num_targets = sum(counts)
+        if self.num_targets == 0:
+            raise ProbeError("no sample of this probe has a valid target on any process: the loss is undefined.")
         self._weight = count / self.num_targets
         self._length = local.shape[0]
         part = world.part(self._length)
