@@ -15,6 +15,7 @@ from curvature_callbacks.distributed import current_world
 from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.model import on_use
 from curvature_callbacks.model.isolation import isolated
+from curvature_callbacks.operators.hessian import HessianOperator
 from curvature_callbacks.problem import Problem
 from curvature_callbacks.record import Record
 from tests.distributed.ranks import Ranks
@@ -211,6 +212,10 @@ def errors_of(kind: str) -> list[str]:
         for part in (model.first, model.second):
             fully_shard(part)
         fully_shard(model)
+    elif kind == "other experts":
+        model = Experts()
+        fully_shard(model)
+        measure = [TopEigenpairs(k=1), KFACCoverage()]
     elif kind == "unsharded root":
         model = Net()
         fully_shard(model.head)
@@ -232,9 +237,21 @@ def errors_of(kind: str) -> list[str]:
             monitor.check()
         except ConfigurationError as error:
             return [str(error)]
-        if kind == "other paths":
+        if kind in ("other paths", "other experts"):
             model.skips = current_world().rank == 1
         return [str(record.error) for record in monitor.step(0) if record.failed]
+
+
+class Experts(nn.Module):
+    """Two layers of one shape, of which each process uses another: their gradients must not be added up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.skips = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(x) if self.skips else self.first(x)
 
 
 class Last(nn.Module):
@@ -246,6 +263,7 @@ class Last(nn.Module):
     ("kind", "messages"),
     [
         ("other paths", ["different paths", "different paths"]),
+        ("other experts", ["different paths", "different paths"]),
         ("unsharded root", ["`first.weight` is not sharded while others are"]),
         ("two dimensions", ["shard over a mesh of one dimension"]),
         ("no rule", ["cannot be taken row by row"]),
@@ -257,3 +275,26 @@ def test_what_cannot_be_done_is_said_on_all_processes(kind: str, messages: list[
         assert len(found) == len(messages)
         for message, error in zip(messages, found, strict=True):
             assert message in error
+
+
+def graphs_kept() -> list[int]:
+    """Graphs kept with budgets that differ by process, and the storages that are still noted after many passes."""
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3))).double()
+    for part in model:
+        fully_shard(part)
+    fully_shard(model)
+    batches = [(torch.randn(3, 4, dtype=torch.float64), torch.randint(4, (3,))) for _ in range(3)]
+    with nothing_fits(), isolated(model, seed=0):
+        problem = Problem(model, batches, loss="cross_entropy", world=current_world())
+        budget = 1 << 30 if current_world().rank == 0 else 0
+        operator = HessianOperator(problem.objective, problem.microbatches, memory_budget=budget)
+        for _ in range(30):
+            operator.matmat(torch.ones(operator.shape[0], 1, dtype=torch.float64))
+        assert problem.objective._on_use is not None
+        return [operator.num_kept, len(problem.objective._on_use._gathered)]
+
+
+def test_processes_keep_the_same_graphs_and_forget_what_they_gathered(two: Ranks) -> None:
+    for kept, noted in two(graphs_kept):
+        assert kept == 0, "one process had no room"
+        assert noted <= 40

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from curvature_callbacks import CurvatureMonitor, FisherSpectrum, TopEigenpairs
+from curvature_callbacks import CurvatureMonitor, EdgeRatio, FisherSpectrum, TopEigenpairs
 from curvature_callbacks.distributed import current_world
 from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.model.isolation import isolated
@@ -107,6 +107,58 @@ def test_running_statistics_are_those_of_the_first_process(two: Ranks) -> None:
     expected = [record.scalars["trace"] for record in measured_with_own_statistics(False) if record.block is not None]
     for records in two(measured_with_own_statistics, True):
         assert [record.scalars["trace"] for record in records if record.block is not None] == pytest.approx(expected, rel=1e-5)
+
+
+def edge_after_validation(validates: bool) -> list[float]:
+    """The edge's ratio, learning rate and number of parameters of a sharded model, whose root validation leaves whole."""
+    torch.manual_seed(0)
+    model = training.fsdp2(training.Net())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    if validates:
+        with torch.no_grad():
+            model.eval()(torch.randn(4, 6))
+            model.train()
+    batch = union(2)[current_world().rank]
+    monitor = CurvatureMonitor(model, probes=[batch], loss="cross_entropy", measure=[EdgeRatio()], optimizer=optimizer)
+    (record,) = [record for record in monitor.step(0) if record.measurement == "edge"]
+    return [record.scalars["ratio"], record.scalars["learning_rate"], record.metadata["num_params"]]
+
+
+def test_validation_before_a_probe_changes_nothing(two: Ranks) -> None:
+    plain, validated = two(edge_after_validation, False)[0], two(edge_after_validation, True)[0]
+    assert validated == pytest.approx(plain, rel=1e-5)
+    assert plain[2] == sum(parameter.numel() for parameter in training.Net().parameters())
+
+
+class Sentences(nn.Module):
+    """A head over tokens with ignored labels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x).mT  # (rows, classes, positions)
+
+
+def with_labels_on_one_process_only(shared: bool) -> list[list[float]]:
+    """Eigenvalues where the second process's labels are all ignored; alone, of the rows of both."""
+    torch.manual_seed(0)
+    model, generator = Sentences(), torch.Generator().manual_seed(1)
+    x, y = torch.randn(6, 3, 4, generator=generator), torch.randint(5, (6, 3), generator=generator)
+    y[3:] = -100
+    own = [(x[:3], y[:3]), (x[3:], y[3:])]
+    measure = [TopEigenpairs(operator=kind, k=3, tol=1e-6, max_matvecs=60) for kind in ("hessian", "ggn", "empirical_fisher")]
+    probes = [own[current_world().rank]] if shared else own
+    records = CurvatureMonitor(model, probes=probes, loss="cross_entropy", measure=measure).step(0)
+    assert not [record.error for record in records if record.failed]
+    return [record.arrays["eigenvalues"] for record in records if record.arrays]
+
+
+def test_a_process_without_a_valid_label_counts_for_nothing(two: Ranks) -> None:
+    expected = torch.tensor(with_labels_on_one_process_only(False))
+    for found in two(with_labels_on_one_process_only, True):
+        assert torch.allclose(torch.tensor(found), expected, rtol=1e-5, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------- what is refused
