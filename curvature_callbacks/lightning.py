@@ -42,6 +42,7 @@ class CurvatureCallback(Callback):
 
     Tags: see the measurements; of the probe itself `curvature/probe_seconds`, `curvature/failed`,
     `curvature_probe/sink_seconds` (of the probe before), `curvature_probe/matvecs`, `curvature_probe/rows`,
+    `curvature_probe/microbatch_size`, `curvature_probe/overhead`, `curvature_probe/skipped`,
     `curvature_probe/gradient_equivalents`, `curvature_probe/non_finite`. TensorBoard gets curves, heat maps, histograms and a
     table, other loggers the scalars, `trainer.callback_metrics` and the progress bar the headline numbers, and
     `curvature.jsonl` in the run's directory everything.

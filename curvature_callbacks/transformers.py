@@ -48,6 +48,7 @@ class CurvatureCallback(TrainerCallback):
 
     Tags: see the measurements; of the probe itself `curvature/probe_seconds`, `curvature/failed`,
     `curvature_probe/sink_seconds` (of the probe before), `curvature_probe/matvecs`, `curvature_probe/rows`,
+    `curvature_probe/microbatch_size`, `curvature_probe/overhead`, `curvature_probe/skipped`,
     `curvature_probe/gradient_equivalents`, `curvature_probe/non_finite`. TensorBoard gets them under these names through the
     Trainer's own writer, with heat maps, histograms and a table; the other reporters, `log_history` and the progress bar get
     the headline numbers; `curvature.jsonl` in `output_dir` holds everything. The Trainer is found when training begins;

@@ -31,7 +31,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from curvature_callbacks import Measurement
+from curvature_callbacks import AtSteps, LossSpike, Measurement
 from curvature_callbacks.transformers import CurvatureCallback
 from tests.training_cases import (
     VOCABULARY,
@@ -518,6 +518,18 @@ CASES: dict[str, Case] = {
         "`DataCollatorForLanguageModeling(seed=...)`", data=Texts, collator=masking_collator, model=mask_filler
     ),
     "own generator": Case("a collator with generators of its own", collator=MaskingCollator),
+    "listed steps": Case(
+        "listed steps, sequences cut",
+        callback={"every_n_steps": 200, "schedule": AtSteps(steps=[0, 3]), "max_sequence_length": 4},
+        steps=(0, 3),
+    ),
+    "spike": Case(
+        "a probe when the loss leaves its range",
+        callback={"every_n_steps": 200, "spike": LossSpike(num_std=0.1, window=2, cooldown=5)},
+        steps=(0, 4),
+    ),
+    "other data": Case("measured on data of one's own", callback={"probe_dataset": Sentences(9)}),
+    "limits": Case("seconds of a probe", callback={"max_seconds": 100.0}),
     "stream": Case("an `IterableDataset`", data=lambda: Stream(Sentences()), steps=AFTER_ONE),
     "stream, workers": Case(
         "an `IterableDataset` read by a persistent worker",
