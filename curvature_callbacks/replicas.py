@@ -1,9 +1,11 @@
 """Replicas of what user code changes in place, so that the original can be put back untouched."""
 
 import copy
+import random
 from collections import Counter, OrderedDict, defaultdict, deque
 from typing import Any, Final
 
+import torch
 from torch import Tensor, nn
 
 _ELEMENTS: Final = 1 << 22  # larger tensors and arrays hold data, not running values
@@ -12,7 +14,7 @@ _DICTS: Final = (dict, defaultdict, OrderedDict, Counter)
 
 
 def replica(value: Any, memo: dict[int, Any]) -> Any:
-    """`value` with copies of the containers, small tensors and plain objects in it; anything else is shared.
+    """`value` with copies of the containers, small tensors, generators and plain objects in it; anything else is shared.
 
     A plain object is one whose class says nothing about copying or pickling (an average meter). Data sets, tokenizers,
     trainers and modules are shared: copying them would be slow or wrong.
@@ -34,6 +36,10 @@ def _replica(value: Any, memo: dict[int, Any]) -> Any:
         return value.detach().clone() if value.numel() <= _ELEMENTS else value
     if _is_array(kind):
         return value.copy() if value.size <= _ELEMENTS else value
+    if kind is torch.Generator:
+        return torch.Generator(value.device).set_state(value.get_state())
+    if is_generator(kind):
+        return copy.deepcopy(value)
     if kind in (list, tuple, set, deque, *_DICTS):
         return _container(value, memo)
     return _plain_object(value, memo) if _is_plain(value) else value
@@ -77,7 +83,18 @@ def _is_plain(value: Any) -> bool:
 
 def _is_simple(item: Any) -> bool:
     kind = type(item)
-    return item is None or kind in (bool, int, float, str, Tensor, list, tuple, set, deque, *_DICTS) or _is_array(kind)
+    return (
+        item is None
+        or kind in (bool, int, float, str, Tensor, list, tuple, set, deque, *_DICTS)
+        or _is_array(kind)
+        or is_generator(kind)
+    )
+
+
+def is_generator(kind: type) -> bool:
+    """Whether it is a generator of torch, NumPy or Python."""
+    of_numpy = kind.__module__.startswith("numpy.random") and kind.__name__ in ("Generator", "RandomState")
+    return kind in (torch.Generator, random.Random) or of_numpy
 
 
 def _is_array(kind: type) -> bool:

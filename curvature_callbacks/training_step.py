@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from curvature_callbacks._optional import is_available
 from curvature_callbacks.errors import ConfigurationError
+from curvature_callbacks.model.isolation import seeded
 from curvature_callbacks.model.losses import Loss
 from curvature_callbacks.replicas import replica
 
@@ -67,8 +68,11 @@ def _num_indices(step: Any) -> int:
 
 @contextmanager
 def _without_trace(module: nn.Module) -> Iterator[None]:
-    """A probe is no training batch: nothing is logged, metrics and collected outputs are as before."""
-    with _muted(module), _attributes_set_aside(module):
+    """A probe is no training batch: nothing is logged, metrics and collected outputs are as before.
+
+    What it draws is the same in every call, so that a probe measures one function.
+    """
+    with _muted(module), _attributes_set_aside(module), seeded(module, seed=0):
         yield
 
 
@@ -101,7 +105,7 @@ def _dummy_logger() -> Any:
 
 @contextmanager
 def _attributes_set_aside(module: nn.Module) -> Iterator[None]:
-    """Every submodule works on replicas of its own attributes: collected outputs, running means, metrics."""
+    """Every submodule works on replicas of its own attributes: collected outputs, running means, metrics, generators."""
     memo: dict[int, Any] = {}
     owners = [*module.modules(), *_modules_in_containers(module)]
     saved = [(owner, {name: value for name, value in owner.__dict__.items() if name not in _INTERNAL}) for owner in owners]

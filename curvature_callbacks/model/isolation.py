@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvature_callbacks.errors import ConfigurationError
+from curvature_callbacks.replicas import is_generator, replica
 from curvature_callbacks.sharding import is_fully_sharded, reshard
 
 _DETERMINISTIC_CUBLAS: Final = (":4096:8", ":16:8")  # the two settings PyTorch accepts
@@ -22,11 +23,11 @@ _DETERMINISTIC_CUBLAS: Final = (":4096:8", ":16:8")  # the two settings PyTorch 
 def isolated(model: nn.Module, *, seed: int) -> Iterator[None]:
     """Evaluation mode, full float32, math attention, eager stance and seeded generators; everything restored on the way out.
 
-    Saved and restored, also after an exception: generators (torch CPU, the model's accelerator, NumPy, Python), the
-    `training` flag of every submodule, identity and content of every buffer, matmul precision, SDPA backend, compile stance,
-    autocast, grad mode, activation checkpointing, the implementation of experts, the `forward` that accelerate patches for
-    mixed precision (the original one runs inside), and FSDP2's hooks (none run inside). Not touched at all: parameters,
-    `.grad`, other hooks, optimizers, data loaders.
+    Saved and restored, also after an exception: generators (torch CPU, the model's accelerator, NumPy, Python, those that
+    layers keep), the `training` flag of every submodule, identity and content of every buffer, matmul precision, SDPA
+    backend, compile stance, autocast, grad mode, activation checkpointing, the implementation of experts, the `forward` that
+    accelerate patches for mixed precision (the original one runs inside), and FSDP2's hooks (none run inside). Not touched at
+    all: parameters, `.grad`, other hooks, optimizers, data loaders.
 
     Args:
         model: the module training runs, unwrapped (no DDP, no `torch.compile` wrapper).
@@ -38,6 +39,7 @@ def isolated(model: nn.Module, *, seed: int) -> Iterator[None]:
     modules = list(model.modules())
     with ExitStack() as stack:
         stack.enter_context(_generators(device, seed))
+        stack.enter_context(_own_generators(modules))
         stack.enter_context(_training_flags(modules))
         stack.enter_context(_buffers(modules))
         stack.enter_context(_unpatched_forward(modules))
@@ -78,6 +80,14 @@ def deterministic_algorithms(device: torch.device, *, enabled: bool = True) -> I
     finally:
         torch.backends.cudnn.benchmark = benchmark
         torch.use_deterministic_algorithms(found[0], warn_only=found[1])
+
+
+@contextmanager
+def seeded(model: nn.Module, *, seed: int) -> Iterator[None]:
+    """The global generators begin at `seed`, and go on afterwards where they were."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    with _generators(device, seed):
+        yield
 
 
 @contextmanager
@@ -124,6 +134,21 @@ def _save_numpy(seed: int) -> Callable[[], None]:
 
 def _discard(_: object) -> None:
     return None
+
+
+@contextmanager
+def _own_generators(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Layers that keep a generator draw from a replica of it."""
+    attributes = [vars(module) for module in modules]
+    found = [(one, name, value) for one in attributes for name, value in one.items() if is_generator(type(value))]
+    memo: dict[int, Any] = {}
+    for one, name, value in found:
+        one[name] = replica(value, memo)
+    try:
+        yield
+    finally:
+        for one, name, value in found:
+            one[name] = value
 
 
 @contextmanager

@@ -18,7 +18,16 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 import yaml
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    EarlyStopping,
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.tuner import Tuner
@@ -393,6 +402,87 @@ class ValidatedNet(Net):
         self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
 
 
+class NoisyNet(Net):
+    """Its `training_step` draws, reads the Trainer and its own arguments, and counts."""
+
+    def __init__(self, strength: float = 0.1) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.generator = torch.Generator().manual_seed(4)
+        self.augment = Noise()
+        self.calls = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.calls += 1
+        rate = self.optimizers().param_groups[0]["lr"]
+        noise = torch.rand(6) + torch.rand(6, generator=self.generator) + np.random.rand() + random.random()
+        x = self.augment(batch[0]) + self.hparams.strength * noise.float() * (1 + self.current_epoch)
+        self.log("seen", float(self.calls) + rate + self.generator.get_state().float().mean())
+        return super().training_step((x, batch[1]), batch_idx)
+
+
+class Jitter(nn.Module):
+    """Draws from a generator of its own, in evaluation mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        noise = torch.rand(x.shape[1:], generator=self.generator)
+        return x + 0.1 * noise if self.training else x
+
+
+class JitteredNet(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers.insert(0, Jitter())
+
+
+class ManyHooksNet(Net):
+    """Gradients looked at and changed on their way."""
+
+    def on_after_backward(self) -> None:
+        self.log("norm", self.layers[0].weight.grad.norm())
+
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        nn.utils.clip_grad_norm_(self.layers.parameters(), 0.05)
+
+    def on_before_zero_grad(self, optimizer: Any) -> None:
+        self.log("before", self.layers[0].weight.sum())
+
+
+class SearchingNet(Net):
+    """An optimizer that evaluates the loss several times a step."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=3)
+
+
+class PlateauNet(Net):
+    """A schedule that follows the loss."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "train_loss_epoch"}}
+
+
+class LateNet(Net):
+    """Its layers are made when training begins, and its callbacks are its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.layers
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "layers"):
+            self.layers = Net().layers
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        return [LearningRateMonitor("step"), EarlyStopping("train_loss_step", patience=100)]
+
+
 class SpikingNet(Net):
     """Of one batch the loss is out of all proportion."""
 
@@ -594,6 +684,31 @@ CASES: dict[str, Case] = {
         {"max_epochs": 3, "max_steps": -1},
         arguments=averaged,
         steps=range(0, 19, 2),
+    ),
+    "exponential averaging": Case(
+        "`EMAWeightAveraging`, with validation of the average",
+        {"val_check_interval": 2},
+        net=ValidatedNet,
+        arguments=lambda: {"callbacks": [EMAWeightAveraging(decay=0.9)]},
+        fit=validated,
+    ),
+    "accumulation by epoch": Case(
+        "`GradientAccumulationScheduler`",
+        arguments=lambda: {"callbacks": [GradientAccumulationScheduler({0: 2, 1: 3})]},
+    ),
+    "LBFGS": Case("LBFGS, which evaluates the loss several times a step", net=SearchingNet),
+    "plateau": Case("`ReduceLROnPlateau`", BY_EPOCH, net=PlateauNet, steps=EVERY_SECOND),
+    "gradients in hooks": Case("gradients logged and clipped in hooks of the module", net=ManyHooksNet),
+    "late layers": Case("`configure_model` and `configure_callbacks`", net=LateNet),
+    "noise": Case("`training_step` draws, counts and reads the Trainer and its hyperparameters", net=NoisyNet),
+    "noisy layer": Case("a layer with a generator of its own", net=JitteredNet, callback={"loss_fn": "cross_entropy"}),
+    "anomalies": Case("`detect_anomaly`", {"detect_anomaly": True}),
+    "deterministic": Case("`deterministic`", {"deterministic": True}),
+    "reloaded": Case(
+        "loaders made anew every epoch by a data module",
+        {"max_steps": 13, "reload_dataloaders_every_n_epochs": 1},
+        data=partial(RowsModule, batch_size=4),
+        steps=EVERY_SECOND,
     ),
     "manual optimization": Case(
         "manual optimization of two optimizers, `loss_fn`", {"max_steps": 14}, net=ManualNet, callback=BY_PAIR, steps=range(7)
