@@ -564,6 +564,20 @@ def by_the_module(session: Session) -> pl.Trainer:
 
 def by_command_line(session: Session, **more: Any) -> pl.Trainer:
     """`LightningCLI` with a file that says everything."""
+    cli = command_line("fit", "--config", str(written(session, **more)))
+    session.logger = cli.trainer.logger
+    session.callbacks = [one for one in cli.trainer.callbacks if isinstance(one, CurvatureCallback)]
+    assert cli.model.lr == 0.01
+    return cli.trainer
+
+
+def command_line(*arguments: str, **options: Any) -> LightningCLI:
+    with patch.object(sys, "argv", ["train.py", *arguments]):
+        return LightningCLI(TunedNet, RowsModule, save_config_callback=None, **options)
+
+
+def written(session: Session, **more: Any) -> Path:
+    """A file that says everything."""
     callbacks = []
     if session.measure is not None:
         measure = [*session.measure, *more.pop("measure", [])]
@@ -576,12 +590,7 @@ def by_command_line(session: Session, **more: Any) -> pl.Trainer:
     session.directory.mkdir(parents=True)
     path = session.directory / "run.yaml"
     path.write_text(yaml.safe_dump(content))
-    with patch.object(sys, "argv", ["train.py", "fit", "--config", str(path)]):
-        cli = LightningCLI(TunedNet, RowsModule, save_config_callback=None)
-    session.logger = cli.trainer.logger
-    session.callbacks = [one for one in cli.trainer.callbacks if isinstance(one, CurvatureCallback)]
-    assert cli.model.lr == 0.01
-    return cli.trainer
+    return path
 
 
 def in_yaml(value: Any) -> dict[str, Any]:
@@ -594,6 +603,7 @@ def in_yaml(value: Any) -> dict[str, Any]:
 
 def own_is_measured(session: Session, run: Run) -> None:
     assert_probed(run.records, session.case.steps, {"checksum"})
+    assert isinstance(session.callbacks[0]._settings.probe_dataset, AugmentedRows)
 
 
 def scaled() -> dict[str, Any]:
@@ -642,6 +652,15 @@ def nothing_is_written(session: Session, run: Run) -> None:
 
 # ----------------------------------------------------------------------------------------------------------------- table
 
+IN_YAML: dict[str, Any] = {
+    "every_n_steps": 200,
+    "measure": [Checksum()],
+    "schedule": in_yaml(AtSteps(steps=[0, 3, 5])),
+    "spike": in_yaml(LossSpike(num_std=40.0)),
+    "probe_dataset": {"class_path": "tests.training_cases.AugmentedRows"},
+    "max_seconds": 100.0,
+    "draw": "fixed",
+}
 BY_EPOCH = {"max_steps": 13}
 BY_PAIR = {"loss_fn": pair_loss}
 EVERY_SECOND = range(0, 13, 2)
@@ -794,13 +813,7 @@ CASES: dict[str, Case] = {
         "`LightningCLI` with a schedule, other data, limits and a measurement of one's own in YAML",
         fit=partial(
             by_command_line,
-            every_n_steps=200,
-            measure=[Checksum()],
-            schedule=in_yaml(AtSteps(steps=[0, 3, 5])),
-            spike=in_yaml(LossSpike(num_std=40.0)),
-            probe_dataset={"class_path": "tests.training_cases.AugmentedRows"},
-            max_seconds=100.0,
-            draw="fixed",
+            **IN_YAML,
         ),
         steps=(0, 3, 5),
         verified=own_is_measured,

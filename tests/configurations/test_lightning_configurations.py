@@ -11,7 +11,7 @@ import pytest
 import curvature_callbacks.lightning
 from curvature_callbacks import ConfigurationError, probes, training_step
 from curvature_callbacks.model import isolation
-from tests.configurations.lightning_cases import CASES, check
+from tests.configurations.lightning_cases import CASES, IN_YAML, Session, check, command_line, written
 from tests.training_cases import LIGHTNING_WARNINGS, wide
 
 pytestmark = LIGHTNING_WARNINGS
@@ -96,3 +96,15 @@ def test_batches_of_probes_have_to_be_made_as_those_of_training(tmp_path: Path, 
     monkeypatch.setattr(curvature_callbacks.lightning, "_as_the_loop_does", lambda trainer, module, batch: batch)
     with pytest.raises(ConfigurationError):
         check(CASES["transfer hooks"], tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:(?s).*was deprecated in v4", "ignore:(?s)\\s*By default only one Jsonargparse")
+def test_the_configuration_that_lightning_saves_builds_the_same_callback(tmp_path: Path) -> None:
+    session = Session(CASES["command line"], tmp_path / "first", wide())
+    first = command_line("--config", str(written(session, **IN_YAML)), run=False)
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(first.parser.dump(first.config, skip_none=False))
+    second = command_line("--config", str(saved), run=False)
+    one, other = (cli.trainer.callbacks[0] for cli in (first, second))
+    assert isinstance(one, curvature_callbacks.lightning.CurvatureCallback)
+    assert one.state_key == other.state_key
