@@ -327,7 +327,7 @@ def test_a_loss_that_cannot_be_evaluated_stops_the_run_before_step_1(function: A
 
 
 def test_a_trainer_that_is_not_found_is_asked_for(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("curvature_callbacks.transformers._calling_trainer", lambda callback: None)
+    monkeypatch.setattr("curvature_callbacks.transformers.calling_trainer", lambda callback: None)
     with pytest.raises(ConfigurationError, match=r"`loss_fn`='trainer' needs the Trainer.*callback.attach"):
         trainer_for(tmp_path, [callback()], **SMOOTHING).train()
     own = CurvatureCallback(**options())
