@@ -81,13 +81,14 @@ class Measuring:
         try:
             with world.together():
                 state = self._states[name] if name in self._states else measurement.init(problem)
-                found, self._states[name] = measurement.measure(problem, state)
+                found, state = measurement.measure(problem, state)
                 seconds = world.average(time.perf_counter() - start)
         except Exception as error:
             if is_out_of_memory(error) and world.anywhere(max(map(batch_size, problem.microbatches)) > 1):
                 self._failures.say("memory", f"memory ran out in `{name}`, which is tried with smaller microbatches", error)
                 return None
             return [self._failures.failed(name, problem.step, error)]
+        self._states[name] = state  # only now: it is everybody's
         self._failures.succeeded(name)
         return [replace(record, seconds=seconds) for record in found]
 

@@ -22,7 +22,7 @@ class Timing:
     A budget stretches the interval. At a step that the schedule asks for, a probe takes place only if the share of wall time
     that all probes have taken, and half of this one taken as long as the last, is within it (so that the share is met between
     just before a probe and just after it); else it is put off by as many steps as the time missing takes at the pace of the run
-    so far. A spike of the loss does not wait; later probes make up for it.
+    so far, and asks again half of the way. A spike of the loss does not wait; later probes make up for it.
 
     Args:
         schedule: which steps to ask at.
@@ -107,8 +107,8 @@ class Timing:
         return self._earlier + max(here - (self._probing - self._before), 0.0)
 
     def _trigger(self, step: int, world: World) -> Trigger | None:
-        waited = self._put_off is not None and step >= self._put_off
-        if (waited or self._schedule.due(step, self.previous)) and self._affordable(step, world):
+        asked = self._schedule.due(step, self.previous) if self._put_off is None else step >= self._put_off
+        if asked and self._affordable(step, world):
             return "schedule"
         return "spike" if self._spiked and (self.previous is None or step > self.previous) else None
 
@@ -120,7 +120,8 @@ class Timing:
         if missing <= 0:
             return True
         pace = world.average((self._training() - self._earlier) / max(step - self._first, 1))
-        self._put_off = step + max(1, math.ceil(missing / pace)) if pace > 0 else step + 1
+        steps = missing / pace / 2 if pace > 0 else 0  # half of them: by then the pace may be another
+        self._put_off = step + max(1, math.ceil(steps))
         return False
 
     def _see(self, step: int, loss: Any, world: World) -> None:
