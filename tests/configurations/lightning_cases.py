@@ -691,7 +691,7 @@ CASES: dict[str, Case] = {
         "`16-mixed` on a CPU, which Lightning makes `bf16-mixed`", {"precision": "16-mixed"}, tolerated=["You passed"]
     ),
     "16-mixed, scaler": Case("`16-mixed` with a gradient scaler, by a plugin", arguments=scaled),
-    "16-true": Case("`16-true`, SGD", {"precision": "16-true"}, net=ScheduledNet),
+    "16-true": Case("`16-true` (SGD)", {"precision": "16-true"}, net=ScheduledNet),
     "bf16-mixed": Case("`bf16-mixed`", {"precision": "bf16-mixed"}),
     "bf16-true": Case("`bf16-true`", {"precision": "bf16-true"}),
     "64-true": Case("`64-true`", {"precision": "64-true"}),
