@@ -51,8 +51,8 @@ class CurvatureMonitor:
     probe is recorded and warned about once, never raised; a bad configuration is raised by `check`, which the first `step`
     calls if you have not.
 
-    With many processes (DDP, FSDP2) call `check` and `step` on every one of them: each draws rows of its own, the numbers are
-    those of all rows together and the same on all, and rank zero writes.
+    With many processes (DDP, FSDP2) call `check` and `step` on all: each draws rows of its own, numbers are those of all rows and
+    the same everywhere, and rank zero writes.
 
     Args:
         model: the module training runs, unwrapped (no DDP, no `torch.compile` wrapper).
@@ -150,8 +150,8 @@ class CurvatureMonitor:
     def check(self, step: int = 0) -> None:
         """Raise a `ConfigurationError` for what can never be measured, before anything is trained.
 
-        Looks at the model, then at the loss and labels of the microbatches that `step` would draw. With a source that has no
-        data yet (a stream), what is wrong with them can only be recorded by the first probe.
+        Looks at the model, then at loss and labels of the microbatches that `step` would draw. Of a stream that has no data yet
+        the first probe records what is wrong.
 
         Cost: one draw and two forward passes over it, one more for each measurement that has to ask the loss.
         """
@@ -174,11 +174,11 @@ class CurvatureMonitor:
                 microbatches = self._probes.draw(seed)
                 if not world.anywhere(microbatches is None):
                     assert microbatches is not None
-                    kinds = [one.fisher_type for one in self._measure if isinstance(one, OfFisher)]
                     problem = self._problem(microbatches, seed, step, world)
-                    problem.check(kinds)
-                    for one in [one for one in self._measure if isinstance(one, Checked)]:
-                        one.check(problem)
+                    problem.check([one.fisher_type for one in self._measure if isinstance(one, OfFisher)])
+                    for one in self._measure:
+                        if isinstance(one, Checked):
+                            one.check(problem)
         except ConfigurationError:
             raise
         except Exception as error:
@@ -272,11 +272,8 @@ class CurvatureMonitor:
         return [summary, *records]
 
     def _hand_on(self, records: Sequence[Record]) -> None:
-        start = time.perf_counter()
-        is_writer = current_world().rank == 0
-        for sink in self._sinks:
-            if not (is_writer or getattr(sink, "every_process", False)):
-                continue
+        start, is_writer = time.perf_counter(), current_world().rank == 0
+        for sink in [one for one in self._sinks if is_writer or getattr(one, "every_process", False)]:
             try:
                 sink.write(records)
             except Exception as error:

@@ -116,9 +116,8 @@ class Problem:
             for batch in self.microbatches:
                 losses = self.objective(batch)
                 valid += int(losses.num_targets.sum())
-                for kind in kinds:
-                    if kind != EMPIRICAL:  # which every loss has
-                        surrogates(kind, losses, seed=self.seed)
+                for kind in [kind for kind in kinds if kind != EMPIRICAL]:  # which every loss has
+                    surrogates(kind, losses, seed=self.seed)
         if self.world.total(torch.tensor(valid)) == 0:
             raise ConfigurationError(
                 "every label of the drawn microbatches is ignored (-100): the loss is undefined. Check the collator and the "
@@ -156,7 +155,7 @@ class Problem:
 
     @cached_property
     def gradients(self) -> Mapping[str, Tensor]:
-        """Name to the gradient of the mean loss (of sharded parameters that nobody can hold: to its shards).
+        """Name to the gradient of the mean loss; of sharded parameters that nobody can hold, to its shards here.
 
         Cost: one gradient, whose time is kept as the unit of all others.
         """

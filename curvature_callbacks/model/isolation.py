@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvature_callbacks.errors import ConfigurationError
+from curvature_callbacks.model.precision import full_precision
 from curvature_callbacks.replicas import is_generator, replica
 from curvature_callbacks.sharding import is_fully_sharded, reshard
 
@@ -44,7 +45,7 @@ def isolated(model: nn.Module, *, seed: int) -> Iterator[None]:
         stack.enter_context(_buffers(modules))
         stack.enter_context(_unpatched_forward(modules))
         stack.enter_context(_no_sharding_hooks(modules))
-        stack.enter_context(_matmul_precision())
+        stack.enter_context(full_precision())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # fused kernels have no second derivative
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # a compiled graph cannot be differentiated twice
         stack.enter_context(torch.autocast(device.type, enabled=False))
@@ -284,38 +285,3 @@ class _PlainCall:
 def _nothing_around(*args: Any, **kwargs: Any) -> Iterator[None]:
     """In place of what the other kind does before and after the call."""
     yield
-
-
-@contextmanager
-def _matmul_precision() -> Iterator[None]:
-    """Full float32 products. The newer per-backend switch where there is one: reading the old global switch raises
-    once a user has touched the new one."""
-    cuda, cudnn, mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
-    of_cudnn = [getattr(cudnn, kind, None) for kind in ("conv", "rnn")]
-    backends: list[Any] = [cuda.matmul, *of_cudnn, getattr(mkldnn, "matmul", None)]
-    saved = [(backend, backend.fp32_precision) for backend in backends if hasattr(backend, "fp32_precision")]
-    legacy = None if saved else torch.get_float32_matmul_precision()
-    allowed = _cudnn_switch()
-    try:
-        if allowed is not None:
-            cudnn.allow_tf32 = False  # `cudnn.flags`, which models have around a CTC loss, raises where it differs from the new
-        for backend, _ in saved:
-            backend.fp32_precision = "ieee"
-        if legacy is not None:
-            torch.set_float32_matmul_precision("highest")
-        yield
-    finally:
-        if allowed is not None:
-            cudnn.allow_tf32 = allowed  # first: it sets the new ones too
-        for backend, precision in saved:
-            backend.fp32_precision = precision
-        if legacy is not None:
-            torch.set_float32_matmul_precision(legacy)
-
-
-def _cudnn_switch() -> bool | None:
-    """cuDNN's old switch, None where the user's own settings of the new ones have made reading it an error."""
-    try:
-        return bool(torch.backends.cudnn.allow_tf32)
-    except RuntimeError:
-        return None
