@@ -51,8 +51,8 @@ class CurvatureMonitor:
     probe is recorded and warned about once, never raised; a bad configuration is raised by `check`, which the first `step`
     calls if you have not.
 
-    With many processes (DDP, FSDP2) call `check` and `step` on all: each draws rows of its own, numbers are those of all rows and
-    the same everywhere, and rank zero writes.
+    With many processes (DDP, FSDP2) call `check` and `step` on all: each draws rows of its own, the numbers are those of all
+    rows and the same everywhere, and rank zero writes.
 
     Args:
         model: the module training runs, unwrapped (no DDP, no `torch.compile` wrapper).
