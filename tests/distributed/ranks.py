@@ -17,9 +17,14 @@ _TIMEOUT = 120.0  # seconds until a run that hangs is ended
 
 
 class Ranks:
-    """W processes in one gloo group. They stay between calls: an import of torch takes longer than most tests."""
+    """W processes in one group. They stay between calls: an import of torch takes longer than most tests.
 
-    def __init__(self, size: int) -> None:
+    Args:
+        size: W.
+        backend: `gloo`, or `nccl` with a GPU for each.
+    """
+
+    def __init__(self, size: int, backend: str = "gloo") -> None:
         context = mp.get_context("spawn")
         self.size = size
         port, folder = _free_port(), tempfile.mkdtemp()
@@ -27,7 +32,7 @@ class Ranks:
         self._processes = []
         for rank in range(size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, port, folder, there), daemon=True)
+            process = context.Process(target=_serve, args=(rank, size, backend, port, folder, there), daemon=True)
             process.start()
             self._pipes.append(here)
             self._processes.append(process)
@@ -53,7 +58,7 @@ class Ranks:
             process.join()
 
 
-def _serve(rank: int, size: int, port: int, folder: str, pipe: Connection) -> None:
+def _serve(rank: int, size: int, backend: str, port: int, folder: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     os.environ.update(
@@ -67,7 +72,9 @@ def _serve(rank: int, size: int, port: int, folder: str, pipe: Connection) -> No
             "ACCELERATE_USE_CPU": "1",
         }
     )
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=size)
     while True:
         work, args = pipe.recv()
         try:
