@@ -1,5 +1,6 @@
 """The only module that speaks torch.distributed: the processes of a run, and how they compute, agree and fail together."""
 
+import pickle
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -69,10 +70,12 @@ class ProcessGroup:
 
     def gathered(self, item: Any) -> list[Any]:
         """One gathering of pickled objects."""
+        with self._allocating():  # what cannot be pickled fails before anybody waits for it
+            sent = pickle.dumps(item)
         self._agree("gathered")
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, item)
-        return found
+        dist.all_gather_object(found, sent)
+        return [pickle.loads(one) for one in found]
 
     def delivered(self, parcels: Sequence[Sequence[Tensor]], sizes: Sequence[Sequence[Any]]) -> list[list[Tensor]]:
         """Point to point, all at once."""

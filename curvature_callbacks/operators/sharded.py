@@ -58,10 +58,10 @@ class ShardedOperator:
         return self._world.reduced(product.T.contiguous()).T
 
     def checked(self, check: Callable[[Operator], tuple[float, int]]) -> tuple[float, int]:
-        """The worst of what `check` finds on each process's own operator, and the products it spends."""
+        """The worst of what `check` finds on each process's own operator (nan before all), and the products it spends."""
         with self._world.together():
             found = check(self.local)
-        worst: tuple[float, int] = max(self._world.gathered(found))
+        worst: tuple[float, int] = max(self._world.gathered(found), key=lambda one: (one[0] != one[0], one))
         return worst
 
 

@@ -26,31 +26,16 @@ def _imported_modules_are_no_garbage() -> Iterator[None]:
     gc.unfreeze()
 
 
-# Of the loop around the model alone: what is measured at a step should make no difference to them.
-AROUND = {
-    "reloaded",
-    "gradients in hooks",
-    "clipping",
-    "clipping by value",
-    "one cycle",
-    "workers",
-    "weight averaging",
-    "limit_train_batches",
-    "validation",
-}
-AROUND |= {"checkpoints", "lr_find", "learning rate finder", "batch size finder", "twice", "another trainer", "resumed"}
-AROUND |= {
-    "resumed within an epoch",
-    "schedule",
-    "spike",
-    "limits",
-    "augmentation",
-    "transform",
-    "transform of a subset",
-    "collecting",
-    "remembering",
-}
 LIKELY = [name for name, case in CASES.items() if case.has_likelihood]
+# Repeated with more measurements; the others are by `make test-all`.
+QUICK = {
+    "plain",
+    "accumulation",
+    "bf16-mixed",
+    "64-true",
+    "torchmetrics",
+    "stream",
+}
 
 
 def marked(names: Iterable[str], slow: Iterable[str] = ()) -> list[Any]:
@@ -62,7 +47,7 @@ def test_training_is_bit_identical(name: str, tmp_path: Path) -> None:
     check(CASES[name], tmp_path)
 
 
-@pytest.mark.parametrize("name", marked(LIKELY, slow=AROUND))
+@pytest.mark.parametrize("name", marked(LIKELY, slow=[name for name in LIKELY if name not in QUICK]))
 def test_training_is_bit_identical_whatever_is_measured(name: str, tmp_path: Path) -> None:
     check(CASES[name], tmp_path, wide(), loss_fn="cross_entropy")
 

@@ -23,10 +23,18 @@ def _imported_modules_are_no_garbage() -> Iterator[None]:
     gc.unfreeze()
 
 
-# Of the loop around the model alone: what is measured at a step should make no difference to them.
-AROUND = {"clipping", "adafactor", "sgd", "schedule", "workers", "batch size found", "tensorboard", "evaluation", "best model"}
-AROUND |= {"twice", "resumed", "resumed stream", "fp16 flag", "augmentation", "own generator"}
 LIKELY = [name for name, case in CASES.items() if case.has_likelihood]
+# Repeated with more measurements; the others are by `make test-all`.
+QUICK = {
+    "plain",
+    "accumulation",
+    "bf16",
+    "label smoothing measured",
+    "compute_loss_func",
+    "checkpointing, reentrant",
+    "stream",
+    "resumed",
+}
 
 
 def marked(names: Iterable[str], slow: Iterable[str] = ()) -> list[Any]:
@@ -38,7 +46,7 @@ def test_training_is_bit_identical(name: str, tmp_path: Path) -> None:
     check(CASES[name], tmp_path)
 
 
-@pytest.mark.parametrize("name", marked(LIKELY, slow=AROUND))
+@pytest.mark.parametrize("name", marked(LIKELY, slow=[name for name in LIKELY if name not in QUICK]))
 def test_training_is_bit_identical_whatever_is_measured(name: str, tmp_path: Path) -> None:
     check(CASES[name], tmp_path, wide())
 
