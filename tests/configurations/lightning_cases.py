@@ -1,12 +1,13 @@
 """Every configuration of Lightning in which training must be the same bits with and without the callback."""
 
 import dataclasses
+import os
 import random
 import sys
 import warnings
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from functools import partial
 from io import StringIO
@@ -159,9 +160,23 @@ def check(case: Case, directory: Any, measure: Sequence[Measurement] | None = No
             assert_equal(whole.optimizers, plain.optimizers, "optimizers")
 
 
+@contextmanager
+def settings_of_the_process() -> Iterator[None]:
+    """A Trainer that is deterministic makes everything after it deterministic."""
+    enabled, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    environment = dict(os.environ)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled)
+        torch.backends.cudnn.benchmark = benchmark
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+
+
 def run(session: Session, fit: Callable[[Session], pl.Trainer]) -> Run:
     """Train and take down everything that must not depend on the callback."""
-    with redirect_stdout(StringIO()):
+    with redirect_stdout(StringIO()), settings_of_the_process():
         trainer = fit(session)
     net = trainer.lightning_module
     flags = [child.training for child in net.modules()], [one.requires_grad for one in net.parameters()], num_hooks(net)

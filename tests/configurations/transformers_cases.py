@@ -448,7 +448,7 @@ def checkpointing(*, use_reentrant: bool) -> dict[str, Any]:
 
 def compiled(backend: str) -> Case:
     changes = {"torch_compile": True, "torch_compile_backend": backend, "max_steps": 3}
-    return Case(f"`torch_compile` ({backend})", changes, steps=(0, 2), tolerated=IN_DYNAMO, is_slow=backend != "eager")
+    return Case(f"`torch_compile` ({backend})", changes, steps=(0, 2), tolerated=IN_DYNAMO, is_slow=True)
 
 
 CASES: dict[str, Case] = {

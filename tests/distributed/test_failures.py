@@ -322,10 +322,10 @@ def eigenvalues(mode: str) -> list[float]:
         return pairs.eigenvalues.tolist()
 
 
-MODES = [pytest.param(mode, marks=pytest.mark.slow) for mode in ("partial", "selective", "off", "auto")]
+MODES = [pytest.param(mode, marks=pytest.mark.slow) for mode in ("thick_restart", "partial", "selective", "off", "auto")]
 
 
-@pytest.mark.parametrize("mode", ["full", "thick_restart", *MODES])
+@pytest.mark.parametrize("mode", ["full", *MODES])
 def test_eigenvalues_are_those_of_the_dense_hessian_in_every_mode(mode: str, two: Ranks) -> None:
     with problem_of("plain", [0, 1]) as problem:
         size = sum(problem.objective.sizes.values())

@@ -288,7 +288,7 @@ def graphs_kept() -> list[int]:
         problem = Problem(model, batches, loss="cross_entropy", world=current_world())
         budget = 1 << 30 if current_world().rank == 0 else 0
         operator = HessianOperator(problem.objective, problem.microbatches, memory_budget=budget)
-        for _ in range(30):
+        for _ in range(6):
             operator.matmat(torch.ones(operator.shape[0], 1, dtype=torch.float64))
         assert problem.objective._on_use is not None
         return [operator.num_kept, len(problem.objective._on_use._gathered)]
