@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from torch import tensor
+from torch import Tensor, tensor
 
 from curvature_callbacks._optional import is_available, require
 from curvature_callbacks.fingerprint import DESCRIPTION, warn_of_change
@@ -159,7 +159,7 @@ class CurvatureCallback(Callback):
     ) -> None:
         """Keep the loss for the coming step."""
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if self._settings.spike is not None and loss is not None:
+        if self._settings.spike is not None and isinstance(loss, Tensor):
             self._loss = loss.detach()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

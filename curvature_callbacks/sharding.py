@@ -67,8 +67,6 @@ def _obstacle(model: nn.Module) -> str | None:
     for name, parameter in model.named_parameters():
         if type(parameter).__name__ == "FlatParameter":
             return f"parameter `{name}` is flattened by FSDP1"
-        if hasattr(parameter, "full_tensor") and parameter.device.type == "cpu" and torch.cuda.is_available():
-            return f"parameter `{name}` is offloaded to the host"
         if hasattr(parameter, "ds_id"):
             return f"parameter `{name}` is partitioned by DeepSpeed ZeRO-3"
         if hasattr(parameter, "full_tensor") and id(parameter) not in sharded:
@@ -83,6 +81,10 @@ def sharded_parameters(module: nn.Module) -> list[tuple[nn.Parameter, list[tuple
     state: Any = module._get_fsdp_state()  # type: ignore[operator]
     groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
     members = [member for group in groups if group is not None for member in group.fsdp_params if not member.is_dtensor]
+    if any(getattr(member, "offload_to_cpu", False) for member in members):
+        raise ConfigurationError(
+            "parameters of FSDP2 are offloaded to the host: that is not supported, leave out `CPUOffloadPolicy`."
+        )
     return [(member.sharded_param, _places(member._module_info)) for member in members]
 
 
@@ -100,7 +102,7 @@ def _checksum(value: Tensor) -> str:
     """Of the bits, which replicas share, by integer sums; of a shard nothing, they differ."""
     if hasattr(value, "full_tensor"):
         return ""
-    return str(int(value.detach().contiguous().view(torch.uint8).sum(dtype=torch.int64)))
+    return str(int(value.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64)))
 
 
 def is_split_evenly(value: Any, world: World) -> bool:

@@ -134,7 +134,7 @@ class Session:
         return [record for callback in self.callbacks for record in callback.history]
 
 
-def check(case: Case, directory: Any, measure: Sequence[Measurement] | None = None, **callback: Any) -> None:
+def assert_same_bits(case: Case, directory: Any, measure: Sequence[Measurement] | None = None, **callback: Any) -> None:
     """Train with and without the callback; raise an `AssertionError` where anything differs or was not measured.
 
     Args:

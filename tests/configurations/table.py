@@ -38,11 +38,11 @@ def main(path: Path) -> None:
     lines = [INTRODUCTION.format(versions=", ".join(f"{name} {version(name)}" for name in packages))]
     training = ("configuration", "training is the same bits", "measured")
     for title, module in (("Lightning", lightning_cases), ("Hugging Face Trainer", transformers_cases)):
-        lines += table(title, training, [outcome(module.check, case) for case in module.CASES.values()])
+        lines += table(title, training, [outcome(module.assert_same_bits, case) for case in module.CASES.values()])
     for size in (2, 4):
         ranks = Ranks(size)
         found = [
-            outcome(lambda case, directory, ranks=ranks: process_cases.check(case, ranks, directory), case)
+            outcome(lambda case, directory, ranks=ranks: process_cases.assert_same_bits(case, ranks, directory), case)
             for case in process_cases.CASES.values()
         ]
         ranks.close()

@@ -11,7 +11,7 @@ import pytest
 import curvature_callbacks.lightning
 from curvature_callbacks import ConfigurationError, probes, training_step
 from curvature_callbacks.model import isolation
-from tests.configurations.lightning_cases import CASES, IN_YAML, Session, check, command_line, written
+from tests.configurations.lightning_cases import CASES, IN_YAML, Session, assert_same_bits, command_line, written
 from tests.training_cases import LIGHTNING_WARNINGS, wide
 
 pytestmark = LIGHTNING_WARNINGS
@@ -44,12 +44,12 @@ def marked(names: Iterable[str], slow: Iterable[str] = ()) -> list[Any]:
 
 @pytest.mark.parametrize("name", marked(CASES))
 def test_training_is_bit_identical(name: str, tmp_path: Path) -> None:
-    check(CASES[name], tmp_path)
+    assert_same_bits(CASES[name], tmp_path)
 
 
 @pytest.mark.parametrize("name", marked(LIKELY, slow=[name for name in LIKELY if name not in QUICK]))
 def test_training_is_bit_identical_whatever_is_measured(name: str, tmp_path: Path) -> None:
-    check(CASES[name], tmp_path, wide(), loss_fn="cross_entropy")
+    assert_same_bits(CASES[name], tmp_path, wide(), loss_fn="cross_entropy")
 
 
 @pytest.mark.parametrize(
@@ -74,13 +74,13 @@ def test_each_protection_is_needed(name: str, module: Any, protection: str, tmp_
     """Without it training differs, a measurement fails or is refused: the comparison above can fail."""
     monkeypatch.setattr(module, protection, lambda *args, **kwargs: nullcontext())
     with pytest.raises((AssertionError, ConfigurationError)):
-        check(CASES[name], tmp_path)
+        assert_same_bits(CASES[name], tmp_path)
 
 
 def test_batches_of_probes_have_to_be_made_as_those_of_training(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(curvature_callbacks.lightning, "_as_the_loop_does", lambda trainer, module, batch: batch)
     with pytest.raises(ConfigurationError):
-        check(CASES["transfer hooks"], tmp_path)
+        assert_same_bits(CASES["transfer hooks"], tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:(?s).*was deprecated in v4", "ignore:(?s)\\s*By default only one Jsonargparse")

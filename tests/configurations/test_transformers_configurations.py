@@ -10,7 +10,7 @@ import pytest
 
 from curvature_callbacks import ConfigurationError, probes
 from curvature_callbacks.model import isolation
-from tests.configurations.transformers_cases import CASES, check
+from tests.configurations.transformers_cases import CASES, assert_same_bits
 from tests.training_cases import wide
 
 
@@ -43,12 +43,12 @@ def marked(names: Iterable[str], slow: Iterable[str] = ()) -> list[Any]:
 
 @pytest.mark.parametrize("name", marked(CASES))
 def test_training_is_bit_identical(name: str, tmp_path: Path) -> None:
-    check(CASES[name], tmp_path)
+    assert_same_bits(CASES[name], tmp_path)
 
 
 @pytest.mark.parametrize("name", marked(LIKELY, slow=[name for name in LIKELY if name not in QUICK]))
 def test_training_is_bit_identical_whatever_is_measured(name: str, tmp_path: Path) -> None:
-    check(CASES[name], tmp_path, wide())
+    assert_same_bits(CASES[name], tmp_path, wide())
 
 
 @pytest.mark.parametrize(
@@ -67,4 +67,4 @@ def test_each_protection_is_needed(name: str, module: Any, protection: str, tmp_
     monkeypatch.setattr(module, protection, lambda *args, **kwargs: nullcontext())
     monkeypatch.setattr(probes, "_private_copy", lambda collate: collate)
     with pytest.raises((AssertionError, ConfigurationError)):
-        check(CASES[name], tmp_path)
+        assert_same_bits(CASES[name], tmp_path)

@@ -88,7 +88,7 @@ class Case:
     is_slow: bool = False
 
 
-def check(case: Case, directory: Any, measure: Sequence[Measurement] | None = None) -> None:
+def assert_same_bits(case: Case, directory: Any, measure: Sequence[Measurement] | None = None) -> None:
     """Train with and without the callback; raise an `AssertionError` where anything differs or was not measured."""
     measurements = cheap() if measure is None else list(measure)
     with warnings.catch_warnings():

@@ -92,7 +92,7 @@ CASES: dict[str, Case] = {
 }
 
 
-def check(case: Case, ranks: Ranks, directory: Path) -> None:
+def assert_same_bits(case: Case, ranks: Ranks, directory: Path) -> None:
     """Train with and without on all ranks; raise on any difference, and where something was not measured."""
     plain = ranks(case.train, *case.arguments, False, str(directory / "plain"), ranks.size)
     probed = ranks(case.train, *case.arguments, True, str(directory / "probed"), ranks.size)

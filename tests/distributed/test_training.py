@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from curvature_callbacks import CurvatureMonitor, EdgeRatio, FisherSpectrum, TopEigenpairs
 from curvature_callbacks.distributed import current_world
@@ -13,7 +14,7 @@ from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.model.isolation import isolated
 from curvature_callbacks.record import Record
 from tests.distributed import frameworks, training
-from tests.distributed.cases import CASES, assert_same_records, check
+from tests.distributed.cases import CASES, assert_same_bits, assert_same_records
 from tests.distributed.ranks import Ranks
 
 SMOKE = ("loop_ddp", "loop_fsdp2")
@@ -21,19 +22,19 @@ SMOKE = ("loop_ddp", "loop_fsdp2")
 
 @pytest.mark.parametrize("name", SMOKE)
 def test_training_of_two_processes_is_bit_identical(name: str, two: Ranks, tmp_path: Path) -> None:
-    check(CASES[name], two, tmp_path)
+    assert_same_bits(CASES[name], two, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CASES if name not in SMOKE])
 def test_every_configuration_of_two_processes_is_bit_identical(name: str, two: Ranks, tmp_path: Path) -> None:
-    check(CASES[name], two, tmp_path)
+    assert_same_bits(CASES[name], two, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_every_configuration_of_four_processes_is_bit_identical(name: str, four: Ranks, tmp_path: Path) -> None:
-    check(CASES[name], four, tmp_path)
+    assert_same_bits(CASES[name], four, tmp_path)
 
 
 # ------------------------------------------------------------------------------------- the numbers are those of all rows
@@ -159,6 +160,43 @@ def test_a_process_without_a_valid_label_counts_for_nothing(two: Ranks) -> None:
     expected = torch.tensor(with_labels_on_one_process_only(False))
     for found in two(with_labels_on_one_process_only, True):
         assert torch.allclose(torch.tensor(found), expected, rtol=1e-5, atol=1e-6)
+
+
+class Scaled(nn.Module):
+    """With a parameter of no axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.scale = nn.Linear(6, 3), nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scale * self.head(x)
+
+
+def with_a_scalar() -> list[str | None]:
+    torch.manual_seed(0)
+    batch = union(2)[current_world().rank]
+    monitor = CurvatureMonitor(Scaled(), probes=[batch], loss="cross_entropy", measure=[FisherSpectrum(), TopEigenpairs(k=1)])
+    return [record.error for record in monitor.step(0)]
+
+
+def test_a_parameter_of_no_axis(two: Ranks) -> None:
+    for errors in two(with_a_scalar):
+        assert len(errors) >= 4
+        assert not any(errors)
+
+
+def offloaded() -> str:
+    model = training.fsdp2(training.Net(), offload_policy=CPUOffloadPolicy(pin_memory=False))
+    try:
+        CurvatureMonitor(model, probes=union(1), loss="cross_entropy").check()
+    except ConfigurationError as error:
+        return str(error)
+    return ""
+
+
+def test_offloaded_parameters_are_refused(two: Ranks) -> None:
+    assert all("`CPUOffloadPolicy`" in message for message in two(offloaded))
 
 
 # ---------------------------------------------------------------------------------------------------- what is refused
