@@ -24,7 +24,7 @@ from tests.configurations.transformers_cases import (
     CASES,
     PenalisedTrainer,
     Unpadded,
-    check,
+    assert_same_bits,
     collected,
     collecting_focal,
     focal,
@@ -265,7 +265,7 @@ def test_an_exception_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_without_that_training_differs(name: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(trainer_loss, "_without_trace", lambda trainer: nullcontext())
     with pytest.raises(AssertionError, match=r"state|logged"):
-        check(CASES[name], tmp_path)
+        assert_same_bits(CASES[name], tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------------------- streams
