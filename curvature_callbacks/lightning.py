@@ -159,7 +159,7 @@ class CurvatureCallback(Callback):
     ) -> None:
         """Keep the loss for the coming step."""
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if self._settings.spike is not None and isinstance(loss, Tensor):
+        if self._settings.spike is not None and isinstance(loss, Tensor) and loss.numel() == 1:
             self._loss = loss.detach()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

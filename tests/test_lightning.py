@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.nn import functional as F
 from torch.utils.data import IterableDataset
 
-from curvature_callbacks import ConfigurationError, FisherSpectrum, RefusedError, TopEigenpairs, read_records
+from curvature_callbacks import ConfigurationError, FisherSpectrum, LossSpike, RefusedError, TopEigenpairs, read_records
 from curvature_callbacks.lightning import CurvatureCallback
 from curvature_callbacks.model import isolation
 from tests.configurations.lightning_cases import ValidatedNet
@@ -415,6 +415,37 @@ def test_manual_optimization_without_a_loss(tmp_path: Path) -> None:
             self.automatic_optimization = False
 
     assert_refused(tmp_path, Manual(), callback(), "optimizes manually.*`loss_fn=lambda.*curvature_loss")
+
+
+class TellingNet(ManualNet):
+    """Optimizes by hand and tells a loss that leaves its range at the batch 3."""
+
+    def __init__(self, tell: Callable[[float], Any]) -> None:
+        super().__init__()
+        self.tell = tell
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:  # type: ignore[override]
+        super().training_step(batch, batch_idx)
+        return self.tell(1000.0 if batch_idx == 3 else 1.0)
+
+
+@pytest.mark.parametrize(
+    ("tell", "probed"),
+    [
+        (lambda loss: {"loss": torch.tensor([loss])}, [0, 4]),
+        (torch.tensor, [0, 4]),
+        (lambda loss: {"loss": torch.tensor([loss, loss])}, [0]),
+        (lambda loss: {"other": loss}, [0]),
+        (lambda loss: None, [0]),
+    ],
+    ids=["one value", "tensor", "two values", "no loss", "nothing"],
+)
+def test_a_spike_of_a_loss_told_under_manual_optimization(
+    tell: Callable[[float], Any], probed: list[int], tmp_path: Path
+) -> None:
+    probing = callback(every_n_steps=200, spike=LossSpike(window=2), loss_fn=pair_loss)
+    run = lightning_run(tmp_path, probing, net=lambda: TellingNet(tell), max_steps=14)
+    assert_probed(run.records, probed)
 
 
 def test_no_trainable_parameter(tmp_path: Path) -> None:
