@@ -18,8 +18,12 @@ _KINDS: Final[dict[str, type[Exception]]] = {  # what a failure is to everybody,
 
 def described(error: BaseException) -> tuple[str, str]:
     """What kind of failure it is, and its message: with its type, where that is not the one all will raise."""
-    text = str(error) if type(error) in _KINDS.values() else f"{type(error).__name__}: {error}"
-    return _kind(error), text
+    return _kind(error), _text(error) if type(error) in _KINDS.values() else named(error)
+
+
+def named(error: BaseException) -> str:
+    """Its type and its message."""
+    return f"{type(error).__name__}: {_text(error)}"
 
 
 def common_failure(described: Sequence[tuple[str, str] | None]) -> Exception:
@@ -42,7 +46,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device or the host had no memory left."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and ("out of memory" in str(error) or "DefaultCPUAllocator" in str(error))
+    return isinstance(error, RuntimeError) and any(told in _text(error) for told in ("out of memory", "DefaultCPUAllocator"))
+
+
+def _text(error: BaseException) -> str:
+    """Its message. The `__str__` of an exception that is not ours may raise, and nothing may be said or agreed on then."""
+    try:
+        return str(error)
+    except Exception as another:
+        return f"its message cannot be read ({type(another).__name__})"
 
 
 def _kind(error: BaseException) -> str:

@@ -93,15 +93,20 @@ class ProcessGroup:
         found[self.rank] = list(parcels[self.rank])
         return found
 
-    def shared(self, tensors: Sequence[Tensor], *, source: int) -> None:
-        """One broadcast a tensor."""
+    def shared(self, tensors: Sequence[Tensor], *, source: int) -> list[Tensor]:
+        """One broadcast a tensor, of its bits: backends do not know every dtype."""
+        own = self.rank == source
         with self._allocating():
-            there = [tensor.to(self._place(tensor)).contiguous() for tensor in tensors]
+            places = [self._place(tensor) for tensor in tensors]
+            there = [
+                tensor.detach().to(place).contiguous() if own else torch.empty(tensor.shape, dtype=tensor.dtype, device=place)
+                for tensor, place in zip(tensors, places, strict=True)
+            ]
+            bits = [sent.view(-1).view(torch.uint8) for sent in there]
         self._agree("shared", source, [(tensor.shape, tensor.dtype) for tensor in tensors])
-        for tensor, sent in zip(tensors, there, strict=True):
+        for sent in filter(torch.Tensor.numel, bits):
             dist.broadcast(sent, source)
-            if self.rank != source:
-                tensor.copy_(sent)
+        return [tensor if own else sent.to(tensor.device) for tensor, sent in zip(tensors, there, strict=True)]
 
     @contextmanager
     def _allocating(self) -> Iterator[None]:
@@ -117,7 +122,7 @@ class ProcessGroup:
         try:
             yield
         except BaseException as error:
-            if getattr(error, _AGREED, False):
+            if is_agreed(error):
                 raise
             failure = self._failure(error)
             if not isinstance(error, Exception):  # an interrupt stops this process as it would have without a probe
@@ -154,12 +159,14 @@ class ProcessGroup:
         if failed:
             raise self._exchanged(None)
         if highest != -lowest:
-            raise self._exchanged(ProbeError(f"processes take different paths, this one to {told[:200]}"))
+            error = ProbeError(f"processes take different paths, this one to {told[:200]}")
+            raise self._exchanged(described(error))
 
     def _failure(self, error: BaseException) -> BaseException:
         """Tell the others, and hear from them."""
+        told = described(error)  # before they listen
         self._highest(1, 0, 0)
-        return self._exchanged(error)
+        return self._exchanged(told)
 
     def _highest(self, *numbers: int) -> list[int]:
         found = torch.tensor(numbers, device=self._devices[0])
@@ -167,12 +174,17 @@ class ProcessGroup:
         highest: list[int] = found.tolist()
         return highest
 
-    def _exchanged(self, error: BaseException | None) -> Exception:
+    def _exchanged(self, own: tuple[str, str] | None) -> Exception:
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, None if error is None else described(error))
+        dist.all_gather_object(found, own)
         failure = common_failure(found)
         setattr(failure, _AGREED, True)
         return failure
+
+
+def is_agreed(error: BaseException) -> bool:
+    """Whether all processes raise it: who catches it goes on alone."""
+    return getattr(error, _AGREED, False)
 
 
 def _devices() -> list[torch.device]:

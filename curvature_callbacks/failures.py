@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping
 from typing import Final, final
 
+from curvature_callbacks.common_failure import named
 from curvature_callbacks.errors import RefusedError
 from curvature_callbacks.record import Record
 
@@ -64,4 +65,4 @@ class Failures:
 
 
 def _cause(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".rstrip(".")
+    return named(error).rstrip(".")

@@ -1,12 +1,14 @@
 """The callback for Lightning."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from torch import Tensor, tensor
 
 from curvature_callbacks._optional import is_available, require
+from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.fingerprint import DESCRIPTION, warn_of_change
 from curvature_callbacks.measurements import Measurement
 from curvature_callbacks.model.blocks import BlockStructure
@@ -20,6 +22,7 @@ from curvature_callbacks.settings import Settings
 from curvature_callbacks.sinks import JSONLinesSink, MemorySink, Sink
 from curvature_callbacks.sinks.tensorboard import TensorBoardSink
 from curvature_callbacks.training_step import loss_of
+from curvature_callbacks.undisturbed import undisturbed
 
 if TYPE_CHECKING or is_available("lightning"):
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -117,6 +120,7 @@ class CurvatureCallback(Callback):
         self._monitor: CurvatureMonitor | None = None
         self._captured: CapturedProbes | None = None
         self._loaded: dict[str, Any] | None = None
+        self._loader: Any = None  # what probes are drawn from
         self._last_state: dict[str, Any] = {}
         self._loss: Any = None  # of the batch before, where spikes are looked for
 
@@ -127,11 +131,10 @@ class CurvatureCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the monitor and check everything that can be checked without a batch."""
-        self._captured = None
+        self._captured = self._loss = None
         loss = loss_of(pl_module, self._settings.loss_fn)
-        probes: Probes | None = self._settings.probes(
-            trainer.train_dataloader, prepare=lambda batch: _as_the_loop_does(trainer, pl_module, batch)
-        )
+        self._loader = trainer.train_dataloader
+        probes = self._probes(trainer, pl_module)
         if probes is None:
             probes = self._captured = self._settings.captured_probes()
         sinks: list[Sink] = [self._memory, *_sinks(trainer)]
@@ -142,6 +145,16 @@ class CurvatureCallback(Callback):
             self._monitor.load_state_dict(self._loaded)
             self._loaded = None
         self._monitor.check(_logged_step(trainer))
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw from this epoch's loader, where it is another one (`reload_dataloaders_every_n_epochs`)."""
+        if self._monitor is None or self._captured is not None or trainer.train_dataloader is self._loader:
+            return
+        self._loader = trainer.train_dataloader
+        with suppress(ConfigurationError):  # nothing can be drawn from it: those before are measured
+            probes = self._probes(trainer, pl_module)
+            if probes is not None:
+                self._monitor.draw_from(probes)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Probe if due: here `.grad` is not in use and the parameters are those of the step being logged."""
@@ -193,16 +206,22 @@ class CurvatureCallback(Callback):
             own = [state for key, state in states.items() if key.startswith(type(self).__qualname__) and key not in taken]
             warn_of_change(self._settings.description, own)
 
+    def _probes(self, trainer: Trainer, pl_module: LightningModule) -> Probes | None:
+        return self._settings.probes(self._loader, prepare=lambda batch: _as_the_loop_does(trainer, pl_module, batch))
+
     def _release(self) -> None:
-        self._last_state = self.state_dict()
-        self._monitor = self._captured = None
+        self._last_state = self.state_dict() if self._loaded is None else self._loaded  # of a run that had nothing to train
+        self._monitor = self._captured = self._loaded = self._loader = None
+        for name in ("log", "log_dict"):  # Lightning's own, which hold the module and the Trainer
+            self.__dict__.pop(name, None)
 
 
 def _as_the_loop_does(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
     """Precision, transfer hooks and device, in the order of the training loop."""
-    batch = trainer.precision_plugin.convert_input(batch)
-    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
-    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+    with undisturbed(getattr(trainer, "datamodule", None)):
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
+        return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 def _logged_step(trainer: Trainer) -> int:

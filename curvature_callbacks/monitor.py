@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, final, get_args
 
@@ -175,10 +176,12 @@ class CurvatureMonitor:
                 if not world.anywhere(microbatches is None):
                     assert microbatches is not None
                     problem = self._problem(microbatches, seed, step, world)
-                    problem.check([one.fisher_type for one in self._measure if isinstance(one, OfFisher)])
-                    for one in self._measure:
-                        if isinstance(one, Checked):
-                            one.check(problem)
+                    with ExitStack() as stack:
+                        stack.callback(problem.watch_writes().put_back)
+                        problem.check([one.fisher_type for one in self._measure if isinstance(one, OfFisher)])
+                        for one in self._measure:
+                            if isinstance(one, Checked):
+                                one.check(problem)
         except ConfigurationError:
             raise
         except Exception as error:
@@ -212,6 +215,10 @@ class CurvatureMonitor:
         self._hand_on(records)
         self._timing.spent(time.perf_counter() - start)
         return records
+
+    def draw_from(self, probes: Probes) -> None:
+        """Draw later probes from another source: a loader made anew."""
+        self._probes = probes
 
     def offer(self, batch: Any) -> None:
         """Show a training batch to probes that watch the loop (`CapturedProbes`); what cannot be kept is reported once."""
@@ -251,25 +258,36 @@ class CurvatureMonitor:
                 if world.anywhere(microbatches is None):
                     return []
                 assert microbatches is not None
-                problem, records = self._measuring.run(
-                    microbatches, lambda found: self._problem(found, seed, step, world), max_seconds=self._max_seconds
-                )
-                seconds = time.perf_counter() - start
-                summary = probe_record(
-                    problem,
-                    records,
-                    seconds=seconds,
-                    sink_seconds=self._sink_seconds,
-                    switched_off=self._failures.switched_off,
-                    skipped=self._measuring.skipped,
-                    overhead=self._timing.overhead(seconds),
-                    about={"draw": self._draw, "trigger": trigger},
-                )
+
+                def build(found: Sequence[Any]) -> Problem:
+                    return self._problem(found, seed, step, world)
+
+                with ExitStack() as stack:
+                    if self._runs_user_code:
+                        stack.callback(build(microbatches).watch_writes().put_back)
+                    problem, records = self._measuring.run(microbatches, build, max_seconds=self._max_seconds)
+                    seconds = time.perf_counter() - start
+                    summary = probe_record(
+                        problem,
+                        records,
+                        seconds=seconds,
+                        sink_seconds=self._sink_seconds,
+                        switched_off=self._failures.switched_off,
+                        skipped=self._measuring.skipped,
+                        overhead=self._timing.overhead(seconds),
+                        about={"draw": self._draw, "trigger": trigger},
+                    )
         except Exception as error:
             failed = self._failures.recorded(PROBE, step, error)
             scalars = {"failed": 1.0, "probe_seconds": time.perf_counter() - start}
             summary = replace(failed, scalars=scalars, headline=PROBE_HEADLINE)
         return [summary, *records]
+
+    @property
+    def _runs_user_code(self) -> bool:
+        """Whether the loss is a function of the user's, which may change tensors in place at some steps only."""
+        loss = self._problem_options["loss"]
+        return callable(loss) and not isinstance(loss, nn.Module)
 
     def _hand_on(self, records: Sequence[Record]) -> None:
         start, is_writer = time.perf_counter(), current_world().rank == 0

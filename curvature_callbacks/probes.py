@@ -2,28 +2,37 @@
 
 import copy
 import hashlib
+import logging
 import random
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from functools import partial
-from types import FunctionType, MethodType, ModuleType
-from typing import Any, Final, Literal, final
+from collections.abc import Callable, Sequence
+from itertools import cycle, islice
+from types import MethodType
+from typing import Any, Literal, final
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from curvature_callbacks.batches import batch_size, detached_copy, take_rows
 from curvature_callbacks.distributed import current_world
-from curvature_callbacks.errors import ConfigurationError
+from curvature_callbacks.errors import ConfigurationError, ProbeError
+from curvature_callbacks.undisturbed import reachable as reachable
+from curvature_callbacks.undisturbed import undisturbed as undisturbed
 
 Draw = Literal["fresh", "fixed"]
 Prepare = Callable[[Any], Any]
 
-_SEARCH_OBJECTS: Final = 5000  # objects looked at for generators of a dataset's or collator's own
-_LEAVES: Final = (torch.Tensor, str, bytes, int, float, type, ModuleType, type(None))
-_SEARCH_WIDTH: Final = 64  # containers with more entries hold data, not generators
+_logger = logging.getLogger("curvature_callbacks")
 
 
 def stable_seed(*parts: object) -> int:
@@ -45,7 +54,7 @@ class DatasetProbes(Probes):
     """Rows of a map-style dataset, indexed directly and collated by a copy of the loader's collator.
 
     The loader itself is never iterated: that moves the global generator and, with persistent workers or streams, the order
-    of the training data. Generators and attributes of dataset and collator are put back as they were.
+    of the training data. Dataset and collator are put back as they were: see `undisturbed`.
 
     Args:
         dataset: map-style, with `__len__`.
@@ -53,6 +62,7 @@ class DatasetProbes(Probes):
         num_microbatches: microbatches a probe.
         microbatch_size: rows of each; fewer when the dataset is smaller.
         prepare: what the loop does to a collated batch before the model sees it (transfer hooks, augmentation).
+        rows: what the dataset may be indexed with; default `range(len(dataset))`.
     """
 
     def __init__(
@@ -63,30 +73,46 @@ class DatasetProbes(Probes):
         num_microbatches: int,
         microbatch_size: int,
         prepare: Callable[[Any], Any] | None = None,
+        rows: Sequence[Any] | None = None,
     ) -> None:
         self._dataset = dataset
+        self._rows = rows
         self._prepare = prepare or (lambda batch: batch)
         self._collate = collate
         self._num_microbatches = num_microbatches
         self._microbatch_size = microbatch_size
 
     def draw(self, seed: int) -> list[Any]:
-        """Rows without replacement, from a private generator; every process of a run has rows of its own."""
-        length, world = len(self._dataset), current_world()
-        drawn = min(self._num_microbatches * self._microbatch_size * world.size, length)
-        indices = random.Random(seed).sample(range(length), drawn)[world.rank :: world.size]
-        count = len(indices)
+        """Rows without replacement, from a private generator; every process of a run has rows of its own.
+
+        Where there are fewer rows than processes some have the same row. A microbatch of which the collator makes None is left
+        out, as loops do.
+
+        Raises:
+            ProbeError: it makes None of all.
+        """
+        rows, world = range(len(self._dataset)) if self._rows is None else self._rows, current_world()
+        drawn = min(self._num_microbatches * self._microbatch_size * world.size, len(rows))
+        places = random.Random(seed).sample(range(len(rows)), drawn)
+        own = [rows[place] for place in islice(cycle(places), world.rank, max(drawn, world.size), world.size)]
         collate = _private_copy(self._collate)
         with undisturbed(self._dataset, self._collate):
-            return [
-                self._prepare(collate(self._rows(indices[start : start + self._microbatch_size])))
-                for start in range(0, count, self._microbatch_size)
-            ]
+            batches = (
+                collate(self._read(own[start : start + self._microbatch_size]))
+                for start in range(0, len(own), self._microbatch_size)
+            )
+            found = [self._prepare(batch) for batch in batches if batch is not None]
+        if not found:
+            raise ProbeError(
+                f"the collator returned None for each microbatch of a probe, {len(own)} rows in all, and nothing is left to "
+                "measure: name rows that it keeps (`probe_dataset`), or draw more of them (`microbatch_size`)."
+            )
+        return found
 
-    def _rows(self, indices: list[int]) -> list[Any]:
+    def _read(self, rows: list[Any]) -> list[Any]:
         if getattr(self._dataset, "__getitems__", None):
-            return list(self._dataset.__getitems__(indices))
-        return [self._dataset[index] for index in indices]
+            return list(self._dataset.__getitems__(rows))
+        return [self._dataset[row] for row in rows]
 
 
 @final
@@ -129,7 +155,11 @@ class CapturedProbes(Probes):
 def probes_from_loader(
     loader: Any, *, num_microbatches: int, microbatch_size: int, prepare: Callable[[Any], Any] | None = None
 ) -> DatasetProbes | None:
-    """Probes on the loader's dataset, or None when it cannot be indexed (a stream, a combined loader, no collation)."""
+    """Probes on those rows of the loader's dataset that its sampler can draw, each as likely as the others.
+
+    None when the dataset cannot be indexed (a stream, a combined loader, no collation). A sampler of a class that is not known
+    is never iterated, which may move generators: probes draw from all rows then, and a warning says so where it has fewer.
+    """
     dataset: Any = getattr(loader, "dataset", None)
     collate = getattr(loader, "collate_fn", None)
     indexable = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
@@ -137,7 +167,8 @@ def probes_from_loader(
         return None
     if isinstance(loader, DataLoader) and loader.batch_size is None and loader.batch_sampler is None:
         return None
-    return dataset_probes(dataset, collate, num_microbatches=num_microbatches, microbatch_size=microbatch_size, prepare=prepare)
+    sizes = {"num_microbatches": num_microbatches, "microbatch_size": microbatch_size}
+    return dataset_probes(dataset, collate, **sizes, prepare=prepare, rows=_rows_of(loader))
 
 
 def dataset_probes(dataset: Any, collate: Callable[[list[Any]], Any], **options: Any) -> DatasetProbes:
@@ -157,6 +188,8 @@ def dataset_probes(dataset: Any, collate: Callable[[list[Any]], Any], **options:
         )
     if len(dataset) == 0:
         raise ConfigurationError("the dataset is empty: there is nothing to draw a probe from.")
+    if options.get("rows") is not None and len(options["rows"]) == 0:
+        raise ConfigurationError("the sampler of the data draws no row: there is nothing to draw a probe from.")
     return DatasetProbes(dataset, collate, **options)
 
 
@@ -179,6 +212,57 @@ def as_probes(probes: Any, *, num_microbatches: int, microbatch_size: int) -> Pr
     return found
 
 
+def _rows_of(loader: Any) -> Any:
+    """What the loader's sampler can draw, None for all rows of its dataset."""
+    batches = getattr(loader, "batch_sampler", None)
+    if isinstance(batches, list | tuple):
+        return [row for batch in batches for row in batch]
+    sampler = _innermost(getattr(loader, "sampler", None) if batches is None else batches, loader.dataset)
+    if isinstance(sampler, RandomSampler | SequentialSampler):
+        rows: Any = range(len(sampler.data_source))
+    elif isinstance(sampler, SubsetRandomSampler):
+        rows = sampler.indices
+    elif isinstance(sampler, WeightedRandomSampler):
+        rows = (sampler.weights > 0).nonzero().flatten().tolist()
+    elif isinstance(sampler, list | tuple | range | torch.Tensor) or type(sampler).__module__ == "numpy":
+        rows = sampler
+    else:
+        _warn_of_fewer(sampler, loader)
+        return None
+    return None if isinstance(rows, range) and rows == range(len(loader.dataset)) else rows
+
+
+def _innermost(sampler: Any, dataset: Any) -> Any:
+    """The sampler of rows in batches of them, in accelerate's shards of such batches and in the shards of Lightning.
+
+    The shards of PyTorch are of the rows of a dataset, those of Lightning of a dataset made of the entries of a sampler.
+    """
+    within: Any = None
+    if isinstance(sampler, BatchSampler):
+        within = getattr(sampler, "batch_sampler", getattr(sampler, "sampler", None))
+    elif isinstance(sampler, DistributedSampler):
+        sharded = getattr(sampler, "dataset", dataset)
+        within = SequentialSampler(dataset) if sharded is dataset else getattr(sharded, "_sampler", range(len(sharded)))
+    return sampler if within is None else _innermost(within, dataset)
+
+
+def _warn_of_fewer(sampler: Any, loader: Any) -> None:
+    """Say that probes draw from all rows, where `sampler` has fewer, but for batches and processes that are not full."""
+    try:
+        size = getattr(sampler, "batch_size") if sampler is loader.batch_sampler else 1  # noqa: B009 - of a class not known
+        is_fewer = (len(sampler) + 1) * size * current_world().size <= len(loader.dataset)
+    except Exception:  # it need not have a length
+        return
+    if is_fewer and current_world().rank == 0:
+        _logger.warning(
+            "curvature probes draw from the whole dataset of %d rows: which of them `%s` draws, of length %d, is not known. "
+            "Pass `probe_dataset=` or `probe_dataloader=` (of a `Subset`, say) to measure on others. Training is not affected.",
+            len(loader.dataset),
+            type(sampler).__name__,
+            len(sampler),
+        )
+
+
 def _private_copy(collate: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
     """A copy whose counters and caches are its own, or the collator itself where it is a method (of a whole module, say) or
     holds locks or files: generators and attributes are put back in either case."""
@@ -188,105 +272,3 @@ def _private_copy(collate: Callable[[list[Any]], Any]) -> Callable[[list[Any]], 
         return copy.deepcopy(collate)
     except (TypeError, ValueError, AttributeError, NotImplementedError, RuntimeError):
         return collate
-
-
-class undisturbed:  # noqa: N801 - reads as a verb in `with`
-    """Puts generators and attributes of everything that can be reached from the given objects back as they were.
-
-    A data set may open its file at the first access, count or cache: what a probe opened in this process must not be
-    inherited by workers forked later, which would then share one file offset.
-    """
-
-    def __init__(self, *owners: Any) -> None:
-        self._objects = list(reachable(owners))
-
-    def __enter__(self) -> None:
-        generators = [value for value in self._objects if _is_generator(value)]
-        self._states = [(generator, copy.deepcopy(_get_state(generator))) for generator in generators]
-        self._attributes = [(found, dict(found)) for value in self._objects if (found := _attributes(value)) is not None]
-
-    def __exit__(self, *_: object) -> None:
-        for generator, state in self._states:
-            _set_state(generator, state)
-        for found, saved in self._attributes:
-            if found.keys() != saved.keys() or any(found[name] is not value for name, value in saved.items()):
-                found.clear()
-                found.update(saved)
-
-
-def reachable(owners: tuple[Any, ...]) -> Iterator[Any]:
-    """Objects reachable through attributes, closures and small containers, never through user-defined attribute access."""
-    waiting, seen = deque(owners), set[int]()
-    while waiting and len(seen) < _SEARCH_OBJECTS:
-        value = waiting.popleft()
-        if id(value) in seen or isinstance(value, _LEAVES):
-            continue
-        seen.add(id(value))
-        yield value
-        if not _is_generator(value):
-            waiting.extend(_children(value))
-
-
-def _children(value: Any) -> list[Any]:
-    if isinstance(value, Mapping):
-        return list(value.values()) if len(value) <= _SEARCH_WIDTH else []
-    if isinstance(value, list | tuple | set):
-        return list(value) if len(value) <= _SEARCH_WIDTH else []
-    if isinstance(value, partial):
-        return [value.func, value.args, value.keywords]
-    if isinstance(value, MethodType):
-        return [value.__self__]
-    if isinstance(value, FunctionType):
-        return [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
-    return [*(_attributes(value) or {}).values(), *_slots(value)]
-
-
-def _attributes(value: Any) -> dict[str, Any] | None:
-    try:
-        found = object.__getattribute__(value, "__dict__")
-    except AttributeError:
-        return None
-    return found if type(found) is dict else None
-
-
-def _slots(value: Any) -> list[Any]:
-    found = []
-    for kind in type(value).__mro__:
-        for name in vars(kind).get("__slots__", ()):
-            with suppress(AttributeError):  # declared and not set
-                found.append(object.__getattribute__(value, name))
-    return found
-
-
-def _is_filled(cell: Any) -> bool:
-    try:
-        _ = cell.cell_contents
-    except ValueError:
-        return False
-    return True
-
-
-def _is_generator(value: Any) -> bool:
-    return isinstance(value, torch.Generator | random.Random) or _is_numpy_generator(value)
-
-
-def _is_numpy_generator(value: Any) -> bool:
-    kind = type(value)
-    return kind.__module__.startswith("numpy.random") and kind.__name__ in ("Generator", "RandomState")
-
-
-def _get_state(generator: Any) -> Any:
-    if isinstance(generator, random.Random):
-        return generator.getstate()
-    if isinstance(generator, torch.Generator) or type(generator).__name__ == "RandomState":
-        return generator.get_state()
-    return generator.bit_generator.state
-
-
-def _set_state(generator: Any, state: Any) -> None:
-    if isinstance(generator, random.Random):
-        generator.setstate(state)
-    elif isinstance(generator, torch.Generator) or type(generator).__name__ == "RandomState":
-        generator.set_state(state)
-    else:
-        generator.bit_generator.state = state

@@ -1,5 +1,6 @@
 """Problem: model, blocks, loss and microbatches of one probe; what measurements share is built once."""
 
+import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, partial
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature_callbacks.batches import batch_size, to_device
+from curvature_callbacks.distributed import is_agreed
 from curvature_callbacks.errors import ConfigurationError, ProbeError, RefusedError
 from curvature_callbacks.gram.engine import BlockGrams
 from curvature_callbacks.gram.kronecker import LayerKronecker
@@ -25,6 +27,7 @@ from curvature_callbacks.model.objective import Objective, ParamsFilter, gradien
 from curvature_callbacks.model.on_use import in_step, on_use_parameters
 from curvature_callbacks.model.stability import Optimizers, Stability, read_stability
 from curvature_callbacks.model.surrogates import EMPIRICAL, FisherType, SampleUnit, surrogates
+from curvature_callbacks.model.writes import WriteWatch
 from curvature_callbacks.operators.difference import FiniteDifferenceHessianOperator
 from curvature_callbacks.operators.fisher import EmpiricalFisherOperator, FisherOperator, SampledFisherOperator
 from curvature_callbacks.operators.ggn import GGNOperator
@@ -38,6 +41,8 @@ from curvature_callbacks.world import SINGLE, World
 A = TypeVar("A", bound=Operator)
 AnyFisher = FisherOperator | ShardedFisherOperator
 Names = Iterable[str] | None  # of parameters to differentiate by, default all
+
+_logger = logging.getLogger("curvature_callbacks")
 
 _TRANSPOSED: Final = ("transposed linear", "embedding")  # operations whose weight is stored as (d_in, d_out)
 
@@ -95,7 +100,9 @@ class Problem:
         on_use = on_use_parameters(model, world, device)
         if on_use is not None:
             self.microbatches = in_step(self.microbatches, world)
-        self.objective = Objective(model, self._trust.loss, params_filter=params_filter, on_use=on_use, world=world)
+        self.objective = Objective(
+            model, self._trust.loss, params_filter=params_filter, on_use=on_use, world=world, rewritten=self._trust.rewritten
+        )
         names = tuple(self.objective.parameters)
         if self._trust.blocks is None or self._trust.blocks[0] != names:
             self._trust.blocks = names, group_blocks(model, names, block_structure)
@@ -105,6 +112,21 @@ class Problem:
         self._shared = SharedGrams(
             self.objective, self.microbatches, self.blocks, trust=self._trust, seed=seed, sharing=sharing or {}, world=world
         )
+
+    def watch_writes(self) -> WriteWatch:
+        """What the loss changes in place, parameters and tensors that are not the model's alike; it is put back.
+
+        Cost: one forward pass of one microbatch.
+        """
+        watch = WriteWatch()
+        if not self.objective.is_sharded:
+            try:
+                self.objective.watch_writes(self.microbatches[0], watch)
+            except Exception as error:  # measurements will meet it, record it and report it
+                if is_agreed(error):
+                    raise
+                _logger.debug("the loss could not be watched: %s", error)
+        return watch
 
     def check(self, kinds: Sequence[FisherType] = ()) -> None:
         """Raise a `ConfigurationError` when no sample has a valid target, or the loss has not one of these types of Fisher.

@@ -3,6 +3,9 @@
 import copy
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, Final
 
 import torch
@@ -10,14 +13,17 @@ from torch import Tensor, nn
 
 _ELEMENTS: Final = 1 << 22  # larger tensors and arrays hold data, not running values
 _ITEMS: Final = 1 << 16  # so do longer containers
+_DEPTH: Final = 3  # of plain objects within each other
 _DICTS: Final = (dict, defaultdict, OrderedDict, Counter)
+_LIBRARIES: Final = frozenset({"builtins", "torch", "lightning", "pytorch_lightning", "transformers", "accelerate", "peft"})
+_INTERNAL: Final = frozenset(nn.Module().__dict__)  # what torch keeps in a module: parameters, hooks, the training flag
 
 
 def replica(value: Any, memo: dict[int, Any]) -> Any:
     """`value` with copies of the containers, small tensors, generators and plain objects in it; anything else is shared.
 
-    A plain object is one whose class says nothing about copying or pickling (an average meter). Data sets, tokenizers,
-    trainers and modules are shared: copying them would be slow or wrong.
+    A plain object is one whose class says nothing about copying or pickling (an average meter), or a namespace. Data sets,
+    tokenizers, trainers and modules are shared: copying them would be slow or wrong.
 
     Args:
         value: any attribute.
@@ -28,6 +34,32 @@ def replica(value: Any, memo: dict[int, Any]) -> Any:
     if id(value) not in memo:
         memo[id(value)] = _replica(value, memo)
     return memo[id(value)]
+
+
+@contextmanager
+def attributes_set_aside(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Every module works on replicas of its own attributes: collected outputs, running means, metrics, generators.
+
+    Modules that these keep in plain lists and dicts, which torch does not register, are set aside like them.
+    """
+    memo: dict[int, Any] = {}
+    owners = list(dict.fromkeys([*modules, *_modules_in_containers(modules)]))
+    saved = [(owner, {name: value for name, value in owner.__dict__.items() if name not in _INTERNAL}) for owner in owners]
+    try:
+        for owner, attributes in saved:
+            owner.__dict__.update({name: replica(value, memo) for name, value in attributes.items()})
+        yield
+    finally:
+        for owner, attributes in saved:
+            for name in [name for name in owner.__dict__ if name not in _INTERNAL and name not in attributes]:
+                del owner.__dict__[name]
+            owner.__dict__.update(attributes)
+
+
+def _modules_in_containers(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    held = [value for module in modules for value in module.__dict__.values() if type(value) in (list, dict)]
+    values = [item for value in held for item in (value.values() if isinstance(value, dict) else value)]
+    return [child for value in values if isinstance(value, nn.Module) for child in value.modules()]
 
 
 def _replica(value: Any, memo: dict[int, Any]) -> Any:
@@ -61,33 +93,44 @@ def _container(value: Any, memo: dict[int, Any]) -> Any:
 
 
 def _plain_object(value: Any, memo: dict[int, Any]) -> Any:
-    result = memo[id(value)] = object.__new__(type(value))
-    result.__dict__.update({name: replica(item, memo) for name, item in value.__dict__.items()})
+    kind: Any = type(value)
+    result = memo[id(value)] = kind.__new__(kind)
+    for name, item in _fields(value).items():
+        object.__setattr__(result, name, replica(item, memo))
     return result
 
 
-def _is_plain(value: Any) -> bool:
+def _fields(value: Any) -> dict[str, Any]:
+    """Attributes, those in slots too."""
+    slots = [name for kind in type(value).__mro__ for name in _names(vars(kind).get("__slots__", ()))]
+    return {name: getattr(value, name) for name in slots if hasattr(value, name)} | getattr(value, "__dict__", {})
+
+
+def _names(slots: Any) -> list[str]:
+    return [name for name in ([slots] if isinstance(slots, str) else slots) if name not in ("__dict__", "__weakref__")]
+
+
+def _is_plain(value: Any, depth: int = 0) -> bool:
     kind = type(value)
-    if isinstance(value, nn.Module | type) or kind.__module__.partition(".")[0] in (
-        "builtins",
-        "torch",
-        "lightning",
-        "pytorch_lightning",
-    ):
+    if kind is SimpleNamespace:
+        return all(_is_simple(item, depth) for item in vars(value).values())
+    if isinstance(value, nn.Module | type) or kind.__module__.partition(".")[0] in _LIBRARIES:
         return False
     hooks = ("__copy__", "__deepcopy__", "__getstate__", "__reduce__", "__reduce_ex__", "__new__")
     own = any(getattr(kind, hook, None) is not getattr(object, hook, None) for hook in hooks)
-    items = getattr(value, "__dict__", None)
-    return items is not None and not own and all(_is_simple(item) for item in items.values())
+    if own or not (hasattr(value, "__dict__") or hasattr(kind, "__slots__")):
+        return False
+    return all(_is_simple(item, depth) for item in _fields(value).values())
 
 
-def _is_simple(item: Any) -> bool:
+def _is_simple(item: Any, depth: int) -> bool:
     kind = type(item)
     return (
         item is None
         or kind in (bool, int, float, str, Tensor, list, tuple, set, deque, *_DICTS)
         or _is_array(kind)
         or is_generator(kind)
+        or (depth < _DEPTH and _is_plain(item, depth + 1))
     )
 
 

@@ -52,11 +52,30 @@ def take_buffers(model: nn.Module, world: World) -> None:
 
     Call it inside `isolated`, which puts the own ones back. Cost: one broadcast of them.
     """
-    own = {name: buffer for name, buffer in model.named_buffers() if not hasattr(buffer, "full_tensor")}
+    own = {name: buffer for name, buffer in model.named_buffers() if _can_be_sent(buffer)}
     kinds = world.gathered({name: (tuple(buffer.shape), buffer.dtype) for name, buffer in own.items()})
-    common = [name for name in own if all(found.get(name) == kinds[0].get(name) for found in kinds)]  # not caches by length
+    common = [name for name, kind in kinds[0].items() if all(other.get(name) == kind for other in kinds)]  # no caches by length
+    found = world.shared([own[name] for name in common], source=0)
+    if world.rank == 0:
+        return
     with torch.no_grad():
-        world.shared([own[name] for name in common], source=0)
+        for name, content in zip(common, found, strict=True):
+            _fill(model, own[name], content)
+
+
+def _can_be_sent(buffer: Tensor) -> bool:
+    """Whether it is numbers in memory: no shard, and neither sparse, quantized nor without values."""
+    return not hasattr(buffer, "full_tensor") and buffer.layout is torch.strided and not (buffer.is_quantized or buffer.is_meta)
+
+
+def _fill(model: nn.Module, buffer: Tensor, content: Tensor) -> None:
+    """Copy `content` there, or put it in the place of a buffer that cannot be written to."""
+    if not buffer.is_inference() and 0 not in buffer.stride():  # neither made in inference mode nor expanded
+        buffer.copy_(content)
+        return
+    for module in model.modules():
+        for name in [name for name, value in module._buffers.items() if value is buffer]:
+            module._buffers[name] = content
 
 
 def _obstacle(model: nn.Module) -> str | None:
@@ -96,6 +115,14 @@ def _places(info: Any) -> list[tuple[nn.Module, str]]:
 def is_fully_sharded(module: nn.Module) -> bool:
     """Whether `fully_shard` was applied to it."""
     return hasattr(module, "_get_fsdp_state")
+
+
+def passes_are_shared(model: nn.Module) -> bool:
+    """Whether all processes must make the same passes of the model of an `Objective`, none of their own.
+
+    Parameters that are still shards there are gathered by all at every pass (`OnUse`).
+    """
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
 def _checksum(value: Tensor) -> str:

@@ -61,7 +61,7 @@ class Timing:
 
         Args:
             step: optimizer steps completed.
-            loss: of training since the last call, anything `float` takes; None where it is not known.
+            loss: of training since the last call, anything `float` takes; not known where it is None or no number.
             world: the processes.
         """
         if self._start is None:
@@ -127,7 +127,7 @@ class Timing:
     def _see(self, step: int, loss: Any, world: World) -> None:
         if self._spike is None:
             return
-        known = [value for value in world.gathered(None if loss is None else float(loss)) if value is not None]
+        known = [value for value in world.gathered(_number(loss)) if value is not None]
         if not known:
             return
         value = statistics.fmean(known)
@@ -144,6 +144,14 @@ class Timing:
         if len(self._losses) < self._spike.window:
             return False
         return value > statistics.fmean(self._losses) + self._spike.num_std * statistics.pstdev(self._losses)
+
+
+def _number(loss: Any) -> float | None:
+    """`loss`, where it is one number; whatever else a loop hands over must not end training, or leave other processes alone."""
+    try:
+        return None if loss is None else float(loss)
+    except Exception:
+        return None
 
 
 def seconds_left(deadline: float | None, most: float | None = None) -> float | None:

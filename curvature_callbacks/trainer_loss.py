@@ -1,6 +1,5 @@
 """The loss that a Hugging Face Trainer minimises, evaluated for a probe without leaving a trace in the Trainer."""
 
-import operator
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,8 +21,8 @@ from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.model.losses import Loss
 from curvature_callbacks.model.own_loss import OwnLoss
 from curvature_callbacks.model.sample_losses import IGNORED, SampleLosses, cross_entropy, shifted_cross_entropy
-from curvature_callbacks.probes import reachable, undisturbed
 from curvature_callbacks.replicas import replica
+from curvature_callbacks.undisturbed import reachable, refill, undisturbed
 
 _LIBRARIES: Final = frozenset({"transformers", "accelerate", "datasets"})
 _SHARED: Final = (nn.Module, Optimizer, LRScheduler, Dataset)  # which a loss does not change, and large
@@ -110,7 +109,7 @@ class _Watched:
     def __call__(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if model.training:  # neither a probe nor an evaluation
             for offer in self.offers:
-                offer(dict(inputs))
+                offer(dict(inputs) if isinstance(inputs, Mapping) else inputs)
         return self.compute_loss(model, inputs, *args, **kwargs)
 
 
@@ -166,8 +165,7 @@ class _ComputedLoss:
             return loss
         self._is_settled |= torch.is_grad_enabled()  # a pass with gradients may be watched: one evaluation only
         if not self._is_settled:
-            self._count = self._matching_count(model, batch, loss)
-            self._is_settled = self._count is not None
+            self._settle(self._matching_count(model, batch, loss))
         if self._count is None:
             return loss
         counts = self._count(batch["labels"])
@@ -180,15 +178,27 @@ class _ComputedLoss:
         with _without_trace(self._trainer), generators:  # noise of its own is the same at every evaluation of a probe
             return self._compute_loss(model, inputs)
 
-    def _matching_count(self, model: nn.Module, batch: Mapping[str, Any], loss: Tensor) -> _Count | None:
-        """The only way of counting by which the losses of single rows average to `loss`; None where they do not differ."""
+    def _settle(self, found: str | None) -> None:
+        """Over processes all come here once, at the first batch of each: what one of them can tell holds for all."""
+        world = current_world()
+        names = {name for name in world.gathered(found) if name is not None}
+        if len(names) > 1:
+            raise ConfigurationError(
+                f"processes find that the Trainer's loss is a mean over different things ({', '.join(sorted(names))}): pass a "
+                "function `(model, batch) -> scalar mean or (N,) losses`."
+            )
+        self._count = _COUNTS[names.pop()] if names else None
+        self._is_settled = self._count is not None or world.size > 1
+
+    def _matching_count(self, model: nn.Module, batch: Mapping[str, Any], loss: Tensor) -> str | None:
+        """The name of the only count by which losses of single rows average to `loss`; None where they do not differ."""
         labels = batch.get("labels")
         if not isinstance(labels, Tensor) or labels.ndim != 2 or IGNORED not in labels:
             return None
         single = torch.stack([self._value(model, take_rows(batch, row)) for row in torch.arange(len(labels))[:, None]])
         single = single.nan_to_num()  # of rows without a label, which count nothing
-        means = {count: (single * count(labels)).sum() / count(labels).sum() for count in (_rows, _following, _given)}
-        found = [count for count, mean in means.items() if bool((mean - loss).abs() <= _MATCH * loss.abs())]
+        means = {name: (single * count(labels)).sum() / count(labels).sum() for name, count in _COUNTS.items()}
+        found = [name for name, mean in means.items() if bool((mean - loss).abs() <= _MATCH * loss.abs())]
         return found[0] if len(found) == 1 else None
 
 
@@ -207,12 +217,18 @@ def _given(labels: Tensor) -> Tensor:
     return (labels != IGNORED).sum(1)
 
 
+_COUNTS: Final[Mapping[str, _Count]] = {"rows": _rows, "labels that follow": _following, "labels": _given}
+
+
 @contextmanager
 def _without_trace(trainer: Trainer) -> Iterator[None]:
-    """`trainer.log` does nothing; attributes of the Trainer, its state and its control flags, generators, and what its
-    `compute_loss_func` collects are as before."""
+    """`trainer.log` does nothing; attributes of the Trainer, its arguments, its state and its control flags, learning rates,
+    generators, and what its `compute_loss_func` collects are as before."""
     attributes = vars(trainer)
-    saved = [(found, dict(found)) for found in (attributes, vars(trainer.state), vars(trainer.control))]
+    groups = trainer.optimizer.param_groups if trainer.optimizer is not None else []
+    scheduler = vars(trainer.lr_scheduler) if trainer.lr_scheduler is not None else {}
+    held = (attributes, vars(trainer.state), vars(trainer.control), vars(trainer.args), scheduler, *groups)
+    saved = [(found, dict(found)) for found in held]
     own = {name: value for name, value in attributes.items() if name not in _APART and not _is_shared(value)}
     collected = [(value, value.copy()) for value in reachable((trainer.compute_loss_func,)) if type(value) in _CONTAINERS]
     memo: dict[int, Any] = {}
@@ -223,7 +239,7 @@ def _without_trace(trainer: Trainer) -> Iterator[None]:
             yield
     finally:
         for value, content in collected:
-            _refill(value, content)
+            refill(value, content)
         for found, before in saved:
             found.clear()
             found.update(before)
@@ -231,15 +247,3 @@ def _without_trace(trainer: Trainer) -> Iterator[None]:
 
 def _is_shared(value: Any) -> bool:
     return isinstance(value, _SHARED) or any(kind.__module__.partition(".")[0] in _LIBRARIES for kind in type(value).__mro__)
-
-
-def _refill(container: Any, content: Any) -> None:
-    """Back to `content`; compared by identity, for the items may be tensors."""
-    if len(container) == len(content) and all(map(operator.is_, _items(container), _items(content))):
-        return
-    container.clear()
-    (container.extend if isinstance(container, list | deque) else container.update)(content)
-
-
-def _items(container: Any) -> list[Any]:
-    return [*container, *container.values()] if isinstance(container, dict) else list(container)

@@ -1,9 +1,9 @@
 """The loss of a LightningModule, from its own `training_step` where nothing else is given, leaving no trace."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from inspect import Parameter, signature
-from typing import Any, Final
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -11,9 +11,8 @@ from curvature_callbacks._optional import is_available
 from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.model.isolation import seeded
 from curvature_callbacks.model.losses import Loss
-from curvature_callbacks.replicas import replica
+from curvature_callbacks.replicas import attributes_set_aside
 
-_INTERNAL: Final = frozenset(nn.Module().__dict__)  # what torch keeps in a module: parameters, hooks, the training flag
 _ADVICE = (
     "Pass `loss_fn=lambda module, batch: ...` to the callback or give the module a method curvature_loss(batch): either "
     "returns the mean loss or one loss per row."
@@ -26,6 +25,9 @@ def loss_of(module: Any, loss_fn: Loss) -> Loss:
     Raises:
         ConfigurationError: `training_step` cannot be called for a probe: manual optimization, or no batch argument.
     """
+    if callable(loss_fn) and not isinstance(loss_fn, nn.Module):
+        given = loss_fn
+        return lambda model, batch: _traceless(model, given, model, batch)
     if loss_fn is not None:
         return loss_fn
     if callable(getattr(module, "curvature_loss", None)):
@@ -40,21 +42,25 @@ def loss_of(module: Any, loss_fn: Loss) -> Loss:
 
 
 def _curvature_loss(module: Any, batch: Any) -> Tensor:
-    loss: Tensor = module.curvature_loss(batch)
+    loss: Tensor = _traceless(module, module.curvature_loss, batch)
     return loss
 
 
 def _training_step_loss(module: nn.Module, batch: Any) -> Tensor:
     step: Any = module.training_step
-    with _without_trace(module):
-        output = step(batch, *(0 for _ in range(_num_indices(step))))
-    loss = output.get("loss") if isinstance(output, dict) else output
+    output = _traceless(module, step, batch, *(0 for _ in range(_num_indices(step))))
+    loss = output.get("loss") if isinstance(output, Mapping) else output
     if not isinstance(loss, Tensor):
         raise ConfigurationError(
             f"`training_step` returned {type(output).__name__} without a loss, so the loss cannot be determined. Return it. "
             + _ADVICE
         )
-    return loss
+    return loss.reshape(()) if loss.shape == (1,) else loss
+
+
+def _traceless(module: nn.Module, function: Any, *args: Any) -> Any:
+    with _without_trace(module):
+        return function(*args)
 
 
 def _num_indices(step: Any) -> int:
@@ -72,8 +78,16 @@ def _without_trace(module: nn.Module) -> Iterator[None]:
 
     What it draws is the same in every call, so that a probe measures one function.
     """
-    with _muted(module), _attributes_set_aside(module), seeded(module, seed=0):
+    aside = attributes_set_aside(list(module.modules()))
+    with _muted(module), _trainer_unchanged(module), aside, seeded(module, seed=0), _default_dtype(module):
         yield
+
+
+def _default_dtype(module: Any) -> AbstractContextManager[Any]:
+    """What Lightning sets around a step in double precision: tensors made there are float64 too."""
+    trainer: Any = getattr(module, "_trainer", None)
+    is_double = trainer is not None and trainer.precision == "64-true"
+    return trainer.precision_plugin.forward_context() if is_double else nullcontext()
 
 
 @contextmanager
@@ -104,24 +118,21 @@ def _dummy_logger() -> Any:
 
 
 @contextmanager
-def _attributes_set_aside(module: nn.Module) -> Iterator[None]:
-    """Every submodule works on replicas of its own attributes: collected outputs, running means, metrics, generators."""
-    memo: dict[int, Any] = {}
-    owners = [*module.modules(), *_modules_in_containers(module)]
-    saved = [(owner, {name: value for name, value in owner.__dict__.items() if name not in _INTERNAL}) for owner in owners]
+def _trainer_unchanged(module: Any) -> Iterator[None]:
+    """Learning rates, schedulers, hyperparameters, the data module and the wish to stop: what a step writes elsewhere."""
+    trainer: Any = getattr(module, "_trainer", None)
+    if trainer is None:
+        yield
+        return
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    owners = [*(config.scheduler for config in trainer.lr_scheduler_configs), getattr(trainer, "datamodule", None)]
+    held = [*groups, *(vars(owner) for owner in owners if owner is not None), getattr(module, "_hparams", {})]
+    saved = [(found, dict(found)) for found in held]
+    should_stop = trainer.should_stop
     try:
-        for owner, attributes in saved:
-            owner.__dict__.update({name: replica(value, memo) for name, value in attributes.items()})
         yield
     finally:
-        for owner, attributes in saved:
-            for name in [name for name in owner.__dict__ if name not in _INTERNAL and name not in attributes]:
-                del owner.__dict__[name]
-            owner.__dict__.update(attributes)
-
-
-def _modules_in_containers(module: nn.Module) -> list[nn.Module]:
-    """Metrics kept in a plain list or dict, which torch does not register."""
-    held = [value for value in module.__dict__.values() if type(value) in (list, dict)]
-    values = [item for value in held for item in (value.values() if isinstance(value, dict) else value)]
-    return [child for value in values if isinstance(value, nn.Module) for child in value.modules()]
+        trainer.should_stop = should_stop
+        for found, before in saved:
+            found.clear()
+            found.update(before)

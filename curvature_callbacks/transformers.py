@@ -154,9 +154,20 @@ class CurvatureCallback(TrainerCallback):
         """Build the monitor, check everything, measure step 0."""
         assert model is not None
         self._stop_watching()  # left by a run that ended with an exception, of which callbacks are told nothing
+        self._logged_loss = None
         self._trainer = self._attached or calling_trainer(self)
+        try:
+            self._begin(args, state, model, train_dataloader, optimizer)
+        except BaseException:
+            self._stop_watching()
+            self._monitor = self._trainer = None
+            raise
+
+    def _begin(
+        self, args: TrainingArguments, state: TrainerState, model: nn.Module, loader: Any, optimizer: Optimizer | None
+    ) -> None:
         loss = self._loss(args)
-        probes = self._probes(args, model, train_dataloader)
+        probes = self._probes(args, model, loader)
         sinks: list[Sink] = [
             self._memory,
             JSONLinesSink(Path(args.output_dir or ".") / "curvature.jsonl"),

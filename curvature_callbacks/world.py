@@ -57,8 +57,8 @@ class World(Space, Protocol):
         """
         ...
 
-    def shared(self, tensors: Sequence[Tensor], *, source: int) -> None:
-        """Fill `tensors` with those of the process `source`, in place."""
+    def shared(self, tensors: Sequence[Tensor], *, source: int) -> list[Tensor]:
+        """The `tensors` of the process `source`; new ones everywhere else, of the shape, dtype and device of those there."""
         ...
 
     def together(self) -> AbstractContextManager[None]:
@@ -113,8 +113,9 @@ class SingleProcess:
         """The parcel to itself."""
         return [list(parcels[0])]
 
-    def shared(self, tensors: Sequence[Tensor], *, source: int) -> None:
-        """Nothing: they are there."""
+    def shared(self, tensors: Sequence[Tensor], *, source: int) -> list[Tensor]:
+        """`tensors` themselves."""
+        return list(tensors)
 
     @contextmanager
     def together(self) -> Iterator[None]:

@@ -31,6 +31,7 @@ from tests.training_cases import (
     Raising,
     Rows,
     Stream,
+    assert_equal,
     assert_probed,
     assert_same_training,
     lightning_run,
@@ -415,6 +416,49 @@ def test_manual_optimization_without_a_loss(tmp_path: Path) -> None:
             self.automatic_optimization = False
 
     assert_refused(tmp_path, Manual(), callback(), "optimizes manually.*`loss_fn=lambda.*curvature_loss")
+
+
+def test_probes_follow_a_loader_that_is_made_anew(tmp_path: Path) -> None:
+    seen: list[float] = []
+
+    class Epochs(Net):
+        def train_dataloader(self) -> Any:
+            rows = [(torch.full((6,), float(self.current_epoch)), torch.tensor(0)) for _ in range(8)]
+            return loader(rows)
+
+    def watched(model: Any, batch: Any) -> torch.Tensor:
+        seen.append(float(batch[0].max()))
+        return pair_loss(model, batch)
+
+    probing = callback(loss_fn=watched)
+    lightning_trainer(tmp_path, [probing], max_steps=6, reload_dataloaders_every_n_epochs=1).fit(Epochs())
+    assert_probed(probing.history, [0, 2, 4])
+    assert sorted(set(seen)) == [0.0, 1.0, 2.0]
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_a_state_survives_a_run_that_has_nothing_left_to_train(tmp_path: Path) -> None:
+    first, second = callback(), callback()
+    lightning_trainer(tmp_path, [first], enable_checkpointing=True, max_steps=4).fit(Net(), loader())
+    trainer = lightning_trainer(tmp_path, [second], enable_checkpointing=True, max_steps=4)
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    trainer.fit(Net(), loader(), ckpt_path=checkpoint)
+    saved = torch.load(checkpoint, weights_only=False)["callbacks"][second.state_key]
+    assert_equal(second.state_dict(), saved)
+    assert saved
+    lightning_trainer(tmp_path, [second], max_steps=3).fit(Net(), loader())
+    assert probed_steps(second.history) == [0, 2]
+
+
+def test_a_run_begins_without_the_loss_of_the_one_before(tmp_path: Path) -> None:
+    class Broken(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return super().training_step(batch, batch_idx) * (math.nan if self.global_step == 2 else 1)
+
+    probing = callback(every_n_steps=200, spike=LossSpike(window=2))
+    lightning_trainer(tmp_path, [probing], max_steps=3).fit(Broken(), loader())
+    lightning_trainer(tmp_path, [probing], max_steps=3).fit(Net(), loader())
+    assert {record.metadata["trigger"] for record in probing.history if record.measurement == "probe"} == {"schedule"}
 
 
 class TellingNet(ManualNet):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from curvature_callbacks import AtSteps, ConfigurationError, EveryNSteps, LossSpike
 from curvature_callbacks.timing import Timing
@@ -139,7 +140,7 @@ def test_a_real_run_reports_a_share_between_none_and_all() -> None:
 # ---------------------------------------------------------------------------------------------------------------- spikes
 
 
-def spiked(losses: list[float], **changes: Any) -> list[int]:
+def spiked(losses: list[Any], **changes: Any) -> list[int]:
     """Steps probed for a spike of a run with these losses."""
     spike = LossSpike(**({"num_std": 3.0, "window": 4, "cooldown": 5} | changes))
     timing = Timing(AtSteps(steps=[0]), spike=spike, clock=Clock())
@@ -180,6 +181,14 @@ def test_a_loss_that_is_not_finite_is_a_spike_and_not_in_the_window(loss: float)
     assert spiked([*CALM, loss]) == [6]
     assert spiked([1.0, loss]) == [1]
     assert spiked([*CALM, loss, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 9.0]) == [6, 13]
+
+
+@pytest.mark.parametrize("loss", [torch.ones(2), "a word", object(), 1 << 5000], ids=["two", "word", "object", "too large"])
+def test_what_is_not_one_number_is_no_loss(loss: Any) -> None:
+    assert spiked([*CALM, loss, 9.0]) == [7]
+    world = Averaging()
+    Timing(AtSteps(steps=[0]), spike=LossSpike(), clock=Clock()).due(0, loss, world)  # type: ignore[arg-type]
+    assert world.asked == [-1.0], "other processes have not to wait for it"
 
 
 def test_the_loss_is_that_of_all_processes() -> None:

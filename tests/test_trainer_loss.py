@@ -211,6 +211,40 @@ def test_a_mean_over_ragged_tokens_or_rows_is_told_apart_by_its_rows(kind: Any, 
         assert spectrum(probing.history) == pytest.approx(spectrum(own.history), rel=1e-3)
 
 
+class TwoProcesses:
+    """As far as the loss asks: another process, whose rows have told what the mean is over."""
+
+    rank, size = 0, 2
+
+    def __init__(self, told: str | None) -> None:
+        self.told = told
+
+    def gathered(self, value: Any) -> list[Any]:
+        return [value, self.told]
+
+
+@pytest.mark.parametrize("told", ["labels that follow", "rows", None])
+def test_what_one_process_can_tell_holds_for_all(told: str | None, tmp_path: Path, monkeypatch: Any) -> None:
+    trainer = trainer_for(tmp_path, kind=Passing, data=Sentences)
+    batch = dict(batch_of(trainer))
+    batch["labels"] = batch["input_ids"].clone()  # rows of one length tell nothing
+    N, T = batch["labels"].shape
+    monkeypatch.setattr(trainer_loss, "current_world", lambda: TwoProcesses(told))
+    with torch.no_grad():
+        found = trainer_loss._ComputedLoss(trainer)(trainer.model.eval(), batch)
+    if told is None:
+        assert found.ndim == 0
+    else:
+        assert found.num_targets.tolist() == [1 if told == "rows" else T - 1] * N
+
+
+def test_processes_that_contradict_each_other_are_refused(tmp_path: Path, monkeypatch: Any) -> None:
+    loss = trainer_loss._ComputedLoss(trainer_for(tmp_path, kind=Passing, data=Sentences))
+    monkeypatch.setattr(trainer_loss, "current_world", lambda: TwoProcesses("rows"))
+    with pytest.raises(ConfigurationError, match=r"mean over different things \(labels, rows\).*pass"):
+        loss._settle("labels")
+
+
 def test_rows_without_any_label_are_no_obstacle(tmp_path: Path) -> None:
     class Emptied(Sentences):
         def __init__(self) -> None:

@@ -51,10 +51,14 @@ def shared(result: Any, world: World, device: torch.device) -> list[Any]:
     found = []
     for source, (form, sizes) in enumerate(world.gathered((label, [_size(one) for one in tensors]))):
         own = source == world.rank
-        there = tensors if own else [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in sizes]
-        world.shared(there, source=source)
-        found.append(unpacked(form, there, device))
+        there = tensors if own else [_like(shape, dtype, device) for shape, dtype in sizes]
+        found.append(unpacked(form, world.shared(there, source=source), device))
     return found
+
+
+def _like(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of that kind that takes no memory."""
+    return torch.empty((), dtype=dtype, device=device).expand(shape)
 
 
 def _size(tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype]:

@@ -18,7 +18,7 @@ from curvature_callbacks.gram.storage import Storage
 from curvature_callbacks.gram.trust import Trust
 from curvature_callbacks.model.objective import Objective
 from curvature_callbacks.model.sample_losses import SampleLosses
-from curvature_callbacks.model.surrogates import FisherType, Surrogate, surrogates
+from curvature_callbacks.model.surrogates import FisherType, Surrogate, padded, surrogates
 
 _ANY_KERNEL: Final = [
     SDPBackend.FLASH_ATTENTION,
@@ -176,7 +176,9 @@ class _Round:
         size = batch_size(batch)
         chosen: list[Surrogate | None] = [None]
         if self.kind.fisher != "empirical" or self.kind.sample_unit != "sequence":
-            chosen = [*surrogates(self.kind, losses, seed=self.seed + place)]
+            found = surrogates(self.kind, losses, seed=self.seed + place)
+            most = -self.objective.least(-len(found))  # where all must take part in every pass
+            chosen = [*padded(found, most)]
         elif losses.per_sample is None and size > 1:
             check_rows(self.objective, batch, losses)
         self.result.surrogates.append(chosen)

@@ -29,6 +29,7 @@ class Trust:
         certified: layouts whose Grams were proved.
         refused: parameter to why its rule is not used any more.
         positions_first: parameters whose activations are sequence-first.
+        rewritten: frozen parameters that the loss changes in place.
     """
 
     loss: LossFunction | None = None
@@ -37,6 +38,7 @@ class Trust:
     certified: set[Signature] = field(default_factory=set)
     refused: dict[str, str] = field(default_factory=dict)
     positions_first: set[str] = field(default_factory=set)
+    rewritten: set[str] = field(default_factory=set)
 
     def judge(self, errors: Mapping[str, float], fallback: Mapping[str, str]) -> bool:
         """Note the parameters whose certificate failed; whether there are any, so that all has to be taken again.

@@ -109,9 +109,12 @@ class Eigenproblem:
         return InnerProducts(self.operator).whole(part).cpu()
 
     def start(self, kept: Tensor | None) -> Tensor | None:
-        """What the operator holds here of a vector that `whole` gave at an earlier probe; None where that was of others."""
-        products = InnerProducts(self.operator)
-        here = products.part(kept) if kept is not None and len(kept) == self.num_params else kept
+        """What the operator holds here of a vector that `whole` gave at an earlier probe.
+
+        None where that was of others, and on all processes where one of them has kept none (a checkpoint that it cannot read).
+        """
+        products, num_params = InnerProducts(self.operator), self.num_params
+        here = products.part(kept) if kept is not None and len(kept) == num_params else kept
         missing = here is None or len(here) != self.operator.shape[0]
         return None if products.anywhere(missing) else here
 

@@ -246,7 +246,10 @@ def _defined(values: Mapping[str, float | None]) -> dict[str, float]:
 
 
 def _fingerprint(problem: Problem, usable: Tensor) -> str:
-    """SHA-1 of what a kernel depends on beside the parameters' values: their names, the rows' bytes, which rows were used."""
+    """SHA-1 of what a kernel depends on beside the parameters' values: their names, the rows' bytes, which rows were used.
+
+    The same on all processes, whose rows the kernel is of: a checkpoint has that of one.
+    """
     digest = hashlib.sha1(repr((list(problem.objective.parameters), usable.tolist())).encode())
 
     def add(tensor: Tensor) -> Tensor:
@@ -258,4 +261,5 @@ def _fingerprint(problem: Problem, usable: Tensor) -> str:
 
     for batch in problem.microbatches:
         map_tensors(batch, add)
-    return digest.hexdigest()
+    found = problem.world.gathered(digest.hexdigest())
+    return found[0] if len(found) == 1 else hashlib.sha1(repr(found).encode()).hexdigest()

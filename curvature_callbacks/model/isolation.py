@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.model.precision import full_precision
-from curvature_callbacks.replicas import is_generator, replica
+from curvature_callbacks.replicas import attributes_set_aside
 from curvature_callbacks.sharding import is_fully_sharded, reshard
 
 _DETERMINISTIC_CUBLAS: Final = (":4096:8", ":16:8")  # the two settings PyTorch accepts
@@ -24,23 +24,25 @@ _DETERMINISTIC_CUBLAS: Final = (":4096:8", ":16:8")  # the two settings PyTorch 
 def isolated(model: nn.Module, *, seed: int) -> Iterator[None]:
     """Evaluation mode, full float32, math attention, eager stance and seeded generators; everything restored on the way out.
 
-    Saved and restored, also after an exception: generators (torch CPU, the model's accelerator, NumPy, Python, those that
-    layers keep), the `training` flag of every submodule, identity and content of every buffer, matmul precision, SDPA
-    backend, compile stance, autocast, grad mode, activation checkpointing, the implementation of experts, the `forward` that
-    accelerate patches for mixed precision (the original one runs inside), and FSDP2's hooks (none run inside). Not touched at
-    all: parameters, `.grad`, other hooks, optimizers, data loaders.
+    Saved and restored, also after an exception: generators (torch CPU, the model's accelerator, NumPy, Python), attributes
+    and parts of every submodule (a forward pass works on replicas of what they keep), the `training` flag of each, identity
+    and content of every buffer, matmul precision, SDPA backend, compile stance, autocast, grad mode, activation
+    checkpointing, the implementation of experts, the `forward` that accelerate patches for mixed precision (the original one
+    runs inside), and FSDP2's hooks (none run inside). Not touched at all: parameters, `.grad`, other hooks, optimizers, data
+    loaders.
 
     Args:
         model: the module training runs, unwrapped (no DDP, no `torch.compile` wrapper).
         seed: seeds the global generators inside, so that augmentations of a probe are the same in every process.
 
-    Cost: one copy of the buffers.
+    Cost: one copy of the buffers and of the small attributes.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     modules = list(model.modules())
     with ExitStack() as stack:
         stack.enter_context(_generators(device, seed))
-        stack.enter_context(_own_generators(modules))
+        stack.enter_context(attributes_set_aside(modules))
+        stack.enter_context(_parts(modules))
         stack.enter_context(_training_flags(modules))
         stack.enter_context(_buffers(modules))
         stack.enter_context(_unpatched_forward(modules))
@@ -138,18 +140,17 @@ def _discard(_: object) -> None:
 
 
 @contextmanager
-def _own_generators(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Layers that keep a generator draw from a replica of it."""
-    attributes = [vars(module) for module in modules]
-    found = [(one, name, value) for one in attributes for name, value in one.items() if is_generator(type(value))]
-    memo: dict[int, Any] = {}
-    for one, name, value in found:
-        one[name] = replica(value, memo)
+def _parts(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Submodules and parameters that a forward pass registers are gone afterwards, for training to make its own."""
+    held: list[dict[str, Any]] = [found for module in modules for found in (module._modules, module._parameters)]
+    saved = [(found, dict(found)) for found in held]
     try:
         yield
     finally:
-        for one, name, value in found:
-            one[name] = value
+        for found, before in saved:
+            if found.keys() != before.keys() or any(found[name] is not value for name, value in before.items()):
+                found.clear()
+                found.update(before)
 
 
 @contextmanager
@@ -192,7 +193,11 @@ def _restore_buffers(module: nn.Module, buffers: dict[str, Tensor | None], conte
 
 
 def _same(buffer: Tensor, content: Tensor) -> bool:
-    return buffer.shape == content.shape and torch.equal(buffer, content)
+    if buffer.layout is not torch.strided:  # which `equal` does not know
+        return False
+    if buffer.shape != content.shape or torch.equal(buffer, content):
+        return buffer.shape == content.shape
+    return bool(((buffer == content) | (buffer.isnan() & content.isnan())).all())
 
 
 @contextmanager

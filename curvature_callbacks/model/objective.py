@@ -1,6 +1,6 @@
 """Objective: the loss as a function of the trainable parameters, on aliases that leave the model untouched."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableSet, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, final
 
@@ -13,6 +13,7 @@ from curvature_callbacks.errors import ConfigurationError, ProbeError
 from curvature_callbacks.linalg.space import LOCAL, Space
 from curvature_callbacks.model.losses import LossFunction, SampleLosses
 from curvature_callbacks.model.on_use import OnUse, Watch
+from curvature_callbacks.model.writes import WriteWatch
 from curvature_callbacks.sharding import ShardSpace, shard, whole
 from curvature_callbacks.world import SINGLE, World
 
@@ -43,6 +44,8 @@ class Objective:
         on_use: of parameters that no process can hold as a whole: `parameters` has the shards held here, gradients by them are
             sums over all processes.
         world: the processes that parameters may be sharded over.
+        rewritten: names of parameters that the loss changes in place (a teacher's, normalised ones), of which every call gets
+            copies, so that derivatives are those at the values it sets; `watch_writes` adds to it.
     """
 
     def __init__(
@@ -53,8 +56,10 @@ class Objective:
         params_filter: ParamsFilter | None = None,
         on_use: OnUse | None = None,
         world: World = SINGLE,
+        rewritten: MutableSet[str] | None = None,
     ) -> None:
         self._on_use = on_use
+        self._rewritten = set[str]() if rewritten is None else rewritten
         self._processes = world
         self._world = SINGLE if on_use is None else world
         self.space: Space = LOCAL if on_use is None else ShardSpace(world)
@@ -98,11 +103,28 @@ class Objective:
             watch: told of whole parameters that are put together on the way.
         """
         merged = {**self._constants, **self.parameters, **(values or {})}
+        merged |= {name: merged[name].clone() for name in self._rewritten}
         shards = {name: merged.pop(name) for name in self._sharded}
         named = {_PREFIX + name: tensor for name, tensor in merged.items()}
         with nullcontext() if self._on_use is None else self._on_use.using(shards, watch):
             result: SampleLosses = functional_call(self._module, named, (to_dtype(batch, self.dtype),))
         return result
+
+    def watch_writes(self, batch: Any, watch: WriteWatch) -> None:
+        """Show `watch` what the loss changes in place, and put it back; parameters among it are copied from now on.
+
+        Cost: one forward pass.
+        """
+        held = {**self._constants, **self.unsharded}
+        passed = {name: value.detach() for name, value in held.items() if name not in self._sharded | self._rewritten}
+        try:
+            with torch.no_grad(), watch:
+                self(batch, passed)
+        finally:
+            moved = {name for name, value in passed.items() if value.data_ptr() != held[name].data_ptr()}  # by `.data = `
+            moved |= {name for name in passed if watch.changed(held[name])}
+            watch.put_back()
+            self._rewritten |= moved
 
     @property
     def sizes(self) -> dict[str, int]:

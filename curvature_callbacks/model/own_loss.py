@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature_callbacks.batches import batch_size, take_rows
-from curvature_callbacks.distributed import current_world
+from curvature_callbacks.distributed import current_world, is_agreed
 from curvature_callbacks.errors import ConfigurationError, ProbeError
 from curvature_callbacks.model.loss_forms import (
     MATCH,
@@ -27,6 +27,7 @@ from curvature_callbacks.model.sample_losses import (
     shifted_cross_entropy,
     without_targets,
 )
+from curvature_callbacks.sharding import passes_are_shared
 
 _OF_ROUTERS: Final = ("aux_loss", "z_loss")  # how the outputs of mixtures of experts name them
 
@@ -49,7 +50,8 @@ class OwnLoss:
     finite and fits one form only, and kept, for every layout of batches (its keys, kind and rank of the labels) by itself;
     where none fits, the model's mean loss times its targets is used, or times its rows where two halves of the batch say that
     it is a mean over these (CTC). Where the logits are bit for bit the same without `labels`, the model is called without them
-    from then on: it would compute a loss that is not used. One object may serve a whole run.
+    from then on: it would compute a loss that is not used. Where parameters are gathered on use there is one call only, with
+    labels. One object may serve a whole run.
 
     Questions answered by spans have two targets a row, start and end. Their models average over starts and over ends before
     they average the two; here every target weighs the same, which differs where a batch has more starts than ends beyond the
@@ -84,7 +86,7 @@ class OwnLoss:
         if known is None:
             counts = count_targets(model, output, batch)
             if not counts.any():  # the model's mean is 0 / 0 and tells nothing about the form
-                return without_targets(counts, loss.device, loss.dtype)
+                return _uncounted(model, output, batch, counts, loss)
             known = self._settle(model, batch, output, loss)
         if self._label_smoothing is not None:
             _require_cross_entropy(known.form, loss)
@@ -92,7 +94,7 @@ class OwnLoss:
             counts = count_targets(model, output, batch)
             return _mean_times_targets(loss, torch.ones_like(counts) if known.by_rows else counts, coupled=_router_loss(output))
         logits = _fitting_logits(model, output, batch, known.form)
-        if known.needs_labels is None and not torch.is_grad_enabled():  # a pass with gradients may be watched: one call only
+        if known.needs_labels is None and _may_call_again(model):
             known.needs_labels = _logits_need_labels(model, batch, logits)
         return self._rebuilt(known.form, logits, batch)
 
@@ -103,10 +105,10 @@ class OwnLoss:
 
     def _settle(self, model: nn.Module, batch: Mapping[str, Any], output: Any, loss: Tensor) -> _Settled:
         matching = matching_forms(model, output, batch, loss.detach())
-        if not matching and not loss.isfinite() and not torch.is_grad_enabled():
+        if not matching and not loss.isfinite() and _may_call_again(model):
             matching = _matching_finite_rows(model, output, batch)
         found = _Settled(matching[0] if matching else None)
-        if not matching and not torch.is_grad_enabled():  # a pass with gradients may be watched: one call only
+        if not matching and _may_call_again(model):
             found.by_rows = _averages_rows(model, batch, loss, count_targets(model, output, batch))
         if len(matching) == 1 or (not matching and loss.isfinite()):  # else nothing is proven: look again at the next call
             self._settled[_layout(batch)] = found
@@ -116,6 +118,14 @@ class OwnLoss:
 def _layout(batch: Mapping[str, Any]) -> Hashable:
     labels = labels_of(batch)
     return frozenset(batch), None if labels is None else (labels.is_floating_point(), labels.ndim)
+
+
+def _may_call_again(model: nn.Module) -> bool:
+    """Whether there may be further passes where the rows call for them: those of other processes may not.
+
+    A pass with gradients may be watched: one call only.
+    """
+    return not torch.is_grad_enabled() and not passes_are_shared(model)
 
 
 def _loss_of(output: Any, batch: Mapping[str, Any]) -> Tensor:
@@ -198,9 +208,23 @@ def _logits_need_labels(model: nn.Module, batch: Mapping[str, Any], logits: Tens
 def _gives(model: nn.Module, other: Mapping[str, Any], batch: Mapping[str, Any], logits: Tensor) -> bool:
     try:
         found = logits_of(model(**other), batch)
-    except Exception:  # whatever a model raises without its labels, it needs them
+    except Exception as error:  # whatever a model raises without its labels, it needs them
+        if is_agreed(error):
+            raise
         return False
     return found is not None and found.dtype == logits.dtype and torch.equal(found.nan_to_num(), logits.nan_to_num())
+
+
+def _uncounted(model: nn.Module, output: Any, batch: Mapping[str, Any], counts: Tensor, loss: Tensor) -> SampleLosses:
+    """Losses of a batch without a target: zero through the logits, where these have a form that counts none either.
+
+    Backward passes through parameters that are gathered on use are everybody's, also of a process that has no target.
+    """
+    logits, labels = logits_of(output, batch), labels_of(batch)
+    forms = candidate_forms(model, logits, batch) if logits is not None and labels is not None else []
+    possible = (form(logits, labels) for form in forms)
+    found = next((losses for losses in possible if not losses.num_targets.any()), None)
+    return without_targets(counts, loss.device, loss.dtype) if found is None else found
 
 
 def _router_loss(output: Any) -> str | None:

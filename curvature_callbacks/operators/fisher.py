@@ -78,7 +78,7 @@ class FisherOperator(MicrobatchOperator[LossRows]):
 
     def jvp(self, v: Tensor) -> Tensor:
         """`J v` (S,) for `v` (P,), microbatch after microbatch, in each draw after draw. Cost: half a product."""
-        parts, found = unflatten(v.contiguous(), self._shapes), []
+        parts, found = unflatten(v.contiguous(), self._shapes), [v.new_zeros(0)]  # of several processes one may have no row
         self._graphs.each(self._saving_graph, lambda graph: found.append(graph.jvp(parts)))
         return torch.cat(found)
 
@@ -105,7 +105,8 @@ class FisherOperator(MicrobatchOperator[LossRows]):
         self._keep(note)
         if not self._objective.is_part and not any(valid.any() for valid, *_ in found):
             raise ProbeError("no row of this probe has both a valid target and a finite gradient: there is no Fisher.")
-        self.rows = torch.cat([numbers[valid] for numbers, (valid, *_) in zip(rows, found, strict=True)])
+        used = [numbers[valid] for numbers, (valid, *_) in zip(rows, found, strict=True)]
+        self.rows = torch.cat([torch.empty(0, dtype=torch.int64), *used])
         self.num_samples = self._objective.summed(len(self.rows))
         self.num_targets = self._objective.summed(sum(targets for _, targets, *_ in found))
         self._counts = [count for *_, count, _ in found]

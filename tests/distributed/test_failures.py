@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,11 @@ from curvature_callbacks import (
     lanczos,
 )
 from curvature_callbacks.distributed import current_world
+from curvature_callbacks.errors import ProbeError
+from curvature_callbacks.failures import Failures
+from curvature_callbacks.measurements.eigenproblem import Eigenproblem
 from curvature_callbacks.model.isolation import isolated
+from curvature_callbacks.model.own_loss import OwnLoss
 from curvature_callbacks.problem import Problem
 from curvature_callbacks.record import Record
 from tests.distributed.cases import assert_same_records
@@ -156,6 +161,58 @@ def test_a_stream_is_measured_once_all_processes_have_data(two: Ranks) -> None:
     assert_same_records([records for _, records, _ in found])
 
 
+class UnspeakableError(Exception):
+    """Has no message to give."""
+
+    def __str__(self) -> str:
+        raise LookupError("no text")
+
+
+def speechless() -> tuple[str, float]:
+    world = current_world()
+    try:
+        with world.together():
+            if world.rank == 1:
+                raise UnspeakableError
+            world.total(torch.ones(2))
+    except ProbeError as error:
+        return str(error), world.total(torch.ones(1)).item()
+    return "", 0.0
+
+
+def test_an_exception_without_a_message_is_told_by_its_type(two: Ranks) -> None:
+    unreadable = "UnspeakableError: its message cannot be read (LookupError)"
+    assert two(speechless) == [(f"process 1: {unreadable}", 2.0)] * 2
+    assert Failures().failed("hessian", 0, UnspeakableError()).error == unreadable
+
+
+class Asking(nn.Module):
+    """Fails on the second process where it gets no labels, and tells the first."""
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+        if labels is None:
+            with current_world().together():
+                if current_world().rank == 1:
+                    raise ValueError("no labels")
+                current_world().total(torch.ones(1))
+        return SimpleNamespace(logits=x, loss=None if labels is None else F.cross_entropy(x, labels))
+
+
+def asked() -> tuple[str, float]:
+    """What the model's own loss makes of it when it tries whether the logits need labels."""
+    batch = {"x": torch.arange(12.0).view(4, 3), "labels": torch.tensor([0, 1, 2, 1])}
+    try:
+        with torch.no_grad():
+            OwnLoss()(Asking(), batch)
+    except ProbeError as error:
+        return str(error), current_world().total(torch.ones(1)).item()
+    return "", 0.0
+
+
+def test_the_loss_goes_on_alone_after_no_failure_of_all(two: Ranks) -> None:
+    assert two(asked) == [("process 1: ValueError: no labels", 2.0)] * 2
+
+
 # ---------------------------------------------------------------------------------------------- rows of every process
 
 
@@ -229,6 +286,9 @@ def rows_of(rank: int, kind: str) -> list[Any]:
         found.append((x, torch.randint(3, (count,), generator=generator)))
     if kind == "infinite" and rank == 1:
         found[0][0][2, 3] = torch.inf
+    if kind == "no finite row" and rank == 1:
+        for x, _ in found:
+            x[:] = torch.inf
     return found
 
 
@@ -320,6 +380,32 @@ def eigenvalues(mode: str) -> list[float]:
     with problem_of("plain", [current_world().rank]) as problem:
         pairs = lanczos(problem.hessian(), k=4, which="BE", tol=1e-8, max_matvecs=400, reorth_mode=mode)
         return pairs.eigenvalues.tolist()
+
+
+def products_and_eigenvalues(kind: str, ranks: list[int] | None) -> list[list[float]]:
+    """Of three Fishers; of the rows of this process and the others, or (alone) of these `ranks`."""
+    with problem_of(kind, [current_world().rank] if ranks is None else ranks) as problem:
+        operators = [
+            problem.empirical_fisher(),
+            problem.empirical_fisher(sample_unit="token"),
+            problem.sampled_fisher(),
+        ]
+        for operator in operators:
+            assert Eigenproblem(operator=operator).check(seed=0)[0] < 1e-6
+        return [
+            [
+                one.jvp(torch.ones(one.shape[0], dtype=torch.float64)).norm().item(),
+                *lanczos(one, k=2, which="LA", tol=1e-8, max_matvecs=100).eigenvalues.tolist(),
+            ]
+            for one in operators
+        ]
+
+
+def test_a_process_without_a_finite_row_leaves_the_fisher_to_the_others(two: Ranks) -> None:
+    expected = products_and_eigenvalues("no finite row", [0, 1])
+    for found in two(products_and_eigenvalues, "no finite row", None):
+        for values, right in zip(found, expected, strict=True):
+            assert values == pytest.approx(right, rel=1e-8)
 
 
 MODES = [pytest.param(mode, marks=pytest.mark.slow) for mode in ("thick_restart", "partial", "selective", "off", "auto")]

@@ -1,14 +1,14 @@
 """Sharded parameters that no process can hold: the same numbers, and never more than a few of them in one place."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
 from curvature_callbacks import CurvatureMonitor, FisherSpectrum, GradientNoise, KFACCoverage, KFACQuality, TopEigenpairs
 from curvature_callbacks.distributed import current_world
@@ -86,16 +86,114 @@ def test_three_shards_of_every_parameter_and_an_empty_one(four: Ranks) -> None:
 def assert_same_numbers(ranks: Ranks) -> None:
     expected = {(record.measurement, record.block): record for record in measured(language_model(), sentences())}
     for records in ranks(measured_in_parts):
-        assert not [record.error for record in records if record.failed]
-        assert {(record.measurement, record.block) for record in records} == expected.keys()
-        for record in records:
-            if record.measurement == "probe":
-                continue
-            alone = expected[record.measurement, record.block].scalars
-            assert record.scalars.keys() == alone.keys()
-            for name, value in alone.items():
-                if "condition_number" not in name and not name.startswith("residual"):  # ratios to rounding
-                    assert record.scalars[name] == pytest.approx(value, rel=1e-6, abs=1e-9), (record.measurement, name)
+        assert_close(records, expected)
+
+
+def assert_close(records: list[Record], expected: Mapping[tuple[str, str | None], Record]) -> None:
+    """The numbers of the `expected` measurements and blocks."""
+    assert not [record.error for record in records if record.failed]
+    assert {(record.measurement, record.block) for record in records} == expected.keys()
+    for record in records:
+        if record.measurement == "probe":
+            continue
+        alone = expected[record.measurement, record.block].scalars
+        assert record.scalars.keys() == alone.keys()
+        for name, value in alone.items():
+            if "condition_number" not in name and not name.startswith("residual"):  # ratios to rounding
+                assert record.scalars[name] == pytest.approx(value, rel=1e-6, abs=1e-9), (record.measurement, name)
+
+
+# --------------------------------------------------------------------------------------- rows that differ by process
+
+
+def classifier() -> GPT2ForSequenceClassification:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 19, "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 2, "num_labels": 3, "pad_token_id": 0}
+    model: GPT2ForSequenceClassification = GPT2ForSequenceClassification(
+        GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
+    ).double()
+    return model
+
+
+def labelled(kind: str) -> tuple[Any, list[dict[str, Tensor]]]:
+    """A model with a loss of its own, and the microbatches of two processes, of which only the first tells all about it."""
+    generator = torch.Generator().manual_seed(1)
+    first, second = (torch.randint(1, 19, (3, 7), generator=generator) for _ in range(2))
+    if kind == "equal labels":
+        labels = [torch.tensor([0, 1, 2]), torch.tensor([1, 1, 1])]
+        return classifier(), [{"input_ids": first, "labels": labels[0]}, {"input_ids": second, "labels": labels[1]}]
+    ignored = torch.full_like(second, -100)
+    return language_model(), [{"input_ids": first, "labels": first}, {"input_ids": second, "labels": ignored}]
+
+
+def measured_labelled(kind: str, measure: list[Any], shared: bool) -> list[Record]:
+    model, batches = labelled(kind)
+    if not shared:
+        return CurvatureMonitor(model, probes=batches, measure=measure).step(0)
+    with nothing_fits():
+        own = batches[current_world().rank]
+        return CurvatureMonitor(sharded(model), probes=[own], measure=measure).step(0)
+
+
+@pytest.mark.parametrize("kind", ["equal labels", "ignored labels"])
+@pytest.mark.parametrize(
+    "measurement",
+    [FisherSpectrum(), pytest.param(TopEigenpairs(k=1, which="LA", tol=1e-5, max_matvecs=80), marks=pytest.mark.slow)],
+    ids=["gram", "hessian"],
+)
+def test_the_models_own_loss_of_labels_that_tell_one_process_less(kind: str, measurement: Any, two: Ranks) -> None:
+    expected = {(record.measurement, record.block): record for record in measured_labelled(kind, [measurement], False)}
+    for records in two(measured_labelled, kind, [measurement], True):
+        assert_close(records, expected)
+
+
+def with_a_row_that_is_not_finite() -> list[str]:
+    """What the records say of a loss that one process cannot look into: the others would not take part in its passes."""
+    inputs = torch.randn(3, 7, 8, dtype=torch.float64)
+    if current_world().rank == 1:
+        inputs[0] = torch.nan
+    batch = {"inputs_embeds": inputs, "labels": torch.randint(19, (3, 7))}
+    with nothing_fits():
+        monitor = CurvatureMonitor(sharded(language_model()), probes=[batch], measure=[TopEigenpairs(k=1, max_matvecs=5)])
+        return [str(record.error) for record in monitor.step(0) if record.failed]
+
+
+def test_a_row_of_one_process_that_is_not_finite_fails_on_both(two: Ranks) -> None:
+    for found in two(with_a_row_that_is_not_finite):
+        assert found == ["ProbeError: process 1: the loss of this probe is nan"]
+
+
+class Tagger(nn.Module):
+    """A class for every position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(5, 3), nn.Linear(3, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.embedding(tokens))).mT
+
+
+def measured_by_position(shared: bool) -> list[Record]:
+    """Of rows with three positions on the first process, and five on the second."""
+    torch.manual_seed(0)
+    model = Tagger().double()
+    batches = [(torch.randint(5, (2, length)), torch.randint(4, (2, length))) for length in (3, 5)]
+    batches[1][1][0, 2:] = -100
+    measure: list[Any] = [FisherSpectrum(sample_unit="token"), FisherSpectrum(fisher="exact"), KFACQuality(fisher="exact")]
+    if not shared:
+        return CurvatureMonitor(model, probes=batches, loss="cross_entropy", measure=measure).step(0)
+    fully_shard(model.head)
+    fully_shard(model)
+    with nothing_fits():
+        own = [batches[current_world().rank]]
+        return CurvatureMonitor(model, probes=own, loss="cross_entropy", measure=measure).step(0)
+
+
+def test_rows_of_other_lengths_on_other_processes(two: Ranks) -> None:
+    expected = {(record.measurement, record.block): record for record in measured_by_position(False)}
+    for records in two(measured_by_position, True):
+        assert_close(records, expected)
 
 
 # -------------------------------------------------------------------------------------------- one product after another

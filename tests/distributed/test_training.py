@@ -1,5 +1,6 @@
 """On several processes: training the same bits with and without, records the same on all, numbers those of all rows."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 
-from curvature_callbacks import CurvatureMonitor, EdgeRatio, FisherSpectrum, TopEigenpairs
+from curvature_callbacks import CurvatureMonitor, EdgeRatio, FisherSpectrum, GradientNoise, TopEigenpairs
 from curvature_callbacks.distributed import current_world
 from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.model.isolation import isolated
@@ -129,6 +130,50 @@ def test_validation_before_a_probe_changes_nothing(two: Ranks) -> None:
     plain, validated = two(edge_after_validation, False)[0], two(edge_after_validation, True)[0]
     assert validated == pytest.approx(plain, rel=1e-5)
     assert plain[2] == sum(parameter.numel() for parameter in training.Net().parameters())
+
+
+class Shifted(nn.Module):
+    """Adds a buffer to its inputs."""
+
+    def __init__(self, kind: str, value: float) -> None:
+        super().__init__()
+        self.head = nn.Linear(6, 3)
+        shift = torch.full((6,), value)
+        if kind == "made in inference mode":
+            with torch.inference_mode():
+                shift = torch.full((6,), value)
+        elif kind == "expanded":
+            shift = torch.tensor([value]).expand(6)
+        elif kind in ("int16", "float8_e4m3fn"):
+            shift = shift.to(getattr(torch, kind))
+        self.register_buffer("shift", shift)
+        self.register_buffer("last", torch.ones(2))  # one more to send after it
+        if kind == "sparse":
+            self.register_buffer("graph", torch.eye(3).to_sparse())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x + self.shift.to(x.dtype))
+
+
+def measured_with_a_buffer(kind: str, shared: bool) -> tuple[list[float], bool]:
+    """Traces of a model whose buffer differs by process, or (alone) is that of the first; whether it is there as before."""
+    world = current_world()
+    torch.manual_seed(0)
+    model = Shifted(kind, 1.0 + world.rank)
+    shift, batches = model.shift, union(2)
+    own = [batches[world.rank]] if shared else batches
+    records = CurvatureMonitor(model, probes=own, loss="cross_entropy", measure=[FisherSpectrum()]).step(0)
+    unchanged = model.shift is shift and torch.equal(shift.float(), torch.full((6,), 1.0 + world.rank))
+    return [record.scalars["trace"] for record in records if record.block is not None], unchanged
+
+
+@pytest.mark.parametrize("kind", ["made in inference mode", "expanded", "int16", "float8_e4m3fn", "sparse"])
+def test_buffers_that_cannot_be_written_to_or_sent_as_they_are(kind: str, two: Ranks) -> None:
+    expected, _ = measured_with_a_buffer(kind, False)
+    assert expected
+    for traces, unchanged in two(measured_with_a_buffer, kind, True):
+        assert traces == pytest.approx(expected, rel=1e-5)
+        assert unchanged
 
 
 class Sentences(nn.Module):
@@ -281,3 +326,61 @@ def test_a_resumed_run_of_two_processes_measures_as_the_uninterrupted_one(
                 assert other.scalars["lambda_max"] == pytest.approx(one.scalars["lambda_max"], rel=1e-2)
                 assert other.num_matvecs <= one.num_matvecs, "the eigenvectors of the checkpoint are where it starts"
     assert_same_records([list(records) for records in resumed])
+
+
+def resumed(tensors: tuple[bool, bool], fits: bool) -> list[Record]:
+    """The second probe of a run whose first process has the vectors of the first one again, or has not, and the second too."""
+    torch.manual_seed(0)
+    model = training.fsdp2(training.Net())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batch = union(2)[current_world().rank]
+
+    def monitor() -> CurvatureMonitor:
+        measure = [EdgeRatio(max_matvecs=4), TopEigenpairs(k=1, which="LA", max_matvecs=4)]
+        return CurvatureMonitor(model, probes=[batch], loss="cross_entropy", measure=measure, when=1, optimizer=optimizer)
+
+    with nullcontext() if fits else training.nothing_fits():
+        first, second = monitor(), monitor()
+        first.step(0)
+        second.load_state_dict(first.state_dict(tensors=tensors[current_world().rank]))
+        return second.step(1)
+
+
+@pytest.mark.parametrize("fits", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_vectors_that_one_process_has_not_are_those_of_none(fits: bool, two: Ranks) -> None:
+    some, none = two(resumed, (True, False), fits), two(resumed, (False, False), fits)
+    for records, cold in zip(some, none, strict=True):
+        assert not [record.error for record in records if record.failed]
+        assert [one.num_matvecs for one in records] == [one.num_matvecs for one in cold]
+    assert_same_records([[one for one in records if one.measurement != "probe"] for records in some])
+
+
+def drift_after_a_checkpoint() -> list[float | None]:
+    """What gradient noise says of its kernel before and after all continue from the checkpoint of the first process."""
+    torch.manual_seed(0)
+    model, found = training.Net(), []
+    own = [union(2)[current_world().rank]]
+
+    def monitor() -> CurvatureMonitor:
+        return CurvatureMonitor(model, probes=own, loss="cross_entropy", measure=[GradientNoise()], when=1)
+
+    watching = monitor()
+    watching.step(0)
+    state = current_world().gathered(watching.state_dict())[0]
+    with torch.no_grad():
+        model.head.weight *= 1.5
+    again = monitor()
+    again.load_state_dict(state)
+    for one in (watching, again):
+        (record,) = [record for record in one.step(1) if record.measurement == "gradient_noise" and record.block is None]
+        found.append(record.scalars.get("kernel_drift"))
+    return found
+
+
+def test_the_kernel_of_a_checkpoint_is_of_the_rows_of_all(two: Ranks) -> None:
+    first, second = two(drift_after_a_checkpoint)
+    assert first == second
+    before, after = first
+    assert before is not None
+    assert before > 0
+    assert after == before

@@ -26,15 +26,13 @@ def computed(length: int, dtype: torch.dtype) -> dict[str, Any]:
     part = world.part(length)
     parcels = [[own[: rank + 1], own[None]] for rank in range(world.size)]
     sizes = [[((min(world.rank + 1, length),), dtype), ((1, length), dtype)] for _ in range(world.size)]
-    sent = own.clone()
-    world.shared([sent], source=world.size - 1)
     return {
         "total": world.total(own),
         "assembled": world.assembled(torch.arange(length).to(dtype)[part][None], length),
         "joined": world.joined((torch.arange(2 * length).to(dtype).view(length, 2))[part], length),
         "reduced": (part, world.reduced(wide)),
         "delivered": world.delivered(parcels, sizes),
-        "shared": sent,
+        "shared": world.shared([own], source=world.size - 1)[0],
         "gathered": world.gathered({"rank": world.rank}),
         "anywhere": (world.anywhere(world.rank == 1), world.anywhere(False)),
         "average": world.average(10.0 * world.rank),
@@ -84,6 +82,7 @@ def test_one_process_keeps_the_same_contract() -> None:
     assert SINGLE.part(5) == slice(0, 5)
     assert SINGLE.gathered(1) == [1]
     assert SINGLE.delivered([[own]], [[]]) == [[own]]
+    assert SINGLE.shared([own], source=0) == [own]
     assert (SINGLE.anywhere(True), SINGLE.average(2.0), SINGLE.seed(3)) == (True, 2.0, 3)
     assert current_world() is SINGLE
 

@@ -1,0 +1,243 @@
+"""Rows that a loader's sampler leaves out are not drawn, and the sampler is never iterated."""
+
+import itertools
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler, SkipBatchSampler
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from curvature_callbacks import ConfigurationError, DatasetProbes, probes
+from curvature_callbacks.probes import as_probes, probes_from_loader
+
+DATA: Any = list(range(20))
+ALL = set(DATA)
+SOME = [2, 3, 5, 7, 11, 13, 17, 19]
+SIZES = {"num_microbatches": 2, "microbatch_size": 3}
+WEIGHTS = [float(row in SOME) for row in DATA]
+
+
+def drawn(loader: Any, num_draws: int = 40) -> set[Any]:
+    """Rows of many probes."""
+    found = probes_from_loader(loader, **SIZES)
+    assert found is not None
+    return {row for seed in range(num_draws) for batch in found.draw(seed) for row in batch}
+
+
+def loader(sampler: Any) -> DataLoader[Any]:
+    return DataLoader(DATA, batch_size=4, sampler=sampler, collate_fn=list)
+
+
+def sharded(sampler: Any) -> DistributedSampler[Any]:
+    return DistributedSamplerWrapper(sampler, num_replicas=2, rank=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: SubsetRandomSampler(SOME), set(SOME)),
+        (lambda: SubsetRandomSampler(torch.tensor(SOME)), set(SOME)),  # type: ignore[arg-type]
+        (lambda: WeightedRandomSampler(WEIGHTS, 20), set(SOME)),
+        (lambda: SOME, set(SOME)),
+        (lambda: tuple(SOME), set(SOME)),
+        (lambda: np.array(SOME), set(SOME)),
+        (lambda: range(3, 9), set(range(3, 9))),
+        (lambda: SequentialSampler(SOME), set(range(8))),
+        (lambda: DistributedSampler(SOME, num_replicas=2, rank=0), set(range(8))),  # type: ignore[arg-type]
+        (lambda: sharded(SubsetRandomSampler(SOME)), set(SOME)),
+        (lambda: sharded(SOME), set(SOME)),
+        (lambda: RandomSampler(DATA), ALL),
+        (lambda: RandomSampler(DATA, num_samples=5), ALL),
+        (lambda: SeedableRandomSampler(DATA, num_samples=5), ALL),
+        (lambda: DistributedSampler(DATA, num_replicas=2, rank=0), ALL),
+        (lambda: sharded(RandomSampler(DATA)), ALL),
+        (lambda: LengthGroupedSampler(4, lengths=DATA), ALL),
+    ],
+    ids=itertools.count().__next__ and None,
+)
+@pytest.mark.parametrize(
+    "load",
+    [
+        loader,
+        lambda sampler: DataLoader(DATA, batch_sampler=BatchSampler(sampler, 4, False), collate_fn=list),
+        lambda sampler: DataLoader(DATA, batch_sampler=BatchSamplerShard(BatchSampler(sampler, 4, True), 2), collate_fn=list),
+        lambda sampler: DataLoader(DATA, batch_sampler=SkipBatchSampler(BatchSampler(sampler, 4, True), 1), collate_fn=list),
+    ],
+    ids=["sampler", "batches", "accelerate's shards", "accelerate's rest of an epoch"],
+)
+def test_rows_are_those_that_the_sampler_can_draw(
+    load: Callable[[Any], Any], make: Callable[[], Any], expected: set[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert {int(row) for row in drawn(load(make()))} == expected
+    assert not caplog.records
+
+
+def test_a_list_of_batches_has_the_rows_in_them() -> None:
+    assert drawn(DataLoader(DATA, batch_sampler=[[2, 3], [5, 7]], collate_fn=list)) == {2, 3, 5, 7}
+
+
+def test_keys_need_not_be_numbers() -> None:
+    named: Any = {f"row {row}": row for row in DATA}
+    keys = [f"row {row}" for row in SOME]
+    assert drawn(DataLoader(named, batch_size=4, sampler=keys, collate_fn=list)) == set(SOME)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_without_a_restriction_the_rows_are_what_they_were(shuffle: bool) -> None:
+    own = probes_from_loader(DataLoader(DATA, batch_size=4, shuffle=shuffle, collate_fn=list), **SIZES)
+    assert own is not None
+    assert own.draw(7) == DatasetProbes(DATA, list, **SIZES).draw(7) == [[10, 4, 12], [1, 2, 13]]
+
+
+def test_a_plain_loop_has_the_same_rows() -> None:
+    found = as_probes(loader(SubsetRandomSampler(SOME)), **SIZES)
+    assert {row for seed in range(40) for batch in found.draw(seed) or () for row in batch} == set(SOME)
+
+
+def test_a_sampler_without_rows_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="the sampler of the data draws no row"):
+        probes_from_loader(loader(SubsetRandomSampler([])), **SIZES)
+
+
+# ------------------------------------------------------------------------------------------------ samplers of another class
+
+
+class Unknown(Sampler[int]):
+    """Not to be iterated."""
+
+    def __init__(self, length: int | None) -> None:
+        self.length = length
+
+    def __iter__(self) -> Iterator[int]:
+        raise AssertionError("iterated")
+
+    def __len__(self) -> int:
+        if self.length is None:
+            raise TypeError("endless")
+        return self.length
+
+
+class UnknownBatches(Unknown):
+    batch_size = 4
+
+
+def batches(sampler: Any) -> DataLoader[Any]:
+    return DataLoader(DATA, batch_sampler=sampler, collate_fn=list)
+
+
+@pytest.mark.parametrize(
+    ("make", "warns"),
+    [
+        (lambda: loader(Unknown(20)), False),
+        (lambda: loader(Unknown(25)), False),
+        (lambda: loader(Unknown(None)), False),
+        (lambda: loader(Unknown(19)), True),
+        (lambda: loader(sharded(Unknown(19))), True),
+        (lambda: batches(BatchSampler(Unknown(19), 4, False)), True),
+        (lambda: batches(UnknownBatches(5)), False),
+        (lambda: batches(UnknownBatches(4)), True),
+        (lambda: batches(Unknown(4)), False),
+    ],
+    ids=[
+        "all",
+        "more",
+        "endless",
+        "fewer",
+        "sharded",
+        "in batches",
+        "all batches",
+        "fewer batches",
+        "batches of no known size",
+    ],
+)
+def test_an_unknown_sampler_is_not_iterated_and_said_to_be_so(
+    make: Callable[[], Any], warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "curvature_callbacks"):
+        assert drawn(make()) == ALL
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == warns
+    assert all("`probe_dataset=` or `probe_dataloader=`" in message and "`Unknown" in message for message in said)
+
+
+# --------------------------------------------------------------------------------------------------------- many processes
+
+
+class Rank:
+    """As much of a world as a draw looks at."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 4, 5, 30])
+def test_every_process_has_a_row(num_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for rank in range(4):
+        monkeypatch.setattr(probes, "current_world", lambda rank=rank: Rank(rank, 4))
+        drawn = DatasetProbes(list(range(num_rows)), list, **SIZES).draw(0)
+        found.append([row for batch in drawn for row in batch])
+    assert all(found)
+    together = sorted(row for rows in found for row in rows)
+    assert len(set(together)) == min(num_rows, 24)
+    assert len(together) == max(4, min(num_rows, 24)), "none twice, where there are enough"
+
+
+def test_one_process_says_what_is_not_known(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(probes, "current_world", lambda: Rank(1, 2))
+    assert drawn(loader(Unknown(5))) == ALL
+    assert not caplog.records
+
+
+# ------------------------------------------------------------------------------------------------------- filtered batches
+
+
+class Filtering:
+    """Keeps rows of at least `least`, and makes None of a batch without any."""
+
+    def __init__(self, least: int) -> None:
+        self.least = least
+
+    def __call__(self, rows: list[int]) -> list[int] | None:
+        return [row for row in rows if row >= self.least] or None
+
+
+def test_microbatches_that_the_collator_makes_none_of_are_left_out() -> None:
+    prepared: list[Any] = []
+    found = DatasetProbes(DATA, Filtering(13), prepare=lambda batch: prepared.append(batch) or batch, **SIZES)
+    kept = found.draw(7)
+    assert kept == [[13]] == prepared
+
+
+def test_a_probe_of_none_but_these_says_so() -> None:
+    with pytest.raises(probes.ProbeError, match=r"the collator returned None for each microbatch of a probe, 6 rows in all"):
+        DatasetProbes(DATA, Filtering(20), **SIZES).draw(0)
+
+
+def test_training_is_refused_before_it_begins_where_none_is_left() -> None:
+    data: Dataset[Any] = DATA
+    monitor = probes_monitor(DataLoader(data, batch_size=4, collate_fn=Filtering(20)))
+    with pytest.raises(ConfigurationError, match=r"the collator returned None for each microbatch"):
+        monitor.check()
+
+
+def probes_monitor(source: Any) -> Any:
+    from curvature_callbacks import CurvatureMonitor
+
+    return CurvatureMonitor(torch.nn.Linear(1, 1), probes=source, loss="mse", **SIZES)
