@@ -16,6 +16,7 @@ _ITEMS: Final = 1 << 16  # so do longer containers
 _DEPTH: Final = 3  # of plain objects within each other
 _DICTS: Final = (dict, defaultdict, OrderedDict, Counter)
 _LIBRARIES: Final = frozenset({"builtins", "torch", "lightning", "pytorch_lightning", "transformers", "accelerate", "peft"})
+_REGISTRIES: Final = [name for name, value in vars(nn.Module()).items() if isinstance(value, dict) and name != "_buffers"]
 _INTERNAL: Final = frozenset(nn.Module().__dict__)  # what torch keeps in a module: parameters, hooks, the training flag
 
 
@@ -40,11 +41,14 @@ def replica(value: Any, memo: dict[int, Any]) -> Any:
 def attributes_set_aside(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Every module works on replicas of its own attributes: collected outputs, running means, metrics, generators.
 
-    Modules that these keep in plain lists and dicts, which torch does not register, are set aside like them.
+    Submodules, parameters and hooks registered inside are gone afterwards: those who do so at the first call note it among the
+    attributes, and would do it again. Modules kept in plain lists and dicts, which torch does not register, are set aside too.
     """
     memo: dict[int, Any] = {}
     owners = list(dict.fromkeys([*modules, *_modules_in_containers(modules)]))
     saved = [(owner, {name: value for name, value in owner.__dict__.items() if name not in _INTERNAL}) for owner in owners]
+    registries = [vars(owner)[name] for owner in owners for name in _REGISTRIES]
+    registered = [(found, dict(found)) for found in registries]
     try:
         for owner, attributes in saved:
             owner.__dict__.update({name: replica(value, memo) for name, value in attributes.items()})
@@ -54,6 +58,10 @@ def attributes_set_aside(modules: Sequence[nn.Module]) -> Iterator[None]:
             for name in [name for name in owner.__dict__ if name not in _INTERNAL and name not in attributes]:
                 del owner.__dict__[name]
             owner.__dict__.update(attributes)
+        for found, before in registered:
+            if found.keys() != before.keys() or any(found[name] is not value for name, value in before.items()):
+                found.clear()
+                found.update(before)
 
 
 def _modules_in_containers(modules: Sequence[nn.Module]) -> list[nn.Module]:

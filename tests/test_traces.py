@@ -161,6 +161,17 @@ class GrowingNet(Net):
         return super().training_step(batch, batch_idx) + F.mse_loss(self(batch[0]), self.made(batch[0]))
 
 
+class HookingNet(Net):
+    """Hooks itself at the first call, and notes that it has: twice hooked, its loss has the part twice."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.collected: list[Tensor] = []
+        if not hasattr(self, "hooked"):
+            self.hooked = True
+            self.layers[0].register_forward_hook(lambda layer, inputs, output: self.collected.append(output.square().mean()))
+        return super().training_step(batch, batch_idx) + sum(self.collected)
+
+
 class SparseNet(Net):
     def __init__(self) -> None:
         super().__init__()
@@ -218,6 +229,7 @@ class DoubleNet(Net):
         TransferNet,
         CountingNet,
         GrowingNet,
+        HookingNet,
         SparseNet,
         OneValueNet,
         LoggingNet,

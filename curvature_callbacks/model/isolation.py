@@ -42,7 +42,6 @@ def isolated(model: nn.Module, *, seed: int) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(_generators(device, seed))
         stack.enter_context(attributes_set_aside(modules))
-        stack.enter_context(_parts(modules))
         stack.enter_context(_training_flags(modules))
         stack.enter_context(_buffers(modules))
         stack.enter_context(_unpatched_forward(modules))
@@ -137,20 +136,6 @@ def _save_numpy(seed: int) -> Callable[[], None]:
 
 def _discard(_: object) -> None:
     return None
-
-
-@contextmanager
-def _parts(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Submodules and parameters that a forward pass registers are gone afterwards, for training to make its own."""
-    held: list[dict[str, Any]] = [found for module in modules for found in (module._modules, module._parameters)]
-    saved = [(found, dict(found)) for found in held]
-    try:
-        yield
-    finally:
-        for found, before in saved:
-            if found.keys() != before.keys() or any(found[name] is not value for name, value in before.items()):
-                found.clear()
-                found.update(before)
 
 
 @contextmanager
