@@ -26,8 +26,7 @@ from torch.utils.data import (
 from curvature_callbacks.batches import batch_size, detached_copy, take_rows
 from curvature_callbacks.distributed import current_world
 from curvature_callbacks.errors import ConfigurationError, ProbeError
-from curvature_callbacks.undisturbed import reachable as reachable
-from curvature_callbacks.undisturbed import undisturbed as undisturbed
+from curvature_callbacks.undisturbed import undisturbed
 
 Draw = Literal["fresh", "fixed"]
 Prepare = Callable[[Any], Any]

@@ -1,6 +1,5 @@
 """Rows that a loader's sampler leaves out are not drawn, and the sampler is never iterated."""
 
-import itertools
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +12,6 @@ from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
-    Dataset,
     DistributedSampler,
     RandomSampler,
     Sampler,
@@ -23,7 +21,7 @@ from torch.utils.data import (
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from curvature_callbacks import ConfigurationError, DatasetProbes, probes
+from curvature_callbacks import ConfigurationError, CurvatureMonitor, DatasetProbes, ProbeError, probes
 from curvature_callbacks.probes import as_probes, probes_from_loader
 
 DATA: Any = list(range(20))
@@ -69,7 +67,25 @@ def sharded(sampler: Any) -> DistributedSampler[Any]:
         (lambda: sharded(RandomSampler(DATA)), ALL),
         (lambda: LengthGroupedSampler(4, lengths=DATA), ALL),
     ],
-    ids=itertools.count().__next__ and None,
+    ids=[
+        "subset",
+        "subset in a tensor",
+        "weighted",
+        "list",
+        "tuple",
+        "array",
+        "range",
+        "in order",
+        "shard of fewer",
+        "shard of a subset",
+        "shard of a list",
+        "shuffled",
+        "shuffled, fewer",
+        "accelerate's",
+        "shard",
+        "shard of shuffled",
+        "by length",
+    ],
 )
 @pytest.mark.parametrize(
     "load",
@@ -191,10 +207,10 @@ def test_every_process_has_a_row(num_rows: int, monkeypatch: pytest.MonkeyPatch)
     found = []
     for rank in range(4):
         monkeypatch.setattr(probes, "current_world", lambda rank=rank: Rank(rank, 4))
-        drawn = DatasetProbes(list(range(num_rows)), list, **SIZES).draw(0)
-        found.append([row for batch in drawn for row in batch])
+        own = DatasetProbes(list(range(num_rows)), list, **SIZES).draw(0)
+        found.append([row for batch in own for row in batch])
     assert all(found)
-    together = sorted(row for rows in found for row in rows)
+    together = [row for rows in found for row in rows]
     assert len(set(together)) == min(num_rows, 24)
     assert len(together) == max(4, min(num_rows, 24)), "none twice, where there are enough"
 
@@ -226,18 +242,12 @@ def test_microbatches_that_the_collator_makes_none_of_are_left_out() -> None:
 
 
 def test_a_probe_of_none_but_these_says_so() -> None:
-    with pytest.raises(probes.ProbeError, match=r"the collator returned None for each microbatch of a probe, 6 rows in all"):
+    with pytest.raises(ProbeError, match="the collator returned None for each microbatch of a probe, 6 rows in all"):
         DatasetProbes(DATA, Filtering(20), **SIZES).draw(0)
 
 
 def test_training_is_refused_before_it_begins_where_none_is_left() -> None:
-    data: Dataset[Any] = DATA
-    monitor = probes_monitor(DataLoader(data, batch_size=4, collate_fn=Filtering(20)))
-    with pytest.raises(ConfigurationError, match=r"the collator returned None for each microbatch"):
+    source: Any = DataLoader(DATA, batch_size=4, collate_fn=Filtering(20))
+    monitor = CurvatureMonitor(torch.nn.Linear(1, 1), probes=source, loss="mse")
+    with pytest.raises(ConfigurationError, match="the collator returned None for each microbatch"):
         monitor.check()
-
-
-def probes_monitor(source: Any) -> Any:
-    from curvature_callbacks import CurvatureMonitor
-
-    return CurvatureMonitor(torch.nn.Linear(1, 1), probes=source, loss="mse", **SIZES)
