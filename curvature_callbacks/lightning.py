@@ -1,7 +1,7 @@
 """The callback for Lightning."""
 
+import logging
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -31,6 +31,8 @@ else:
     require("pytorch_lightning", extra="lightning")
     from pytorch_lightning import Callback, LightningModule, Trainer
     from pytorch_lightning.loggers import Logger, TensorBoardLogger
+
+_logger = logging.getLogger("curvature_callbacks")
 
 
 @final
@@ -151,10 +153,17 @@ class CurvatureCallback(Callback):
         if self._monitor is None or self._captured is not None or trainer.train_dataloader is self._loader:
             return
         self._loader = trainer.train_dataloader
-        with suppress(ConfigurationError):  # nothing can be drawn from it: those before are measured
+        try:
             probes = self._probes(trainer, pl_module)
-            if probes is not None:
-                self._monitor.draw_from(probes)
+            reason = "it is a stream now"
+        except ConfigurationError as error:
+            probes, reason = None, str(error)
+        if probes is not None:
+            self._monitor.draw_from(probes)
+        else:
+            _logger.warning(
+                "curvature probes stay with the data of the epochs before, this epoch's cannot be drawn from: %s", reason
+            )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Probe if due: here `.grad` is not in use and the parameters are those of the step being logged."""

@@ -10,7 +10,7 @@ from typing import Any, final, get_args
 from torch import nn
 from torch.utils.data import DataLoader
 
-from curvature_callbacks.common_failure import is_out_of_memory
+from curvature_callbacks.common_failure import is_out_of_memory, named
 from curvature_callbacks.distributed import current_world
 from curvature_callbacks.errors import ConfigurationError, check_choice, check_positive, check_seconds, check_share
 from curvature_callbacks.failures import Failures
@@ -27,9 +27,10 @@ from curvature_callbacks.measurements.probe import PROBE_HEADLINE, probe_record
 from curvature_callbacks.measuring import Measuring
 from curvature_callbacks.model.blocks import BlockStructure, check_block_structure, group_blocks
 from curvature_callbacks.model.isolation import isolated
-from curvature_callbacks.model.losses import Loss
+from curvature_callbacks.model.losses import Loss, is_function
 from curvature_callbacks.model.objective import ParamsFilter
 from curvature_callbacks.model.stability import Optimizers
+from curvature_callbacks.model.writes import WriteWatch
 from curvature_callbacks.probes import CapturedProbes, Draw, Probes, as_probes, stable_seed
 from curvature_callbacks.problem import Problem
 from curvature_callbacks.record import PROBE, Record
@@ -177,7 +178,7 @@ class CurvatureMonitor:
                     assert microbatches is not None
                     problem = self._problem(microbatches, seed, step, world)
                     with ExitStack() as stack:
-                        stack.callback(problem.watch_writes().put_back)
+                        stack.callback(_watched(problem).put_back)
                         problem.check([one.fisher_type for one in self._measure if isinstance(one, OfFisher)])
                         for one in self._measure:
                             if isinstance(one, Checked):
@@ -189,7 +190,7 @@ class CurvatureMonitor:
                 _logger.debug("the check of the curvature probe ran out of memory: %s", error)
                 return
             raise ConfigurationError(
-                f"the loss of a first probe could not be computed ({type(error).__name__}: {error}): check the data drawn from "
+                f"the loss of a first probe could not be computed ({named(error)}): check the data drawn from "
                 "the training set and the loss function."
             ) from error
 
@@ -263,8 +264,8 @@ class CurvatureMonitor:
                     return self._problem(found, seed, step, world)
 
                 with ExitStack() as stack:
-                    if self._runs_user_code:
-                        stack.callback(build(microbatches).watch_writes().put_back)
+                    if is_function(self._problem_options["loss"]):  # which may write at some steps only
+                        stack.callback(_watched(build(microbatches)).put_back)
                     problem, records = self._measuring.run(microbatches, build, max_seconds=self._max_seconds)
                     seconds = time.perf_counter() - start
                     summary = probe_record(
@@ -282,12 +283,6 @@ class CurvatureMonitor:
             scalars = {"failed": 1.0, "probe_seconds": time.perf_counter() - start}
             summary = replace(failed, scalars=scalars, headline=PROBE_HEADLINE)
         return [summary, *records]
-
-    @property
-    def _runs_user_code(self) -> bool:
-        """Whether the loss is a function of the user's, which may change tensors in place at some steps only."""
-        loss = self._problem_options["loss"]
-        return callable(loss) and not isinstance(loss, nn.Module)
 
     def _hand_on(self, records: Sequence[Record]) -> None:
         start, is_writer = time.perf_counter(), current_world().rank == 0
@@ -316,3 +311,7 @@ class CurvatureMonitor:
 
     def _probe_seed(self, step: int) -> int:
         return stable_seed(self._seed, step if self._draw == "fresh" else "fixed")
+
+
+def _watched(problem: Problem) -> WriteWatch:
+    return problem.objective.watch_writes(problem.microbatches[0])

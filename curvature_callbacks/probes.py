@@ -250,7 +250,7 @@ def _warn_of_fewer(sampler: Any, loader: Any) -> None:
     try:
         size = getattr(sampler, "batch_size") if sampler is loader.batch_sampler else 1  # noqa: B009 - of a class not known
         is_fewer = (len(sampler) + 1) * size * current_world().size <= len(loader.dataset)
-    except Exception:  # it need not have a length
+    except (TypeError, AttributeError, NotImplementedError):  # it need not have a length
         return
     if is_fewer and current_world().rank == 0:
         _logger.warning(

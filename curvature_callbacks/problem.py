@@ -1,6 +1,5 @@
 """Problem: model, blocks, loss and microbatches of one probe; what measurements share is built once."""
 
-import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, partial
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from curvature_callbacks.batches import batch_size, to_device
-from curvature_callbacks.distributed import is_agreed
 from curvature_callbacks.errors import ConfigurationError, ProbeError, RefusedError
 from curvature_callbacks.gram.engine import BlockGrams
 from curvature_callbacks.gram.kronecker import LayerKronecker
@@ -27,7 +25,6 @@ from curvature_callbacks.model.objective import Objective, ParamsFilter, gradien
 from curvature_callbacks.model.on_use import in_step, on_use_parameters
 from curvature_callbacks.model.stability import Optimizers, Stability, read_stability
 from curvature_callbacks.model.surrogates import EMPIRICAL, FisherType, SampleUnit, surrogates
-from curvature_callbacks.model.writes import WriteWatch
 from curvature_callbacks.operators.difference import FiniteDifferenceHessianOperator
 from curvature_callbacks.operators.fisher import EmpiricalFisherOperator, FisherOperator, SampledFisherOperator
 from curvature_callbacks.operators.ggn import GGNOperator
@@ -41,8 +38,6 @@ from curvature_callbacks.world import SINGLE, World
 A = TypeVar("A", bound=Operator)
 AnyFisher = FisherOperator | ShardedFisherOperator
 Names = Iterable[str] | None  # of parameters to differentiate by, default all
-
-_logger = logging.getLogger("curvature_callbacks")
 
 _TRANSPOSED: Final = ("transposed linear", "embedding")  # operations whose weight is stored as (d_in, d_out)
 
@@ -112,21 +107,6 @@ class Problem:
         self._shared = SharedGrams(
             self.objective, self.microbatches, self.blocks, trust=self._trust, seed=seed, sharing=sharing or {}, world=world
         )
-
-    def watch_writes(self) -> WriteWatch:
-        """What the loss changes in place, parameters and tensors that are not the model's alike; it is put back.
-
-        Cost: one forward pass of one microbatch.
-        """
-        watch = WriteWatch()
-        if not self.objective.is_sharded:
-            try:
-                self.objective.watch_writes(self.microbatches[0], watch)
-            except Exception as error:  # measurements will meet it, record it and report it
-                if is_agreed(error):
-                    raise
-                _logger.debug("the loss could not be watched: %s", error)
-        return watch
 
     def check(self, kinds: Sequence[FisherType] = ()) -> None:
         """Raise a `ConfigurationError` when no sample has a valid target, or the loss has not one of these types of Fisher.

@@ -1,6 +1,7 @@
 """Replicas of what user code changes in place, so that the original can be put back untouched."""
 
 import copy
+import operator
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 _ELEMENTS: Final = 1 << 22  # larger tensors and arrays hold data, not running values
 _ITEMS: Final = 1 << 16  # so do longer containers
 _DEPTH: Final = 3  # of plain objects within each other
-_DICTS: Final = (dict, defaultdict, OrderedDict, Counter)
+DICTS: Final = (dict, defaultdict, OrderedDict, Counter)
 _LIBRARIES: Final = frozenset({"builtins", "torch", "lightning", "pytorch_lightning", "transformers", "accelerate", "peft"})
 _REGISTRIES: Final = [name for name, value in vars(nn.Module()).items() if isinstance(value, dict) and name != "_buffers"]
 _INTERNAL: Final = frozenset(nn.Module().__dict__)  # what torch keeps in a module: parameters, hooks, the training flag
@@ -59,9 +60,7 @@ def attributes_set_aside(modules: Sequence[nn.Module]) -> Iterator[None]:
                 del owner.__dict__[name]
             owner.__dict__.update(attributes)
         for found, before in registered:
-            if found.keys() != before.keys() or any(found[name] is not value for name, value in before.items()):
-                found.clear()
-                found.update(before)
+            refill(found, before)
 
 
 def _modules_in_containers(modules: Sequence[nn.Module]) -> list[nn.Module]:
@@ -74,13 +73,13 @@ def _replica(value: Any, memo: dict[int, Any]) -> Any:
     kind = type(value)
     if kind is Tensor:
         return value.detach().clone() if value.numel() <= _ELEMENTS else value
-    if _is_array(kind):
+    if is_array(kind):
         return value.copy() if value.size <= _ELEMENTS else value
     if kind is torch.Generator:
         return torch.Generator(value.device).set_state(value.get_state())
     if is_generator(kind):
         return copy.deepcopy(value)
-    if kind in (list, tuple, set, deque, *_DICTS):
+    if kind in (list, tuple, set, deque, *DICTS):
         return _container(value, memo)
     return _plain_object(value, memo) if _is_plain(value) else value
 
@@ -135,18 +134,39 @@ def _is_simple(item: Any, depth: int) -> bool:
     kind = type(item)
     return (
         item is None
-        or kind in (bool, int, float, str, Tensor, list, tuple, set, deque, *_DICTS)
-        or _is_array(kind)
+        or kind in (bool, int, float, str, Tensor, list, tuple, set, deque, *DICTS)
+        or is_array(kind)
         or is_generator(kind)
         or (depth < _DEPTH and _is_plain(item, depth + 1))
     )
 
 
 def is_generator(kind: type) -> bool:
-    """Whether it is a generator of torch, NumPy or Python."""
+    """Whether it is a generator of torch, NumPy or Python with a state: the system's has none."""
     of_numpy = kind.__module__.startswith("numpy.random") and kind.__name__ in ("Generator", "RandomState")
-    return kind in (torch.Generator, random.Random) or of_numpy
+    return of_numpy or (issubclass(kind, torch.Generator | random.Random) and not issubclass(kind, random.SystemRandom))
 
 
-def _is_array(kind: type) -> bool:
+def is_array(kind: type) -> bool:
+    """Whether it is that of NumPy's arrays."""
     return kind.__module__ == "numpy" and kind.__name__ == "ndarray"
+
+
+def refill(container: Any, content: Any) -> None:
+    """Back to `content`; compared by identity, for the items may be tensors.
+
+    Args:
+        container: a list, dict, set or deque.
+        content: a mapping for a dict, else the items.
+    """
+    now, before = _items(container), _items(content)
+    if len(now) == len(before) and all(map(operator.is_, now, before)):
+        return
+    if isinstance(container, set) and set(map(id, now)) == set(map(id, before)):  # a copied set may have another order
+        return
+    container.clear()
+    (container.extend if isinstance(container, list | deque) else container.update)(content)
+
+
+def _items(container: Any) -> list[Any]:
+    return [*container, *container.values()] if isinstance(container, dict) else list(container)

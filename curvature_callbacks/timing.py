@@ -150,7 +150,7 @@ def _number(loss: Any) -> float | None:
     """`loss`, where it is one number; whatever else a loop hands over must not end training, or leave other processes alone."""
     try:
         return None if loss is None else float(loss)
-    except Exception:
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # what `float` and tensors of other sizes raise
         return None
 
 

@@ -21,8 +21,8 @@ from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.model.losses import Loss
 from curvature_callbacks.model.own_loss import OwnLoss
 from curvature_callbacks.model.sample_losses import IGNORED, SampleLosses, cross_entropy, shifted_cross_entropy
-from curvature_callbacks.replicas import replica
-from curvature_callbacks.undisturbed import reachable, refill, undisturbed
+from curvature_callbacks.replicas import refill, replica
+from curvature_callbacks.undisturbed import reachable, undisturbed
 
 _LIBRARIES: Final = frozenset({"transformers", "accelerate", "datasets"})
 _SHARED: Final = (nn.Module, Optimizer, LRScheduler, Dataset)  # which a loss does not change, and large
@@ -241,8 +241,7 @@ def _without_trace(trainer: Trainer) -> Iterator[None]:
         for value, content in collected:
             refill(value, content)
         for found, before in saved:
-            found.clear()
-            found.update(before)
+            refill(found, before)
 
 
 def _is_shared(value: Any) -> bool:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from curvature_callbacks._optional import is_available
 from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.model.isolation import seeded
-from curvature_callbacks.model.losses import Loss
-from curvature_callbacks.replicas import attributes_set_aside
+from curvature_callbacks.model.losses import Loss, is_function
+from curvature_callbacks.replicas import attributes_set_aside, refill
 
 _ADVICE = (
     "Pass `loss_fn=lambda module, batch: ...` to the callback or give the module a method curvature_loss(batch): either "
@@ -25,7 +25,7 @@ def loss_of(module: Any, loss_fn: Loss) -> Loss:
     Raises:
         ConfigurationError: `training_step` cannot be called for a probe: manual optimization, or no batch argument.
     """
-    if callable(loss_fn) and not isinstance(loss_fn, nn.Module):
+    if is_function(loss_fn):
         given = loss_fn
         return lambda model, batch: _traceless(model, given, model, batch)
     if loss_fn is not None:
@@ -134,5 +134,4 @@ def _trainer_unchanged(module: Any) -> Iterator[None]:
     finally:
         trainer.should_stop = should_stop
         for found, before in saved:
-            found.clear()
-            found.update(before)
+            refill(found, before)

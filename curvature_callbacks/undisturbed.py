@@ -1,9 +1,8 @@
 """Undisturbed: objects that user code may change while it is called for a probe, put back as they were."""
 
 import copy
-import operator
 import random
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
@@ -13,12 +12,13 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from curvature_callbacks.replicas import DICTS, is_array, is_generator, refill
+
 _SEARCH_OBJECTS: Final = 5000  # objects looked at
 _SEARCH_WIDTH: Final = 64  # containers with more entries hold data: they are put back, what lies in them is not looked at
 _LEAVES: Final = (str, bytes, int, float, type, ModuleType, type(None))
 _OF_THREADS: Final = frozenset({"queue", "threading", "multiprocessing", "concurrent", "asyncio"})  # which go on meanwhile
-_DICTS: Final = (dict, defaultdict, OrderedDict, Counter)
-_CONTAINERS: Final = (list, set, deque, *_DICTS)
+_CONTAINERS: Final = (list, set, deque, *DICTS)
 _ENTRIES: Final = 1 << 20  # copied of containers; 8 MB of pointers
 _ELEMENTS: Final = 1 << 20  # copied of tensors and arrays; counts and running values are small, data are not
 
@@ -42,7 +42,7 @@ class undisturbed:  # noqa: N801 - reads as a verb in `with`
         self._objects = list(reachable(owners))
 
     def __enter__(self) -> None:
-        generators = [value for value in self._objects if _is_generator(value)]
+        generators = [value for value in self._objects if is_generator(type(value))]
         self._states = [(generator, copy.deepcopy(_get_state(generator))) for generator in generators]
         self._attributes = [(found, dict(found)) for value in self._objects if (found := _attributes(value)) is not None]
         containers = [value for value in self._objects if type(value) in _CONTAINERS]
@@ -64,22 +64,6 @@ class undisturbed:  # noqa: N801 - reads as a verb in `with`
             _put_back(value, saved, version)
 
 
-def refill(container: Any, content: Any) -> None:
-    """Back to `content`; compared by identity, for the items may be tensors.
-
-    Args:
-        container: a list, dict, set or deque.
-        content: a mapping for a dict, else the items.
-    """
-    now, before = _items(container), _items(content)
-    if len(now) == len(before) and all(map(operator.is_, now, before)):
-        return
-    if isinstance(container, set) and set(map(id, now)) == set(map(id, before)):  # a copied set may have another order
-        return
-    container.clear()
-    (container.extend if isinstance(container, list | deque) else container.update)(content)
-
-
 def reachable(owners: tuple[Any, ...]) -> Iterator[Any]:
     """Objects reachable through attributes, closures and small containers, never through user-defined attribute access."""
     waiting, seen, num_objects = deque(owners), set[int](), 0
@@ -90,7 +74,7 @@ def reachable(owners: tuple[Any, ...]) -> Iterator[Any]:
         seen.add(id(value))
         yield value
         num_objects += not isinstance(value, Tensor)  # of which a small container may hold many, and which hold nothing
-        if not _is_generator(value):
+        if not is_generator(type(value)):
             waiting.extend(_children(value))
 
 
@@ -135,10 +119,6 @@ def _is_filled(cell: Any) -> bool:
     return True
 
 
-def _items(container: Any) -> list[Any]:
-    return [*container, *container.values()] if isinstance(container, dict) else list(container)
-
-
 def _content(container: Any) -> Any:
     return dict(container) if isinstance(container, dict) else list(container)
 
@@ -171,15 +151,11 @@ def _is_own_tensor(value: Any) -> bool:
 
 def _is_own_array(value: Any) -> bool:
     """Whether it is a NumPy array in NumPy's own memory."""
-    if not _is_array(value) or not value.flags.writeable:
+    if not is_array(type(value)) or not value.flags.writeable:
         return False
-    while _is_array(value.base):
+    while is_array(type(value.base)):
         value = value.base
     return bool(value.flags.owndata)
-
-
-def _is_array(value: Any) -> bool:
-    return type(value).__module__ == "numpy" and type(value).__name__ == "ndarray"
 
 
 def _put_back(value: Any, saved: Any, version: int) -> None:
@@ -196,18 +172,6 @@ def _put_back(value: Any, saved: Any, version: int) -> None:
 
 def _bits(value: Tensor) -> Tensor:
     return value.reshape(-1).view(torch.uint8)
-
-
-def _is_generator(value: Any) -> bool:
-    """Whether it is a generator with a state: the system's has none."""
-    if isinstance(value, random.SystemRandom):
-        return False
-    return isinstance(value, torch.Generator | random.Random) or _is_numpy_generator(value)
-
-
-def _is_numpy_generator(value: Any) -> bool:
-    kind = type(value)
-    return kind.__module__.startswith("numpy.random") and kind.__name__ in ("Generator", "RandomState")
 
 
 def _get_state(generator: Any) -> Any:

@@ -436,6 +436,17 @@ def test_probes_follow_a_loader_that_is_made_anew(tmp_path: Path) -> None:
     assert sorted(set(seen)) == [0.0, 1.0, 2.0]
 
 
+def test_a_loader_that_becomes_a_stream_leaves_the_data_before(tmp_path: Path, caplog: Any) -> None:
+    class Turning(Net):
+        def train_dataloader(self) -> Any:
+            return loader() if self.current_epoch == 0 else loader(Stream(Rows()), shuffle=False)
+
+    probing = callback()
+    lightning_trainer(tmp_path, [probing], max_steps=8, reload_dataloaders_every_n_epochs=1).fit(Turning())
+    assert_probed(probing.history, [0, 2, 4, 6])
+    assert len([told for told in reports(caplog) if "stay with the data of the epochs before" in told]) == 1
+
+
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
 def test_a_state_survives_a_run_that_has_nothing_left_to_train(tmp_path: Path) -> None:
     first, second = callback(), callback()

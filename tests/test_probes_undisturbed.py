@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from curvature_callbacks import DatasetProbes
-from curvature_callbacks.undisturbed import refill
+from curvature_callbacks.replicas import refill
 
 
 class Counting:

@@ -16,9 +16,10 @@ from curvature_callbacks.gram.rows import check_rows
 from curvature_callbacks.gram.sources import Placed
 from curvature_callbacks.gram.storage import Storage
 from curvature_callbacks.gram.trust import Trust
+from curvature_callbacks.model.inactive import padded
 from curvature_callbacks.model.objective import Objective
 from curvature_callbacks.model.sample_losses import SampleLosses
-from curvature_callbacks.model.surrogates import FisherType, Surrogate, padded, surrogates
+from curvature_callbacks.model.surrogates import FisherType, Surrogate, surrogates
 
 _ANY_KERNEL: Final = [
     SDPBackend.FLASH_ATTENTION,

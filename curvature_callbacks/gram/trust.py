@@ -29,7 +29,7 @@ class Trust:
         certified: layouts whose Grams were proved.
         refused: parameter to why its rule is not used any more.
         positions_first: parameters whose activations are sequence-first.
-        rewritten: frozen parameters that the loss changes in place.
+        rewritten: parameters that the loss changes in place.
     """
 
     loss: LossFunction | None = None

@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
+from curvature_callbacks.common_failure import named
 from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.model.components import components
 from curvature_callbacks.model.layers import Layers, ancestors, find_layers, owner_path
@@ -154,9 +155,7 @@ def _answered(model: nn.Module, names: list[str], function: BlockFunction) -> di
         try:
             block = function(name, parameters[name])
         except Exception as error:
-            raise ConfigurationError(
-                f"`block_structure` failed for parameter {name!r}: {type(error).__name__}: {error}"
-            ) from error
+            raise ConfigurationError(f"`block_structure` failed for parameter {name!r}: {named(error)}") from error
         if block is not None:
             _check_block_name(block)
         block_of[name] = OTHER if block is None else block

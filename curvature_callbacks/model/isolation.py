@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.model.precision import full_precision
-from curvature_callbacks.replicas import attributes_set_aside
+from curvature_callbacks.replicas import attributes_set_aside, refill
 from curvature_callbacks.sharding import is_fully_sharded, reshard
 
 _DETERMINISTIC_CUBLAS: Final = (":4096:8", ":16:8")  # the two settings PyTorch accepts
@@ -171,15 +171,12 @@ def _restore_buffers(module: nn.Module, buffers: dict[str, Tensor | None], conte
         buffer = buffers[name]
         if buffer is not None and not _same(buffer, content):
             buffer.copy_(content)
-    now = module._buffers
-    if now.keys() != buffers.keys() or any(now[name] is not buffer for name, buffer in buffers.items()):
-        module._buffers.clear()
-        module._buffers.update(buffers)
+    refill(module._buffers, buffers)
 
 
 def _same(buffer: Tensor, content: Tensor) -> bool:
-    if buffer.layout is not torch.strided:  # which `equal` does not know
-        return False
+    if buffer.layout is not torch.strided or buffer.is_meta:  # which `equal` does not know; there is nothing in the latter
+        return buffer.is_meta
     if buffer.shape != content.shape or torch.equal(buffer, content):
         return buffer.shape == content.shape
     return bool(((buffer == content) | (buffer.isnan() & content.isnan())).all())

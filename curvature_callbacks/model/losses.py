@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, Literal, final, get_args
+from typing import Any, Final, Literal, TypeGuard, final, get_args
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ __all__ = [
     "Predictive",
     "SampleLosses",
     "TargetLossName",
+    "is_function",
     "resolve_loss",
 ]
 
@@ -38,6 +39,11 @@ Loss = TargetLossName | Criterion | LossCallable | None
 LossFunction = Callable[[nn.Module, Any], SampleLosses]
 
 _CRITERIA: Final = {nn.CrossEntropyLoss: "cross_entropy", nn.MSELoss: "mse", nn.BCEWithLogitsLoss: "bce"}
+
+
+def is_function(loss: Loss) -> TypeGuard[LossCallable]:
+    """Whether it is a function of the user's, and no criterion of torch (which all derive from one class)."""
+    return callable(loss) and not isinstance(loss, nn.modules.loss._Loss)
 
 
 def resolve_loss(loss: Loss, batch: Any) -> LossFunction:
@@ -54,7 +60,7 @@ def resolve_loss(loss: Loss, batch: Any) -> LossFunction:
     Raises:
         ConfigurationError: the loss cannot be determined from these; for None at the first call, when the model gives none.
     """
-    if isinstance(loss, nn.modules.loss._Loss):  # what all criteria of torch derive from
+    if isinstance(loss, nn.modules.loss._Loss):
         return _criterion_loss(loss, batch)
     if callable(loss):
         return _CallableLoss(loss)

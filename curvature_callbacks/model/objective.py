@@ -1,5 +1,6 @@
 """Objective: the loss as a function of the trainable parameters, on aliases that leave the model untouched."""
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, MutableSet, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, final
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from curvature_callbacks.batches import to_dtype
+from curvature_callbacks.common_failure import named
+from curvature_callbacks.distributed import is_agreed
 from curvature_callbacks.errors import ConfigurationError, ProbeError
 from curvature_callbacks.linalg.space import LOCAL, Space
 from curvature_callbacks.model.losses import LossFunction, SampleLosses
@@ -20,6 +23,8 @@ from curvature_callbacks.world import SINGLE, World
 ParamsFilter = Callable[[str, nn.Parameter], bool]
 
 _PREFIX = "model."
+
+_logger = logging.getLogger("curvature_callbacks")
 
 
 @final
@@ -110,21 +115,31 @@ class Objective:
             result: SampleLosses = functional_call(self._module, named, (to_dtype(batch, self.dtype),))
         return result
 
-    def watch_writes(self, batch: Any, watch: WriteWatch) -> None:
-        """Show `watch` what the loss changes in place, and put it back; parameters among it are copied from now on.
+    def watch_writes(self, batch: Any) -> WriteWatch:
+        """What the loss changes in place, parameters and tensors that are not the model's alike; it is put back.
+
+        Parameters among it are copied from now on. Where some are sharded nothing is watched: the loss is not evaluated.
 
         Cost: one forward pass.
         """
-        held = {**self._constants, **self.unsharded}
-        passed = {name: value.detach() for name, value in held.items() if name not in self._sharded | self._rewritten}
+        watch = WriteWatch()
+        if self.is_sharded:
+            return watch
+        held = {**self._constants, **self.parameters}
+        passed = {name: value.detach() for name, value in held.items() if name not in self._rewritten}
         try:
             with torch.no_grad(), watch:
                 self(batch, passed)
+        except Exception as error:  # measurements will meet it, record it and report it
+            if is_agreed(error):
+                raise
+            _logger.debug("the loss could not be watched: %s", named(error))
         finally:
             moved = {name for name, value in passed.items() if value.data_ptr() != held[name].data_ptr()}  # by `.data = `
             moved |= {name for name in passed if watch.changed(held[name])}
             watch.put_back()
             self._rewritten |= moved
+        return watch
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """Surrogates: what is differentiated, pass by pass, so that its per-sample gradients are those of a type of Fisher."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, Literal, Protocol, final, get_args
@@ -126,34 +126,6 @@ def surrogates(kind: FisherType, losses: SampleLosses, *, seed: int) -> list[Sur
         predictive = _predictive(losses)
         found = [one for _ in range(kind.num_draws) for one in _drawn(kind, predictive, generator)]
     return [*found]
-
-
-def padded(found: Sequence[Surrogate], count: int) -> list[Surrogate]:
-    """`count` passes, the last ones without active rows: where others have as many, and all must take part in every one."""
-    return [*found, *(_Inactive(found[-1]) for _ in range(len(found), count))]
-
-
-@final
-@dataclass(frozen=True, slots=True, eq=False)
-class _Inactive:
-    """The pass of another surrogate without its pseudo-samples."""
-
-    surrogate: Surrogate
-
-    @property
-    def weights(self) -> Tensor:
-        return torch.zeros_like(self.surrogate.weights)
-
-    @property
-    def active(self) -> Tensor:
-        return torch.zeros_like(self.surrogate.active)
-
-    def __call__(self, losses: SampleLosses) -> Tensor:
-        values = self.surrogate(losses)
-        return torch.where(self.active, values, torch.zeros_like(values))
-
-    def rows(self, rows: Tensor) -> "_Inactive":
-        return _Inactive(self.surrogate.rows(rows))
 
 
 @final
