@@ -101,7 +101,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("framework", PAIRS)
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("name", ["seed", *(pytest.param(name, marks=pytest.mark.slow) for name in CHANGES if name != "seed")])
 def test_other_arguments_begin_anew_and_say_so_once(framework: str, name: str, tmp_path: Path, caplog: Any) -> None:
     kind, pair = PAIRS[framework]
     _, second = pair(tmp_path, kind(**options(every_n_steps=3) | CHANGES[name]), measure=cheap())

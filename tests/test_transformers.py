@@ -293,7 +293,10 @@ def test_a_loss_other_than_the_models_own_is_pointed_out(tmp_path: Path, caplog:
 
 @pytest.mark.parametrize(
     "error",
-    [RuntimeError("kernel"), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")],
+    [
+        RuntimeError("kernel"),
+        pytest.param(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), marks=pytest.mark.slow),
+    ],
     ids=lambda error: type(error).__name__,
 )
 def test_an_exception_in_a_measurement_changes_nothing(error: Exception, tmp_path: Path, caplog: Any) -> None:

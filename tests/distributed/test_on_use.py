@@ -279,6 +279,7 @@ def most_held() -> tuple[int, int, int]:
     return most, 72, 12 * 72
 
 
+@pytest.mark.slow
 def test_no_more_than_a_few_layers_are_whole_at_a_time(two: Ranks) -> None:
     for most, group, whole in two(most_held):
         assert group <= most <= 3 * group < whole

@@ -274,7 +274,7 @@ def test_the_exact_fisher_is_the_ggn_of_the_mean_loss(name: str, unit: Any):
     assert found.weights.abs().max() == 0.0
 
 
-@pytest.mark.parametrize("name", ["mlp", "mse", "bce"])
+@pytest.mark.parametrize("name", ["mlp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mse", "bce"))])
 def test_the_mean_of_sampled_fishers_is_the_exact_one(name: str):
     case = MODELS[name]
     ggn, count = dense_ggn(case)

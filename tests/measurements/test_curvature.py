@@ -143,7 +143,7 @@ def test_eigenvalues_are_those_of_the_dense_matrix(name: Any, accuracy: float):
     assert (found.product_error > 0) == (name == "finite_difference_hessian")
 
 
-@pytest.mark.parametrize("unit", ["sequence", "token"])
+@pytest.mark.parametrize("unit", ["sequence", pytest.param("token", marks=pytest.mark.slow)])
 def test_the_sampled_fisher_comes_to_the_ggn(unit: Any):
     """At one target a row; the mean over seeds of `<F, G>` and of the trace, each within four standard errors."""
     model, G = network(), truth("ggn")
