@@ -2,12 +2,14 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from curvature_callbacks.errors import ConfigurationError
+
+_PLAIN: Final = (bool, int, float, str)  # values of a batch that are the same where they are equal
 
 
 def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
@@ -95,6 +97,39 @@ def at_most(microbatches: Sequence[Any], rows: int) -> list[Any]:
         pieces = [torch.arange(start, min(start + rows, size)) for start in range(0, size, rows)]
         found += [batch] if size <= rows else [take_rows(batch, piece) for piece in pieces]
     return found
+
+
+def joined(first: Any, second: Any) -> Any | None:
+    """The rows of two batches in one, or None where they differ in more than their rows (kind, keys, lengths, constants)."""
+    return _joined(first, second, (batch_size(first), batch_size(second)))
+
+
+def _joined(first: Any, second: Any, sizes: tuple[int, int]) -> Any | None:
+    if type(first) is not type(second):
+        return None
+    if isinstance(first, Tensor):
+        return _joined_tensors(first, second, sizes)
+    if isinstance(first, Mapping):
+        if list(first) != list(second):
+            return None
+        values = {key: _joined(first[key], second[key], sizes) for key in first}
+        return None if any(value is None for value in values.values()) else _like(first, values)
+    if isinstance(first, list | tuple):
+        if len(first) != len(second):
+            return None
+        found: list[Any] = [_joined(one, other, sizes) for one, other in zip(first, second, strict=True)]
+        if any(value is None for value in found):
+            return None
+        return type(first)(*found) if hasattr(first, "_fields") else type(first)(found)
+    return first if isinstance(first, _PLAIN) and first == second else None
+
+
+def _joined_tensors(first: Tensor, second: Tensor, sizes: tuple[int, int]) -> Tensor | None:
+    if first.dtype != second.dtype or first.ndim != second.ndim:
+        return None
+    if first.ndim and (len(first), len(second)) == sizes:
+        return torch.cat([first, second]) if first.shape[1:] == second.shape[1:] else None
+    return first if torch.equal(first, second) else None
 
 
 def cut_sequences(batch: Any, longest: int) -> Any:

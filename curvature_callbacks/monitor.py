@@ -306,6 +306,7 @@ class CurvatureMonitor:
             sharing=sharing,
             optimizer=self._optimizer,
             world=world,
+            join=self._measuring.row_limit is None,
             **self._problem_options,
         )
 

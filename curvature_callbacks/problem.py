@@ -59,6 +59,7 @@ class Problem:
         optimizer: what trains the model, or several of them; only read.
         world: the processes whose microbatches make up the problem; each has the model, and calls every method that computes,
             in the same order.
+        join: whether passes may take small microbatches together; not where memory has run out.
 
     Raises:
         ConfigurationError: no trainable parameter, an undeterminable loss, no microbatch.
@@ -78,6 +79,7 @@ class Problem:
         sharing: Mapping[FisherType, Sharing] | None = None,
         optimizer: Optimizers | None = None,
         world: World = SINGLE,
+        join: bool = True,
     ) -> None:
         if not microbatches:
             raise ConfigurationError("`batches` must hold at least one microbatch, got none.")
@@ -105,7 +107,14 @@ class Problem:
         self.deadline: float | None = None  # of `time.perf_counter`, for iterative measurements
         self.gradient_seconds = 0.0  # wall time of one gradient, once `gradients` was asked for
         self._shared = SharedGrams(
-            self.objective, self.microbatches, self.blocks, trust=self._trust, seed=seed, sharing=sharing or {}, world=world
+            self.objective,
+            self.microbatches,
+            self.blocks,
+            trust=self._trust,
+            seed=seed,
+            sharing=sharing or {},
+            world=world,
+            join=join,
         )
 
     def check(self, kinds: Sequence[FisherType] = ()) -> None:

@@ -1,12 +1,14 @@
 """Arguments of intercepted operations: the tensors in them, and other arguments in their place."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import FunctionType
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+_NESTED: Final = (list, tuple)  # a union is made anew at every call, and this is called for every operation
 
 
 def _opened(func: Any) -> Callable[..., Any]:
@@ -44,10 +46,12 @@ def replaced(values: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return values
 
 
-def tensors_in(values: Any) -> Iterator[Tensor]:
+def tensors_in(values: Iterable[Any]) -> list[Tensor]:
     """The tensors in nested lists and tuples."""
+    found: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from tensors_in(value)
+            found.append(value)
+        elif isinstance(value, _NESTED):
+            found += tensors_in(value)
+    return found

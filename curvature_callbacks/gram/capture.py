@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from curvature_callbacks.gram.arguments import OPENED, first_size, plain_index, replaced, tensors_in
+from curvature_callbacks.gram.cross_entropy import cross_entropy
 from curvature_callbacks.gram.elementwise import Elementwise
 from curvature_callbacks.gram.layout import Layout, layout_of
 from curvature_callbacks.gram.provenance import Provenance
@@ -91,15 +92,14 @@ class Capture(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation, record what it did with tracked parameters."""
         kwargs = kwargs or {}
-        inputs = list(tensors_in((*args, *kwargs.values())))
-        tracked = [value for value in inputs if value in self._sources]
-        if not tracked:
+        inputs = tensors_in((*args, *kwargs.values()))
+        if not self._sources.any_of(inputs):
             return self._of_activations(func, args, kwargs, inputs)
         if func in OPENED:
             with self:
                 return OPENED[func](*args, **kwargs)
         func, args, kwargs = self._prepared(func, args, kwargs)
-        inputs = list(tensors_in((*args, *kwargs.values())))
+        inputs = tensors_in((*args, *kwargs.values()))
         if all(value in self._sources or self._provenance.is_constant(value) for value in inputs):
             return self._derive(func, args, kwargs)
         return self._meet(func, args, kwargs, inputs)
@@ -118,11 +118,12 @@ class Capture(TorchFunctionMode):
         self._taps.backward(total, again=again)
 
     def _of_activations(self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor]) -> Any:
-        output = func(*args, **kwargs)
+        output = (cross_entropy if func is F.cross_entropy else func)(*args, **kwargs)
         if func in _MAKE_LEAF and args[0].requires_grad:
             self._taps.anchor(args[0])
-        outputs = [output] if isinstance(output, Tensor) else list(tensors_in((output,)))
-        self._provenance.mark(func, args, inputs, outputs)
+        outputs = [output] if isinstance(output, Tensor) else tensors_in((output,))
+        if outputs or func is Tensor.__setitem__:
+            self._provenance.mark(func, args, inputs, outputs)
         return output
 
     def _prepared(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
@@ -172,7 +173,7 @@ class Capture(TorchFunctionMode):
         output = func(*args, **kwargs)
         tracked = {id(value): value for value in inputs if value in self._sources}
         if not isinstance(output, Tensor) or id(output) in tracked:
-            if next(tensors_in((output,)), None) is not None:
+            if tensors_in((output,)):
                 self._refuse(func, tracked.values())
             return output
         activations = [value for value in inputs if id(value) not in tracked]

@@ -37,12 +37,14 @@ class GramOptions:
         max_params_per_block: count a random part of each larger block only, its Gram scaled up to all of it.
         sharing: compute Kronecker factors too, with this treatment of positions.
         budget: bytes for the factors of earlier passes; default see `memory_budget`.
+        join: run small microbatches together, where the pass of a row shows that they take little memory.
     """
 
     kind: FisherType = EMPIRICAL
     max_params_per_block: int | None = None
     sharing: Sharing | None = None
     budget: MemoryBudget | None = None
+    join: bool = True
 
 
 @final
@@ -119,7 +121,7 @@ def block_grams(
             "`params_filter`."
         )
     grams = {name: gram for name, gram in collector.grams.items() if name not in fallback}
-    grams |= row_grams(objective, microbatches, sorted(fallback), local.surrogates, world=world)
+    grams |= row_grams(objective, local.microbatches, sorted(fallback), local.surrogates, world=world)
     layout = signature(passed.kinds, passed.positions)
     errors: dict[str, float] = {}
     if layout not in trust.certified:
@@ -129,10 +131,10 @@ def block_grams(
                 raise ProbeError("a row has no finite gradient, and single rows of sharded parameters cannot be looked at.")
             return _of_finite_rows(objective, microbatches, blocks, fallback, **again)
         with world.together():
-            for batch in microbatches:
+            for batch in local.microbatches:
                 check_apart(objective, batch)
         rows = {name: found for name, found in collector.counted.items() if name not in fallback}
-        errors = certificate_errors(objective, microbatches, grams, local.surrogates, rows, seed=seed, world=world)
+        errors = certificate_errors(objective, local.microbatches, grams, local.surrogates, rows, seed=seed, world=world)
         if trust.judge(errors, fallback):
             return block_grams(objective, microbatches, blocks, **again)
         if max(passed.sizes) > 1:  # with one row every axis passes for the sample
@@ -172,7 +174,7 @@ def _passed(
         options.budget or memory_budget(objective.device), factors_wanted=options.sharing is not None, device=objective.device
     )
     finish = None if world.size == 1 else exchange.finish
-    run: dict[str, Any] = {"seed": world.seed(seed), "storage": storage, "finish": finish}
+    run: dict[str, Any] = {"seed": world.seed(seed), "storage": storage, "join": options.join, "finish": finish}
     try:
         with world.together():
             run_passes(objective, microbatches, collector.consume, local, options.kind, trust, **run)

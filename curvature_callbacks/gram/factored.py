@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Final
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -14,7 +13,7 @@ from curvature_callbacks.gram.uses import OuterProduct, Use
 
 _PAIRS: Final = 1 << 22  # most position pairs held: 32 MiB in float64, three of which exist at a time
 
-_Factors = tuple[Tensor, Tensor]
+_Factors = tuple[list[Tensor], list[Tensor]]
 
 
 def factored_gram(uses: Sequence[Sequence[Use]], sizes: Sequence[int], scratch: Scratch) -> Tensor | None:
@@ -40,30 +39,30 @@ def factored_gram(uses: Sequence[Sequence[Use]], sizes: Sequence[int], scratch: 
 def _cheap_factors(
     products: Sequence[OuterProduct | Convolution], uses: Sequence[Sequence[Use]], sizes: Sequence[int]
 ) -> _Factors | None:
-    """`(left (S, T, d1), right (S, T, d2))` over all passes."""
+    """`(left (n, T, d1), right (n, T, d2))` of every pass, in two lists."""
     N = sum(sizes)
     left, right = products[0].factors()
     T, d1, d2 = left.shape[1], left.shape[2], right.shape[2]
     if T * T * (d1 + d2) >= d1 * d2 * (1 + T / N) or (N * T) ** 2 > _PAIRS:
         return None
-    if len(uses) == 1:
-        return left, right
     rest = iter(products)
     pairs = [next(rest).factors() if found else _nothing(size, d1, d2, left) for found, size in zip(uses, sizes, strict=True)]
     T = max(left.shape[1] for left, _ in pairs)
-    return None if (N * T) ** 2 > _PAIRS else (_stacked([a for a, _ in pairs], T), _stacked([b for _, b in pairs], T))
+    return None if (N * T) ** 2 > _PAIRS else ([_padded(a, T) for a, _ in pairs], [_padded(b, T) for _, b in pairs])
 
 
-def _nothing(size: int, d1: int, d2: int, example: Tensor) -> _Factors:
+def _nothing(size: int, d1: int, d2: int, example: Tensor) -> tuple[Tensor, Tensor]:
     return example.new_zeros(size, 1, d1), example.new_zeros(size, 1, d2)
 
 
-def _stacked(factors: Sequence[Tensor], T: int) -> Tensor:
-    """Passes of different length side by side: zero positions add nothing."""
-    return torch.cat([pad(factor, (0, 0, 0, T - factor.shape[1])) for factor in factors])
+def _padded(factor: Tensor, T: int) -> Tensor:
+    """With `T` positions: zero ones add nothing."""
+    missing = T - factor.shape[1]
+    return pad(factor, (0, 0, 0, missing)) if missing else factor
 
 
-def _inner_products(left: Tensor, right: Tensor, scratch: Scratch) -> Tensor:
-    N, T, _ = left.shape
-    products = scratch.gram(right.flatten(0, 1)) * scratch.gram(left.flatten(0, 1))  # (N T, N T)
+def _inner_products(lefts: Sequence[Tensor], rights: Sequence[Tensor], scratch: Scratch) -> Tensor:
+    N, T = sum(map(len, lefts)), lefts[0].shape[1]
+    pairs = [scratch.gram([factor.flatten(0, 1) for factor in factors]) for factors in (rights, lefts)]
+    products = pairs[0] * pairs[1]  # (N T, N T)
     return products if T == 1 else products.reshape(N, T, N, T).sum((1, 3))

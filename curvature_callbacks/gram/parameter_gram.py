@@ -40,6 +40,8 @@ def parameter_gram(
     """
     if not any(passes):
         return torch.zeros(sum(sizes), sum(sizes), dtype=torch.float64)
+    if rows is None and len(passes) == 1 and len(passes[0]) == 1 and isinstance(only := passes[0][0].use, Dense):
+        return scratch.gram([only.whole()])  # most biases and norms: what follows would take longer than their Gram
     found = regions(passes)
     if found is None:
         return None
@@ -56,9 +58,9 @@ def _region_gram(region: Region, sizes: Sequence[int], scratch: Scratch) -> Tens
     factored = factored_gram(region.uses, sizes, scratch)
     if factored is not None:
         return factored
-    only = region.uses[0][0] if len(region.uses) == 1 and len(region.uses[0]) == 1 else None
-    if isinstance(only, Dense):
-        return scratch.gram(only.whole())
+    dense = [found[0].whole() for found in region.uses if len(found) == 1 and isinstance(found[0], Dense)]
+    if len(dense) == len(region.uses) and (len(dense) == 1 or sum(part.nbytes for part in dense) <= _CHUNK_BYTES):
+        return scratch.gram(dense)
     if all(isinstance(use, Lookup) for found in region.uses for use in found):
         return _materialised(_on_present_rows(region), sizes, scratch)
     return _materialised(region, sizes, scratch)
@@ -70,6 +72,7 @@ def _materialised(region: Region, sizes: Sequence[int], scratch: Scratch) -> Ten
     slow = any(isinstance(use, Convolution) and not use.is_product for uses in region.uses for use in uses)
     chunk = _CONVOLUTION_BYTES if slow else _CHUNK_BYTES
     step = max(1, chunk // (N * max(row, 1) * example.element_size()))
+    step = -(-region.num_rows // -(-region.num_rows // step)) if region.num_rows else 1  # no small rest
     for start in range(0, region.num_rows, step):
         stop = min(start + step, region.num_rows)
         buffer = scratch.take(N * (stop - start) * row, example).view(N, stop - start, row)

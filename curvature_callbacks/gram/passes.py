@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from curvature_callbacks.batches import batch_size, map_tensors
+from curvature_callbacks.batches import batch_size, joined, map_tensors
 from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.gram.capture import Capture
 from curvature_callbacks.gram.rows import check_rows
@@ -19,7 +19,7 @@ from curvature_callbacks.gram.trust import Trust
 from curvature_callbacks.model.inactive import padded
 from curvature_callbacks.model.objective import Objective
 from curvature_callbacks.model.sample_losses import SampleLosses
-from curvature_callbacks.model.surrogates import FisherType, Surrogate, surrogates
+from curvature_callbacks.model.surrogates import EMPIRICAL, FisherType, Surrogate, surrogates
 
 _ANY_KERNEL: Final = [
     SDPBackend.FLASH_ATTENTION,
@@ -28,6 +28,7 @@ _ANY_KERNEL: Final = [
 ]  # nothing is differentiated twice here, so that fused attention will do
 
 _GRAM_BYTES: Final = 8 << 30  # of all parameters' Grams
+_JOINED_BYTES: Final = 8 << 20  # captured by a pass over microbatches that were put together
 
 Consume = Callable[[str, list[list[Placed]]], None]
 Finish = Callable[[dict[str, list[list[Placed]]], list[str]], list[str]]
@@ -48,6 +49,7 @@ class Passed:
         positions: parameter to the positions per sample of each use.
         biases: weight to the biases its operations added.
         mode: how factors were kept, see `Storage.mode`.
+        microbatches: of this process, as they were run: the first, and small ones after it together.
     """
 
     unruled: dict[str, str]
@@ -59,6 +61,7 @@ class Passed:
     positions: dict[str, list[int]] = field(default_factory=dict)
     biases: dict[str, set[str | None]] = field(default_factory=dict)
     mode: str = "one pass"
+    microbatches: Sequence[Any] = ()
 
     def note(
         self,
@@ -85,6 +88,7 @@ def run_passes(
     *,
     seed: int,
     storage: Storage,
+    join: bool,
     finish: Finish | None = None,
 ) -> None:
     """Every microbatch forward once and backward once a surrogate; `consume` gets a parameter with its uses in every pass.
@@ -94,14 +98,18 @@ def run_passes(
     passes are kept within the budget; what does not fit is captured in further rounds over the microbatches, by groups of
     parameters. All ways give the same numbers. With `finish` nothing is consumed on the way: at the end of a round it gets the
     uses of every parameter and the names that have to wait for another one, and gives back those that everybody lets wait.
+    With `join` microbatches that capture little are run together: the cost of a small pass is that of its launches. The first
+    one, alone, tells how much a row captures.
 
     Cost: forward passes, and backward passes for activation gradients only; each further round the same again.
     """
     names = [name for name in objective.parameters if name not in result.unruled]
-    names = _Round(objective, microbatches, kind, trust, seed, names, result, storage, finish).run(consume)
+    result.microbatches = microbatches
+    join = join and kind == EMPIRICAL and finish is None  # other types draw by microbatch
+    names = _Round(objective, kind, trust, seed, names, result, storage, finish, join).run(consume)
     while names:
         storage.start_round()
-        names = _Round(objective, microbatches, kind, trust, seed, names, result, storage, finish).run(consume)
+        names = _Round(objective, kind, trust, seed, names, result, storage, finish).run(consume)
     result.mode = storage.mode
 
 
@@ -111,7 +119,6 @@ class _Round:
     """One round over the microbatches for a group of parameters; the first one also notes what the passes are."""
 
     objective: Objective
-    microbatches: Sequence[Any]
     kind: FisherType
     trust: Trust
     seed: int
@@ -119,6 +126,7 @@ class _Round:
     result: Passed
     storage: Storage
     finish: Finish | None = None
+    join: bool = False
     uses: dict[str, list[list[Placed]]] = field(default_factory=dict)
     index: int = 0  # of the backward pass
 
@@ -126,8 +134,12 @@ class _Round:
         """Consume all names but those returned, which have to wait for another round."""
         self.uses = {name: [] for name in self.names}
         postponed: list[str] = []
-        for place, batch in enumerate(self.microbatches):
-            postponed += self._microbatch(place, batch, consume)
+        place = 0
+        while place < len(self.result.microbatches):
+            postponed += self._microbatch(place, self.result.microbatches[place], consume)
+            if place == 0 and self.join and not postponed:
+                self.result.microbatches = self._with_rest_together()
+            place += 1
         if self.finish is not None:
             return self.finish({name: self._padded(found) for name, found in self.uses.items()}, postponed)
         with torch.no_grad():
@@ -148,15 +160,27 @@ class _Round:
         postponed: list[str] = []
         for number, surrogate in enumerate(chosen):
             again = number < len(chosen) - 1
-            last = place == len(self.microbatches) - 1 and not again and self.finish is None
+            last = place == len(self.result.microbatches) - 1 and not again and self.finish is None
             total = losses.total if surrogate is None else surrogate(losses).sum()
             if not again:
                 del losses  # the logits, which the graph may not need
             capture.backward(total, partial(self._take, consume if last else None), again=again)
             self.index += 1
             if not last:
-                postponed += self._postpone((place + (number + 1) / len(chosen)) / len(self.microbatches))
+                postponed += self._postpone((place + (number + 1) / len(chosen)) / len(self.result.microbatches))
         return postponed
+
+    def _with_rest_together(self) -> list[Any]:
+        """The microbatches, those after the first put together where a pass over them captures little."""
+        first, *rest = self.result.microbatches
+        captured = self.storage.captured / batch_size(first)
+        most = _JOINED_BYTES / captured if captured else 0
+        found = [first]
+        for batch in rest:
+            small = len(found) > 1 and batch_size(found[-1]) + batch_size(batch) <= most
+            together = joined(found[-1], batch) if small else None
+            found[-1:] = [found[-1], batch] if together is None else [together]
+        return found
 
     def _capture(self, values: dict[str, Tensor], batch: Any) -> Capture:
         here = self.objective.unsharded
@@ -180,8 +204,10 @@ class _Round:
             found = surrogates(self.kind, losses, seed=self.seed + place)
             most = -self.objective.least(-len(found))  # where all must take part in every pass
             chosen = [*padded(found, most)]
-        elif losses.per_sample is None and size > 1:
-            check_rows(self.objective, batch, losses)
+        elif losses.per_sample is None:
+            self.join = False
+            if size > 1:
+                check_rows(self.objective, batch, losses)
         self.result.surrogates.append(chosen)
         self.result.num_passes.append(len(chosen))
         self.result.sizes += [size] * len(chosen)

@@ -1,6 +1,7 @@
 """Scratch: memory and products that the Grams of one probe share."""
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Final, final
 
 import torch
@@ -21,16 +22,16 @@ class Scratch:
 
     def __init__(self) -> None:
         self._buffer: Tensor | None = None
-        self._last: deque[tuple[Tensor, Tensor]] = deque(maxlen=2)
+        self._last: deque[tuple[Sequence[Tensor], Tensor]] = deque(maxlen=2)
 
-    def gram(self, rows: Tensor) -> Tensor:
-        """`rows @ rows.T` in float64; not to be changed in place."""
+    def gram(self, parts: Sequence[Tensor]) -> Tensor:
+        """`rows @ rows.T` in float64, the rows being those of all `parts` (n, P); not to be changed in place."""
         for known, product in self._last:
-            if known.data_ptr() == rows.data_ptr() and known.shape == rows.shape and known.stride() == rows.stride():
+            if len(known) == len(parts) and all(map(_are_same, known, parts)):
                 return product
-        product = gram(rows)
-        if len(rows) <= _KEPT_ROWS:
-            self._last.append((rows, product))
+        product = gram(parts[0] if len(parts) == 1 else torch.cat(list(parts)))
+        if len(product) <= _KEPT_ROWS:
+            self._last.append((parts, product))
         return product
 
     def forget(self) -> None:
@@ -46,3 +47,7 @@ class Scratch:
             self._buffer = None  # before another is made
             self._buffer = buffer = torch.empty(size, dtype=example.dtype, device=example.device)
         return buffer[:size]
+
+
+def _are_same(known: Tensor, rows: Tensor) -> bool:
+    return known.data_ptr() == rows.data_ptr() and known.shape == rows.shape and known.stride() == rows.stride()

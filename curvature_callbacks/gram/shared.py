@@ -33,6 +33,7 @@ class SharedGrams:
         seed: of every draw.
         sharing: types of Fisher whose Grams are to come with Kronecker factors, and how positions enter these.
         world: the processes whose microbatches N spans.
+        join: see `GramOptions`.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class SharedGrams:
         seed: int,
         sharing: Mapping[FisherType, Sharing],
         world: World = SINGLE,
+        join: bool = True,
     ) -> None:
         self._objective = objective
         self._microbatches = microbatches
@@ -53,6 +55,7 @@ class SharedGrams:
         self._seed = seed
         self._sharing = dict(sharing)
         self._world = world
+        self._join = join
         self._grams: dict[tuple[FisherType, int | None, bool], BlockGrams] = {}
         self._kronecker: dict[tuple[FisherType, Sharing], Mapping[str, LayerKronecker]] = {}
 
@@ -115,6 +118,7 @@ class SharedGrams:
             max_params_per_block=max_params_per_block,
             sharing=sharing,
             budget=memory_budget(self._objective.device, memory),
+            join=self._join,
         )
         return block_grams(
             self._objective,

@@ -77,6 +77,10 @@ class Sources:
     def __contains__(self, value: Tensor) -> bool:
         return id(value) in self._known
 
+    def any_of(self, values: Iterable[Tensor]) -> bool:
+        """Whether one of them is a source."""
+        return not self._known.keys().isdisjoint(map(id, values))
+
     def __getitem__(self, value: Tensor) -> Source:
         return self._known[id(value)]
 

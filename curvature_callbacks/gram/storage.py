@@ -41,6 +41,9 @@ class Storage:
     A use is kept as per-sample gradients where these are fewer numbers than its factors, `min(T (d_in + d_out), d_in d_out)` a
     sample, unless the factors themselves are wanted (K-FAC). Tensors that several uses share (the input of queries, keys and
     values) count once on the device.
+
+    Attributes:
+        captured: bytes of the uses as they came, shared tensors as often as they did.
     """
 
     def __init__(self, budget: MemoryBudget, *, factors_wanted: bool, device: torch.device = _CPU) -> None:
@@ -50,6 +53,7 @@ class Storage:
         self._device: dict[str, _Bytes] = {}
         self._host: dict[str, _Bytes] = {}
         self._rounds = 1
+        self.captured = 0
 
     @property
     def mode(self) -> str:
@@ -62,6 +66,7 @@ class Storage:
 
     def keep(self, name: str, found: Sequence[Placed]) -> list[Placed]:
         """The same uses in the form and place in which they wait."""
+        self.captured += sum(tensor.nbytes for one in found for tensor in one.use.tensors())
         kept = [one if self._factors_wanted else Placed(one.view, _smaller(one.use)) for one in found]
         own = self._device.setdefault(name, {})
         needed = {**own, **_bytes(kept)}

@@ -110,7 +110,7 @@ class Taps:
 
     def _arrive(self, wanted: list[tuple[Source, Tap]], gradient: Tensor) -> None:
         with torch.no_grad():
-            for source, tap in wanted:
+            for source, tap in reversed(wanted):
                 if source.view is None:
                     self._pullback.add(source, tap.completed(gradient))
                     continue

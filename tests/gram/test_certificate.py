@@ -226,22 +226,25 @@ class Counting(nn.Module):
         return found
 
 
-@pytest.mark.parametrize("sizes", [(4,), (3, 1, 2)], ids=str)
-def test_what_a_probe_costs(sizes: tuple[int, ...]):
-    """Passes a microbatch: one of each; once more of each to prove it, and three without gradient to see rows apart."""
+@pytest.mark.parametrize(("sizes", "run"), [((4,), (4,)), ((3, 1, 2), (3, 3)), ((1, 2, 3), (1, 5))], ids=str)
+def test_what_a_probe_costs(sizes: tuple[int, ...], run: tuple[int, ...]):
+    """Passes a microbatch: one of each; once more of each to prove it, and three without gradient to see rows apart.
+
+    Small ones are run together, but for types that draw by microbatch.
+    """
     model, microbatches, trust = in_general_position(Counting).double(), CASES["mlp"].microbatches(sizes), Trust()
-    pairs = len(microbatches)
+    pairs = len(run)
     with offline_problem(model, microbatches, loss="cross_entropy", params_filter=None) as problem:
         parts = problem.objective, problem.microbatches, problem.blocks
         model.count()
         first = block_grams(*parts, trust=trust, seed=0)
-        apart = sum(3 if size > 1 else 1 for size in sizes)
+        apart = sum(3 if size > 1 else 1 for size in run)
         assert model.count() == (2 * pairs + apart, 2 * pairs)
         second = block_grams(*parts, trust=trust, seed=0)
         assert model.count() == (pairs, pairs)
         sampled = GramOptions(kind=FisherType(fisher="sampled", num_draws=3))
         block_grams(*parts, trust=trust, seed=0, options=sampled)
-        assert model.count() == (pairs, 3 * pairs)  # the layout is the same
+        assert model.count() == (len(sizes), 3 * len(sizes))  # the layout is the same
     assert (first.certificate_error, second.certificate_error) != (None, None)
     assert second.certificate_error is None
     for block, K in first.grams.items():

@@ -53,7 +53,7 @@ def grams(
             found.blocks,
             trust=trust or Trust(),
             seed=0,
-            options=GramOptions(budget=budget, **options),
+            options=GramOptions(budget=budget, join=False, **options),
         )
 
 
