@@ -14,7 +14,8 @@ from curvature_callbacks.gram.sources import Placed
 from curvature_callbacks.gram.uses import Dense, Lookup, Use
 from curvature_callbacks.linalg.accumulate import gram
 
-_CHUNK_BYTES: Final = 32 << 20  # per-sample gradients materialised at a time: half of that took up to 1.3 times as long
+_CHUNK_BYTES: Final = 32 << 20  # of per-sample gradients materialised at a time
+_LEAST_BYTES, _LEAST_ROWS = 4 << 20, 128  # on a CPU no more than needed for fast products: 0.02 of a pass (ViT)
 _CONVOLUTION_BYTES: Final = 64 << 20  # the same where a convolution has to be run for each chunk
 
 
@@ -69,10 +70,7 @@ def _region_gram(region: Region, sizes: Sequence[int], scratch: Scratch) -> Tens
 def _materialised(region: Region, sizes: Sequence[int], scratch: Scratch) -> Tensor:
     N, row, example = sum(sizes), region.row_size, _gradient(region.uses)
     total = torch.zeros(N, N, dtype=torch.float64, device=example.device)
-    slow = any(isinstance(use, Convolution) and not use.is_product for uses in region.uses for use in uses)
-    chunk = _CONVOLUTION_BYTES if slow else _CHUNK_BYTES
-    step = max(1, chunk // (N * max(row, 1) * example.element_size()))
-    step = -(-region.num_rows // -(-region.num_rows // step)) if region.num_rows else 1  # no small rest
+    step = _rows_at_a_time(region, N * max(row, 1) * example.element_size(), on_cpu=example.device.type == "cpu")
     for start in range(0, region.num_rows, step):
         stop = min(start + step, region.num_rows)
         buffer = scratch.take(N * (stop - start) * row, example).view(N, stop - start, row)
@@ -80,6 +78,16 @@ def _materialised(region: Region, sizes: Sequence[int], scratch: Scratch) -> Ten
             _sum_of_rows(uses, start, stop, piece)
         total += gram(buffer.flatten(1))
     return total
+
+
+def _rows_at_a_time(region: Region, row_bytes: int, *, on_cpu: bool) -> int:
+    """Rows of the parameter in equal pieces of about the best size; `row_bytes`: of one row of all samples' gradients."""
+    slow = any(isinstance(use, Convolution) and not use.is_product for uses in region.uses for use in uses)
+    rows = (_CONVOLUTION_BYTES if slow else _CHUNK_BYTES) // row_bytes
+    if on_cpu and not slow:
+        rows = min(rows, max(_LEAST_ROWS, _LEAST_BYTES // row_bytes))
+    pieces = -(-region.num_rows // max(rows, 1))
+    return -(-region.num_rows // max(pieces, 1)) or 1
 
 
 def _sum_of_rows(uses: Sequence[Use], start: int, stop: int, out: Tensor) -> None:
