@@ -15,7 +15,8 @@ from curvature_callbacks.gram.uses import Dense, Lookup, Use
 from curvature_callbacks.linalg.accumulate import gram
 
 _CHUNK_BYTES: Final = 32 << 20  # of per-sample gradients materialised at a time
-_LEAST_BYTES, _LEAST_ROWS = 4 << 20, 128  # on a CPU no more than needed for fast products: 0.02 of a pass (ViT)
+_LEAST_BYTES: Final = 4 << 20  # on a CPU, where small pieces stay in its cache (0.02 of a pass with a ViT) ...
+_LEAST_ROWS: Final = 128  # ... but no smaller than products need to be fast
 _CONVOLUTION_BYTES: Final = 64 << 20  # the same where a convolution has to be run for each chunk
 
 

@@ -239,7 +239,8 @@ def compute_fisher_spectrum(
     benchmarks/results/fisher.json has these and dearer cases), two to three more where the layout of the model is not
     certified yet; parameters without a capture rule take N single-row gradients, listed in `metadata["fallback"]`. One more
     backward pass for every further draw and target, for `exact` for every position and class, and an eigensolve of all
-    their gradients together. Memory: inputs and
+    their gradients together. Small microbatches cost less than a pass each: after the first, those of equal shapes are run
+    together up to 8 MiB of inputs and output gradients. Memory: inputs and
     output gradients of all passes but the last within `memory_budget`; 32 MiB of gradients at a time (80 MiB for convolutions,
     at most 256 MiB for parameters that go row by row, are used through computed copies or through views that overlap); `8 S^2`
     bytes a parameter for S pseudo-samples. A loss that is only known as a mean takes one more forward pass over every row.

@@ -19,6 +19,15 @@ def test_sums_over_chunks_are_whole_sums(size: int):
     assert torch.allclose(coefficients(rows[:2], rows[2]), rows[:2] @ rows[2])
 
 
+@pytest.mark.parametrize("num_rows", [1, 4, 5, 8, 11, 15, 16, 17, 31, 63, 64, 65, 130])
+@pytest.mark.parametrize("size", [0, 700, 9000])
+def test_blocks_below_the_diagonal_are_those_above(num_rows: int, size: int):
+    rows = draw(num_rows, size)
+    found = gram(rows)
+    assert torch.allclose(found, rows @ rows.T, atol=1e-9)
+    assert torch.equal(found, found.T) or torch.allclose(found, found.T, rtol=1e-14, atol=1e-12)
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_subtract_combination_is_in_place_and_complete(size: int):
     rows, weights = draw(3, size), torch.tensor([0.5, -2.0], dtype=torch.float64)
