@@ -24,8 +24,8 @@ def cross_entropy(
     For `input` (M, C) in float32 or float64 and labels that are classes, unweighted and not smoothed, in a form of its own;
     PyTorch's otherwise.
 
-    Cost: two walks over the logits; extra memory their size once (PyTorch: log-probabilities, the gradient by these and that
-    by the logits). Of GPT-2 shapes with 5000 classes this was 0.03 of a forward and backward pass on a CPU.
+    Cost: one softmax; extra memory the size of the logits once (PyTorch: log-probabilities, the gradient by these and that by
+    the logits). 0.5 of PyTorch's time for 1024 targets of 5000 classes on a CPU.
     """
     plain = weight is None and size_average is None and reduce is None and label_smoothing == 0.0
     if plain and _is_standard(input, target) and reduction in ("none", "mean", "sum"):
@@ -49,14 +49,19 @@ def _is_standard(input: Tensor, target: Tensor) -> bool:
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Losses (M,) of single targets."""
+    """Losses (M,) of single targets.
+
+    The probabilities of the forward pass become the gradient, in their place; a further backward pass computes them again.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
         ctx.save_for_backward(logits, targets)
         ctx.ignore_index = ignore_index
-        parts = zip(_chunks(logits), _chunks(targets, like=logits), strict=True)
-        return torch.cat([F.nll_loss(z.log_softmax(1), y, ignore_index=ignore_index, reduction="none") for z, y in parts])
+        ignored = targets == ignore_index
+        chosen = logits.gather(1, targets.masked_fill(ignored, 0)[:, None])[:, 0]
+        ctx.probabilities, largest, scale = _softmax(logits)
+        return ((largest - chosen) - scale.log()).masked_fill(ignored, 0.0)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
@@ -65,14 +70,26 @@ class _CrossEntropy(torch.autograd.Function):
             losses = F.cross_entropy(logits, targets, ignore_index=ctx.ignore_index, reduction="none")
             (found,) = torch.autograd.grad(losses, logits, gradient, create_graph=True)
             return found, None, None
+        result, ctx.probabilities = ctx.probabilities, None
+        result = _softmax(logits)[0] if result is None else result
         ignored = targets == ctx.ignore_index
         weights, classes = gradient.masked_fill(ignored, 0.0), targets.masked_fill(ignored, 0)
         rows = torch.arange(len(logits), device=logits.device)
-        result = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        for out, z, y, weight in zip(*(_chunks(t, like=logits) for t in (result, logits, classes, weights)), strict=True):
-            torch.softmax(z, 1, out=out).mul_(weight[:, None])
+        for out, y, weight in zip(*(_chunks(tensor, like=logits) for tensor in (result, classes, weights)), strict=True):
+            out *= weight[:, None]
             out[rows[: len(y)], y] -= weight  # by index: sums by scatter have no deterministic form on every device
         return result, None, None
+
+
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`p = exp(z - max z) / s` (M, C), `max z` (M,) and the largest p, which is 1 / s (M,)."""
+    result = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    largest, scale = [], []
+    for z, out in zip(_chunks(logits), _chunks(result), strict=True):
+        torch.softmax(z, 1, out=out)
+        largest.append(z.amax(1))
+        scale.append(out.amax(1))
+    return result, torch.cat(largest), torch.cat(scale)
 
 
 def _chunks(tensor: Tensor, *, like: Tensor | None = None) -> tuple[Tensor, ...]:

@@ -89,7 +89,7 @@ def test_large_and_infinite_logits(dtype: torch.dtype):
     z = torch.tensor([[1e4, -1e4, 0.0], [float("-inf"), 2.0, 1.0]], dtype=dtype).requires_grad_()
     y = torch.tensor([1, 1])
     found, expected = (f(z, y, reduction="none") for f in (cross_entropy, F.cross_entropy))
-    assert torch.equal(found, expected)
+    assert torch.allclose(found, expected, rtol=1e-6 if dtype == torch.float32 else 1e-15, atol=0)
     one, other = (torch.autograd.grad(loss.sum(), z)[0] for loss in (found, expected))
     assert torch.allclose(one, other, atol=0, rtol=1e-6)
 
@@ -119,7 +119,9 @@ def test_inside_a_transform_it_is_pytorchs_own():
     assert torch.allclose(found, by_hand(z, y, torch.ones(7)) / 7, atol=1e-14, rtol=0)
 
 
-@pytest.mark.parametrize(("z", "y", "error"), [(logits(), [5] * 7, IndexError), (logits(), [0] * 6, ValueError)])
+@pytest.mark.parametrize(
+    ("z", "y", "error"), [(logits(), [5] * 7, (IndexError, RuntimeError)), (logits(), [0] * 6, ValueError)]
+)
 def test_errors_are_pytorchs_own(z: Tensor, y: list[int], error: type[Exception]):
     with pytest.raises(error):
         F.cross_entropy(z, torch.tensor(y))
