@@ -4,7 +4,7 @@ One plain pass is one forward and one backward pass to the parameter gradients o
 uses. `fisher` is what a callback runs from its second probe on (the layout was certified on the first), every tool being
 timed on a model prepared for it; `fisher_with_isolation` counts that preparation, a few milliseconds a probe, too.
 Ratios are those of medians of interleaved repeats inside one process on one thread, in CPU time (wall time on CUDA): as many
-rounds as asked for, more of short ones.
+rounds as asked for, more of short ones; ours is the median of three processes.
 
     python benchmarks/fisher.py --out benchmarks/results/fisher.json
     python benchmarks/fisher.py --only vit_n64 --sections time,memory
@@ -30,10 +30,10 @@ import transformers
 from fisher_cases import Case, Workload, cases, gpt2, quick_cases
 from fisher_memory import peak_in_own_process
 from fisher_peers import PEERS
+from fisher_time import times
 from fisher_work import (
     OURS,
     PLAIN,
-    PROBE,
     Task,
     block_names,
     certified,
@@ -49,7 +49,8 @@ from fisher_work import (
 from curvature_callbacks.model.blocks import Granularity
 
 MEMORY_ALLOWANCE = 256  # MiB above the plain pass
-LEAST_SECONDS = 20.0  # of timing a case
+PROCESSES = 3  # that ours is timed in, see `fisher_time`
+LEAST_SECONDS = 30.0  # of timing a case
 STREAMING_LIMIT = 1.3  # times the single batch
 SMALL_BUDGET, QUICK_BUDGET = 128 << 20, 64 << 10  # bytes, less than the factors of all microbatches take
 STREAMED = ("gpt2_tied_n64", "vit_n64", "mlp_3x512_n256", "gpt2_tied_quick")
@@ -57,7 +58,7 @@ STREAMED = ("gpt2_tied_n64", "vit_n64", "mlp_3x512_n256", "gpt2_tied_quick")
 Table = dict[str, Any]
 
 
-def time_and_accuracy(case: Case, workload: Workload, *, repeats: int, least_seconds: float, device: torch.device) -> Table:
+def time_and_accuracy(name: str, case: Case, workload: Workload, *, timing: Mapping[str, Any], device: torch.device) -> Table:
     """Ratios to the plain pass and errors against the float64 loop, of ours and of every peer."""
     exact = oracle(workload, min(case.oracle_rows, case.N))
     row: Table = {
@@ -66,21 +67,15 @@ def time_and_accuracy(case: Case, workload: Workload, *, repeats: int, least_sec
         "rows_compared": len(next(iter(exact.values()))),
     }
     row["num_parameters"] = sum(parameter.numel() for parameter in workload.model.parameters())
-    ours = certified(workload)
-    tasks = {PLAIN: prepared(PLAIN, workload), OURS: ours, PROBE: ours.whole()}
-    found = ours()
+    found = certified(workload)()
     row["row_by_row"] = sorted(found.fallback)
     row["worst_block"], row["error"] = worst_error(found.grams, exact)
     _, row["row_loop_error"] = worst_error(prepared("row_loop", workload)(), exact)
     if not case.timed:
         return row
-    seconds = interleaved(tasks, repeats, device, least_seconds=least_seconds)
-    pairs = [ours / reference for ours, reference in zip(seconds[OURS], seconds[PLAIN], strict=True)]
-    found_ratios = ratios(seconds)
-    row |= {"limit": case.limit, "aim": case.aim, "ratio": found_ratios[OURS], "ratio_with_isolation": found_ratios[PROBE]}
-    row |= {"ratio_quartiles": statistics.quantiles(pairs, n=4) if len(pairs) > 1 else pairs * 3, "rounds": len(pairs)}
-    row["plain_seconds"] = statistics.median(seconds[PLAIN])
-    row["peers"] = {name: peer(name, workload, exact, max(1, repeats // 2), device) for name in PEERS}
+    row |= {"limit": case.limit, "aim": case.aim, **times(name, **timing, device=device)}
+    repeats = max(1, timing["rounds"] // 2)
+    row["peers"] = {tool: peer(tool, workload, exact, repeats, device) for tool in PEERS}
     return row
 
 
@@ -168,16 +163,15 @@ def _exponent(values: list[int], seconds: list[float]) -> float:
 def run(options: argparse.Namespace, device: torch.device) -> Table:
     """All sections that were asked for."""
     table = quick_cases() if options.quick else cases()
+    timing = {
+        "rounds": options.repeats,
+        "processes": 1 if options.quick else PROCESSES,
+        "least_seconds": 0.0 if options.quick else LEAST_SECONDS,
+    }
     small_budget = QUICK_BUDGET if options.quick else SMALL_BUDGET
     chosen = {name: case for name, case in table.items() if not options.only or name in options.only}
     sections: dict[str, Callable[[str, Case], Table | None]] = {
-        "time": lambda name, case: time_and_accuracy(
-            case,
-            seeded(case, device),
-            repeats=options.repeats,
-            least_seconds=0.0 if options.quick else LEAST_SECONDS,
-            device=device,
-        ),
+        "time": lambda name, case: time_and_accuracy(name, case, seeded(case, device), timing=timing, device=device),
         "memory": lambda name, case: memory(name, device, quick=options.quick) if case.timed else None,
         "streaming": lambda name, case: (
             streaming(seeded(case, device), small_budget=small_budget, repeats=options.repeats, device=device)
