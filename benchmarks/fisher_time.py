@@ -14,6 +14,7 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
+import transformers
 from fisher_cases import cases, quick_cases
 from fisher_work import OURS, PLAIN, PROBE, certified, interleaved, prepared, ratios
 
@@ -53,6 +54,7 @@ def main() -> None:
     parser.add_argument("--least-seconds", type=float, default=0.0)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
+    transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     device = torch.device(options.device)

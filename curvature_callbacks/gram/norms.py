@@ -26,8 +26,25 @@ def _layer_norm(
     eps: float = 1e-5,
     cudnn_enable: bool = True,
 ) -> Taps:
-    normalised = partial(F.layer_norm, input, normalized_shape, None, None, eps)
+    statistics = _saved_statistics(output)
+    if statistics is None:
+        normalised = partial(F.layer_norm, input, normalized_shape, None, None, eps)
+    else:
+        normalised = partial(_normalised, input.detach(), *statistics)
     return _affine(layout_of, output, weight, bias, normalised, None)
+
+
+def _saved_statistics(output: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Mean and reciprocal standard deviation that a layer norm keeps for its gradient, where it can be asked for them.
+
+    Normalising by them takes a third of the time of normalising anew (CPU).
+    """
+    mean, scale = (getattr(output.grad_fn, f"_saved_result{place}", None) for place in (1, 2))
+    return (mean, scale) if isinstance(mean, Tensor) and isinstance(scale, Tensor) else None
+
+
+def _normalised(input: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    return (input - mean).mul_(scale)
 
 
 def _rms_norm(
