@@ -43,6 +43,7 @@ from fisher_work import (
     plain,
     prepared,
     ratios,
+    whole_error,
     worst_error,
 )
 
@@ -70,6 +71,7 @@ def time_and_accuracy(name: str, case: Case, workload: Workload, *, timing: Mapp
     found = certified(workload)()
     row["row_by_row"] = sorted(found.fallback)
     row["worst_block"], row["error"] = worst_error(found.grams, exact)
+    row["whole_error"] = whole_error(found.grams, exact)
     _, row["row_loop_error"] = worst_error(prepared("row_loop", workload)(), exact)
     if not case.timed:
         return row

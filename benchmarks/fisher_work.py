@@ -112,6 +112,14 @@ def worst_error(grams: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> tup
     return max(errors.items(), key=lambda item: item[1])
 
 
+def whole_error(grams: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> float:
+    """Relative Frobenius error of the Gram over all parameters, the sum of the blocks'."""
+    num_rows = len(next(iter(exact.values())))
+    found = torch.stack([grams[block][:num_rows, :num_rows] for block in exact]).sum(0)
+    expected = torch.stack(list(exact.values())).sum(0)
+    return float((found - expected).norm() / expected.norm())
+
+
 def interleaved(
     work: Mapping[str, Task], repeats: int, device: torch.device, *, least_seconds: float = 0.0
 ) -> dict[str, list[float]]:

@@ -129,6 +129,12 @@ def test_errors_are_pytorchs_own(z: Tensor, y: list[int], error: type[Exception]
         cross_entropy(z, torch.tensor(y))
 
 
+def test_labels_of_a_kind_pytorch_does_not_take():
+    for loss in (F.cross_entropy, cross_entropy):
+        with pytest.raises(RuntimeError, match="Long"):
+            loss(logits(), torch.zeros(7, dtype=torch.int32))
+
+
 def test_one_buffer_of_the_size_of_the_logits():
     """What is made in forward and backward pass, by size, beside what is given."""
     z, y = logits(512, 2000, torch.float32), torch.zeros(512, dtype=torch.int64)
