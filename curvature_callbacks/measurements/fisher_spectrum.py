@@ -235,7 +235,7 @@ def compute_fisher_spectrum(
             known targets or likelihood where these are needed, an exact Fisher of more than 1024 passes.
         RefusedError: samples are coupled, so that they have no gradients of their own.
 
-    Cost: 1.0 to 1.5 gradients of the same rows on transformers of width 192 and more (one CPU thread;
+    Cost: 0.95 to 1.4 gradients of the same rows on transformers of width 192 and more (one CPU thread;
     benchmarks/results/fisher.json has these and dearer cases), two to three more where the layout of the model is not
     certified yet; parameters without a capture rule take N single-row gradients, listed in `metadata["fallback"]`. One more
     backward pass for every further draw and target, for `exact` for every position and class, and an eigensolve of all

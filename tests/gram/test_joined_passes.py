@@ -121,6 +121,16 @@ def test_a_mean_of_the_batch_is_taken_as_it_came(sizes_run: list[int]):
     assert_exact(found, sample_gradients(model, microbatches, case.kind), model, 1e-10)
 
 
+def test_a_parameter_that_goes_row_by_row_beside_them(sizes_run: list[int]):
+    case, trust = CASES["mlp"], Trust()
+    model, microbatches = case.model(), equally_long(case, (2, 1, 3, 1))
+    trust.refused[next(name for name, _ in model.named_parameters())] = "by hand"
+    found = probe(model, microbatches, loss=case.loss, trust=trust)
+    assert sizes_run == [2, 5]
+    assert list(found.fallback) == list(trust.refused)
+    assert_exact(found, sample_gradients(model, microbatches, case.kind), model, 1e-10)
+
+
 def test_where_nothing_is_captured_nothing_is_known(sizes_run: list[int]):
     case, trust = CASES["mlp"], Trust()
     model, microbatches = case.model(), equally_long(case, (2, 1, 1))
