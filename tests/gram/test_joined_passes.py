@@ -10,7 +10,7 @@ from curvature_callbacks import CurvatureMonitor, FisherSpectrum
 from curvature_callbacks.batches import batch_size
 from curvature_callbacks.gram import engine as engine_module
 from curvature_callbacks.gram import passes as passes_module
-from curvature_callbacks.gram.engine import BlockGrams, GramOptions, block_grams
+from curvature_callbacks.gram.engine import BlockGrams
 from curvature_callbacks.gram.storage import Storage
 from curvature_callbacks.gram.trust import Trust
 from curvature_callbacks.measurements.base import offline_problem
@@ -18,6 +18,7 @@ from curvature_callbacks.model.objective import Objective
 from curvature_callbacks.model.surrogates import FisherType
 from tests.cases import CASES, Case
 from tests.gram.rule_cases import assert_exact
+from tests.gram.test_certificate import probe as trusted_probe
 from tests.reference import sample_gradients
 
 
@@ -27,16 +28,8 @@ def equally_long(case: Case, sizes: tuple[int, ...]) -> list[Any]:
     return [case.batch(size, 6, draw) for size in sizes]
 
 
-def probe(model: nn.Module, microbatches: list[Any], *, loss: Any, trust: Trust | None = None, **options: Any) -> BlockGrams:
-    with offline_problem(model, microbatches, loss=loss, params_filter=None, block_structure="parameter") as problem:
-        return block_grams(
-            problem.objective,
-            problem.microbatches,
-            problem.blocks,
-            trust=trust or Trust(),
-            seed=0,
-            options=GramOptions(**options),
-        )
+def probe(model: nn.Module, microbatches: list[Any], *, trust: Trust | None = None, **options: Any) -> BlockGrams:
+    return trusted_probe(model, microbatches, trust or Trust(), **options)
 
 
 @pytest.fixture
