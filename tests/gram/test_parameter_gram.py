@@ -187,6 +187,18 @@ def test_one_buffer_serves_all_dtypes_and_sizes():
     assert scratch.take(40, torch.zeros(1)).shape == (40,)
 
 
+def test_products_are_remembered_for_the_very_same_rows_only():
+    scratch, x, y = Scratch(), torch.randn(3, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    both = scratch.gram([x, y])
+    assert torch.allclose(both, torch.cat([x, y]) @ torch.cat([x, y]).T)
+    assert scratch.gram([x, y]) is both
+    for rows in (x, x.T, x[:2], y):
+        assert torch.allclose(scratch.gram([rows]), rows @ rows.T)
+    scratch.gram([x])
+    scratch.gram([x, y])
+    assert scratch.gram([x]).shape == (3, 3)
+
+
 class OnePlus(nn.Module):
     """Gemma's norm: the scale is `1 + weight`, cast before it is used."""
 
