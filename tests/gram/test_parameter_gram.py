@@ -187,6 +187,16 @@ def test_one_buffer_serves_all_dtypes_and_sizes():
     assert scratch.take(40, torch.zeros(1)).shape == (40,)
 
 
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_vector_used_twice_has_both_gradients(passes: int):
+    """A norm or a bias that is called again."""
+    draw = torch.Generator().manual_seed(0)
+    pairs = [[torch.randn(3, 5, generator=draw, dtype=torch.float64) for _ in range(2)] for _ in range(passes)]
+    G = torch.cat([first + second for first, second in pairs])
+    uses: list[list[Use]] = [[Dense("scale", first), Dense("scale", second)] for first, second in pairs]
+    assert torch.allclose(gram_of(uses, [3] * passes, (5,)), G @ G.T)
+
+
 def test_products_are_remembered_for_the_very_same_rows_only():
     scratch, x, y = Scratch(), torch.randn(3, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
     both = scratch.gram([x, y])
