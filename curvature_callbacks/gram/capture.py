@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from curvature_callbacks.gram.arguments import OPENED, first_size, plain_index, replaced, tensors_in
-from curvature_callbacks.gram.cross_entropy import cross_entropy
 from curvature_callbacks.gram.elementwise import Elementwise
 from curvature_callbacks.gram.layout import Layout, layout_of
 from curvature_callbacks.gram.provenance import Provenance
@@ -19,6 +18,7 @@ from curvature_callbacks.gram.sources import Source, Sources
 from curvature_callbacks.gram.spread import spread, with_sample_letter
 from curvature_callbacks.gram.taps import Completed, Taps
 from curvature_callbacks.gram.uses import Tap
+from curvature_callbacks.model.cross_entropy import cross_entropy
 
 _MAKE_LEAF: Final = (Tensor.requires_grad_, Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
 ROUTED: Final = -1

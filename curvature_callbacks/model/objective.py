@@ -94,6 +94,11 @@ class Objective:
         wanted = self.parameters if names is None else names
         return {name: self.parameters[name].detach().requires_grad_() for name in wanted}
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Every module that may run."""
+        return list(self._module.modules())
+
     def constants(self) -> list[Tensor]:
         """Tensors the loss reads beside parameters and batch: frozen parameters and buffers."""
         frozen = [value for name, value in self._constants.items() if name not in self._sharded]

@@ -23,7 +23,6 @@ from curvature_callbacks.memory import device_budget
 from curvature_callbacks.sharding import is_fully_sharded, is_split_evenly, sharded_parameters
 from curvature_callbacks.world import World
 
-OWN_FUNCTIONS: Final = ("_GatherBackward", "_ScatterBackward")  # linear, and differentiable as often as one likes
 _MOST_NOTED: Final = 1 << 10  # storages noted before those that are gone are dropped
 _VECTORS: Final = 4  # of parameters, in float32: their values, a vector, its product, and one to work with
 

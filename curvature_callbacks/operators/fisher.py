@@ -92,7 +92,7 @@ class FisherOperator(MicrobatchOperator[LossRows]):
         """The rows of J of one microbatch."""
 
     def _graph(self, place: int) -> LossRows:
-        return self._rows(self._objective(self._microbatches[place], self._named_leaves), place)
+        return self._rows(self._losses(place, curved=False), place)
 
     def _built(self, microbatches: Sequence[Any], rows: Sequence[Tensor]) -> bool:
         """Graphs of these rows; False, and nothing to rely on, when something in them is not finite."""

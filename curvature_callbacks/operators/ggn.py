@@ -85,7 +85,7 @@ class GGNOperator(MicrobatchOperator["_LogitGraph"]):
         return self._sum(1, lambda graph: [graph.vjp(next(pieces))], 1.0)[0]
 
     def _graph(self, place: int) -> "_LogitGraph":
-        return _LogitGraph(self._objective(self._microbatches[place], self._named_leaves), self._leaves)
+        return _LogitGraph(self._losses(place, curved=False), self._leaves)
 
 
 @final

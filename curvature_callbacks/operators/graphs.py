@@ -12,6 +12,8 @@ from torch.autograd.graph import Node
 from curvature_callbacks.errors import ProbeError
 from curvature_callbacks.memory import device_budget
 from curvature_callbacks.model.objective import Objective
+from curvature_callbacks.model.sample_losses import SampleLosses
+from curvature_callbacks.operators.fused.forward import fused
 from curvature_callbacks.operators.vectors import accumulate, unflatten
 
 
@@ -174,6 +176,11 @@ class MicrobatchOperator(ABC, Generic[G]):
             note=note,
             size_of=self._objective.size_of,
         )
+
+    def _losses(self, place: int, *, curved: bool) -> SampleLosses:
+        """Of the microbatch at a place, with a graph for second derivatives or, not `curved`, for its Jacobian alone."""
+        batch, leaves = self._microbatches[place], self._named_leaves
+        return fused(lambda: self._objective(batch, leaves), self._objective.modules, curved=curved)
 
     def _saving_graph(self, place: int) -> G:
         with self._objective.saving():

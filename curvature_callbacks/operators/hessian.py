@@ -1,16 +1,17 @@
 """The Hessian of the mean loss, by double backward through graphs that are built once."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, final
+from typing import Any, Final, final
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
 from curvature_callbacks.model.objective import Objective
-from curvature_callbacks.model.on_use import OWN_FUNCTIONS
 from curvature_callbacks.operators.difference import FiniteDifferenceHessianOperator
 from curvature_callbacks.operators.graphs import MicrobatchOperator, checked_scale, graph_nodes
+
+_PACKAGE: Final = __name__.partition(".")[0]
 
 
 @final
@@ -68,7 +69,7 @@ class HessianOperator(MicrobatchOperator["_GradientGraph"]):
         return differences.matmat(v[:, None])[:, 0]
 
     def _graph(self, place: int) -> "_GradientGraph":
-        losses = self._objective(self._microbatches[place], self._named_leaves)
+        losses = self._losses(place, curved=True)
         return _GradientGraph(losses.total, int(losses.num_targets.sum()), self._leaves)
 
 
@@ -116,10 +117,15 @@ class _GradientGraph:
 
 
 def _custom_functions(starts: Iterable[Node]) -> set[str]:
-    """Names of the operations in a graph whose derivative was written outside PyTorch."""
+    """Names of the operations in a graph whose derivative was written outside PyTorch and outside this package."""
     return {
         node.name()
         for node in graph_nodes(starts)
         if isinstance(node, torch.autograd.function.BackwardCFunction) or node.name().startswith("torch::autograd::CppNode")
-        if node.name() not in OWN_FUNCTIONS
+        if not _is_own(node)
     }
+
+
+def _is_own(node: Node) -> bool:
+    function = getattr(type(node), "_forward_cls", None)
+    return str(getattr(function, "__module__", "")).startswith(f"{_PACKAGE}.")

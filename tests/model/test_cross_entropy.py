@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from curvature_callbacks.gram import capture as capture_module
-from curvature_callbacks.gram import cross_entropy as module
 from curvature_callbacks.gram.capture import Capture
-from curvature_callbacks.gram.cross_entropy import cross_entropy
 from curvature_callbacks.gram.trust import Trust
+from curvature_callbacks.model import cross_entropy as module
+from curvature_callbacks.model.cross_entropy import cross_entropy
 from tests.cases import CASES
 from tests.gram.rule_cases import assert_exact
 from tests.gram.test_certificate import probe
