@@ -103,12 +103,11 @@ class Krylov:
         w = self.operator.matmat(q[:, None])[:, 0].clone()
         self.num_matvecs += 1
         self.alphas[j] = alpha = self.products.dot(q, w)
-        if j == self.kept and j > 0:
-            subtract_combination(w, self.basis[:j], self.spokes)
-        elif j > 0:
+        if j == self.kept:
+            subtract_combination(w, self.basis[: j + 1], torch.cat([self.spokes, alpha[None]]))
+        else:
             self.asymmetries[j] = self.products.dot(self.basis[j - 1], w) - self.betas[j - 1]
-            w -= self.betas[j - 1].to(w.dtype) * self.basis[j - 1]
-        w -= alpha.to(w.dtype) * q
+            subtract_combination(w, self.basis[j - 1 : j + 1], torch.stack([self.betas[j - 1], alpha]))
         self.betas[j] = beta = self._orthogonalised(w, j + 1)
         torch.div(w, beta.to(w.dtype).clamp_min(torch.finfo(w.dtype).tiny), out=self.basis[j + 1])
         self.size = j + 1
@@ -126,12 +125,13 @@ class Krylov:
         floor = NOISE * self.eps * self.scale()
         vanished = (betas[first:] <= floor).nonzero()  # kept vectors have none; the others were looked at before
         counted = first + int(vanished[0]) if len(vanished) else min(self.size, self.dimension - 1)
-        lost = self.policy.observe(alphas[:counted], betas[:counted], self._losses()[:counted])
+        self.asymmetry = max([self.asymmetry, *self.host(self.asymmetries).abs().tolist()])
+        recurrence = alphas[:counted], betas[:counted], self._losses()[:counted]
+        lost = self.policy.observe(*recurrence, asymmetry=self.asymmetry)
         if lost is not None:
             self._go_back(lost, floor)
         elif len(vanished):
             self._deflate(counted)
-        self.asymmetry = max([self.asymmetry, *self.host(self.asymmetries).abs().tolist()])
         self._settled = self.size
         return True
 
@@ -241,7 +241,7 @@ class Krylov:
 
     def _losses(self) -> Tensor:
         """(m,) on the CPU: largest inner product with a vector before it that the passes took from the one after each."""
-        taken = self.host(self.corrections.abs().amax(0))
+        taken = self.corrections[: self.size, : self.size].abs().amax(0).cpu()
         return taken / self.host(self.betas).clamp_min(torch.finfo(torch.float64).tiny)
 
     def _deflate(self, j: int) -> None:
@@ -281,7 +281,7 @@ class Krylov:
         before = self.products.norm(w)
         self._pass(w, rows)
         after = self.products.norm(w)
-        if not _reads_are_free(w.device) or after < _SECOND_PASS * before:
+        if not self.products.reads_are_free or after < _SECOND_PASS * before:
             self._pass(w, rows)
             after = self.products.norm(w)
         self.num_passes += rows == slice(0, count)
@@ -292,8 +292,3 @@ class Krylov:
         found = self.products.coefficients(basis, w)
         subtract_combination(w, basis, found)
         self.corrections[rows, self.size if column is None else column] += found * scale
-
-
-def _reads_are_free(device: torch.device) -> bool:
-    """Else a second pass is cheaper than the synchronisation that would tell whether it is needed."""
-    return device.type == "cpu"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from curvature_callbacks.errors import ConfigurationError, check_choice, check_positive
 from curvature_callbacks.linalg.eigenpairs import Eigenpairs
-from curvature_callbacks.linalg.iteration import LOOK_EVERY, Iteration
+from curvature_callbacks.linalg.iteration import LOOK_EVERY, Iteration, Pace
 from curvature_callbacks.linalg.krylov import Krylov
 from curvature_callbacks.linalg.operator import Operator
 from curvature_callbacks.linalg.reorthogonalisation import Full, Off, Partial, Reorthogonalisation, Selective
@@ -64,15 +64,15 @@ def lanczos(
         max_seconds: stop at the first look after this time, likewise.
         reorth_mode: orthogonalisation of each new vector beyond the recurrence.
             `full`: against the whole basis.
-            `partial`: against the whole basis only where a running estimate says that orthogonality would fall below
-            `sqrt(eps)`; same eigenvalues, about half the passes.
+            `partial`: against the whole basis only where a running estimate says that orthogonality would be lost to
+            `sqrt(eps)`; the same pairs, about half the passes.
             `selective`: against the last `reorth_window` vectors, and against all at two of every `reorth_period` steps; more
             often once that proves too rare.
             `off`: none. Ghosts (copies of converged pairs) are found by their vectors and dropped, here and in `selective`.
             `thick_restart`: full, in a basis of `basis_size` vectors that is compressed to its best Ritz vectors when full
             (Wu and Simon 2000).
-            `auto`: `full` where a basis of `max_matvecs` vectors fits the device's memory budget, else `thick_restart` with as
-            many as fit.
+            `auto`: `partial` where a basis of `max_matvecs` vectors fits the device's memory budget, else `thick_restart` with
+            as many as fit.
         reorth_window: of `selective`.
         reorth_period: of `selective`.
         basis_size: vectors of `thick_restart`, at least `k + 8`; default `max(2 k + 20, 40)`.
@@ -124,7 +124,7 @@ def lanczos(
         tol=tol,
         max_matvecs=budget,
         deadline=None if max_seconds is None else start + max_seconds,
-        patience=LOOK_EVERY,
+        pace=Pace(LOOK_EVERY),
         hurried=initial_vectors is not None and k == 1,
         sweeping=tol <= _SWEEP,
     )
@@ -197,13 +197,14 @@ def _basis(operator: Operator, k: int, budget: int, mode: ReorthMode, size: int 
     products = InnerProducts(operator)
     fitting = int(products.average(device_budget(operator.device) // max(vector, 1) - 1))
     if min(budget, products.dimension(operator.shape[0])) <= fitting:
-        return "full", budget
+        return "partial", budget
     return "thick_restart", max(k + _LEAST_ROOM, fitting)
 
 
 def _policy(mode: ReorthMode, operator: Operator, *, window: int, period: int) -> Reorthogonalisation:
     if mode == "partial":
-        return Partial(eps=torch.finfo(operator.dtype).eps, ahead=LOOK_EVERY)
+        ahead = 1 if InnerProducts(operator).reads_are_free else LOOK_EVERY
+        return Partial(eps=torch.finfo(operator.dtype).eps, ahead=ahead)
     if mode == "selective":
         return Selective(eps=torch.finfo(operator.dtype).eps, window=window, period=period)
     return Off() if mode == "off" else Full()

@@ -72,6 +72,11 @@ class InnerProducts:
         self._space: Space = getattr(operator, "space", LOCAL)
         self._device = operator.device
 
+    @property
+    def reads_are_free(self) -> bool:
+        """Whether the host need not wait for a number; else to go on is cheaper than to ask whether it is needed."""
+        return self._device.type == "cpu"
+
     def dot(self, x: Tensor, y: Tensor) -> Tensor:
         """`x . y`, 0-d."""
         return self._space.total(accumulate.dot(x, y))

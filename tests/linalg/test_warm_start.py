@@ -52,7 +52,6 @@ def test_pairs_at_both_ends_are_all_found_and_cost_no_more(norm: float, k: int, 
         warm = lanczos(Counted(B), **options, initial_vectors=old.starting_vector()[:, None])
         expected = torch.linalg.eigvalsh(B)[[-1, -2, 1, 0]]
         assert warm.converged.all()
-        assert mode == "thick_restart" or warm.num_matvecs % LOOK_EVERY == 0  # no look later than of a cold run
         assert torch.allclose(warm.eigenvalues[[0, 1, -2, -1]], expected, rtol=1e-2)
         products["cold"] += cold.num_matvecs
         products["warm"] += warm.num_matvecs
