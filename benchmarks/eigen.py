@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import transformers
 from eigen_cases import Trained, table, weights_of
-from eigen_jobs import jobs
+from eigen_jobs import JOBS, job
 from eigen_products import products
 from eigen_solver import accuracy, bounded, overhead
 from eigen_warm import warm
@@ -58,10 +58,9 @@ class Bench:
         }
 
     def run(self) -> Iterator[tuple[str, str, Table]]:
-        """`(section, model, row)`, model by model."""
+        """`(section, model, row)`, model by model; of `jobs` a row for each."""
         sections: dict[str, Callable[[str], Table]] = {
             "products": self._products,
-            "jobs": self._jobs,
             "overhead": self._overhead,
             "accuracy": lambda name: accuracy(self._workload(name)),
             "warm": lambda name: warm(name, self.models[name], self._workload(name), quick=self.options.quick),
@@ -69,8 +68,13 @@ class Bench:
         }
         for name, trained in self.models.items():
             for section in [section for section in SECTIONS if section in self.options.sections]:
-                if _takes(section, name, trained):
+                if not _takes(section, name, trained):
+                    continue
+                if section != "jobs":
                     yield section, name, sections[section](name)
+                    continue
+                for curvature in self.options.jobs:
+                    yield section, name, {curvature: self._job(name, curvature)}
 
     def _products(self, name: str) -> Table:
         return products(
@@ -81,9 +85,8 @@ class Bench:
             device=self.device,
         )
 
-    def _jobs(self, name: str) -> Table:
-        rounds = self.options.job_repeats
-        return jobs(name, self._weights(name), repeats=rounds, device=self.device)
+    def _job(self, name: str, curvature: str) -> Table:
+        return job(name, curvature, self._weights(name), repeats=self.options.job_repeats, device=self.device)
 
     def _overhead(self, name: str) -> Table:
         P = 50_000 if self.options.quick else 5_000_000
@@ -151,6 +154,7 @@ def main() -> None:
     parser.add_argument("--job-repeats", type=int, default=3, help="rounds of whole jobs")
     parser.add_argument("--quick", action="store_true", help="tiny models: shows that all of it runs")
     parser.add_argument("--only", action="append", metavar="CASE", help="may be given several times")
+    parser.add_argument("--jobs", type=lambda text: text.split(","), default=list(JOBS))
     parser.add_argument("--sections", type=lambda text: text.split(","), default=list(SECTIONS))
     options = parser.parse_args()
     if options.quick:
@@ -162,7 +166,8 @@ def main() -> None:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         for section, name, row in Bench(options, Path(folder)).run():
-            results.setdefault(section, {})[name] = row
+            rows = results.setdefault(section, {})
+            rows[name] = {**rows.get(name, {}), **row} if section == "jobs" else row
             show(section, name, row)
             write(options.out, results)
     print(f"{time.perf_counter() - start:.0f} s")

@@ -41,12 +41,8 @@ TOOLS = (OURS, "curvlinops_eigsh_ncv21", "curvlinops_eigsh_ncv40", "curvlinops_e
 Table = dict[str, Any]
 
 
-def jobs(case: str, weights: Path, *, repeats: int, device: torch.device) -> Table:
-    """Every tool on both jobs; the repeats of one job go round the tools."""
-    return {curvature: _job(case, curvature, weights, repeats, device) for curvature in JOBS}
-
-
-def _job(case: str, curvature: str, weights: Path, repeats: int, device: torch.device) -> Table:
+def job(case: str, curvature: str, weights: Path, *, repeats: int, device: torch.device) -> Table:
+    """Every tool on one of `JOBS`; its repeats go round the tools."""
     row: Table = {**JOBS[curvature], "tol": TOL, "most_products": MOST_PRODUCTS}
     common = {"case": case, "curvature": curvature, "weights": str(weights), "device": str(device)}
     runs: dict[str, list[Table]] = {tool: [] for tool in TOOLS}

@@ -96,10 +96,11 @@ def compute_spectrum(
             Kronecker factors; the optimizer's update is not known.
         ProbeError: the loss or a product is not finite; the optimizer has not stepped yet.
 
-    Cost: in gradients, Hessian 2 to build, three products for the self-check, then 1.6 to 2.8 a product; GGN and Fishers 1.5
-    and 1.2 to 1.5; finite differences 2 a product. Memory: about twice a gradient's for graphs, as many microbatches as fit
-    `device_budget`, and `max_matvecs + 1` vectors of size P (fewer where these do not fit: `thick_restart`). From the Gram:
-    its own cost (see `compute_fisher_spectrum`) and one and a half to two and a half products a pair; memory k vectors.
+    Cost: in gradients, Hessian 2 to build, three products for the self-check, then 1.6 to 2.5 a product; GGN and Fishers 1.5
+    and 1.1 to 1.3 (2.2 with convolutions); finite differences 2 a product. Memory: once (GGN, Fishers) or twice a gradient's
+    for graphs, as many microbatches as fit `device_budget`, and `max_matvecs + 1` vectors of size P (fewer where these do not
+    fit: `thick_restart`). From the Gram: its own cost (see `compute_fisher_spectrum`) and one and a half to two and a half
+    products a pair; memory k vectors.
 
     Example:
         >>> import torch

@@ -82,11 +82,11 @@ class TopEigenpairs:
             point the same way: with `draw="fixed"` and small steps.
         per_block: one run for each block's own diagonal block of the matrix as well as for the whole model.
 
-    Cost: in gradients, Hessian 2 to build and 1.6 to 2.8 a product; GGN and Fishers 1.5 and 1.2 to 1.5; finite differences 2 a
-    product; at most `max_matvecs` products. Memory: `max_matvecs + 1` vectors of size P, fewer where these do not fit; with
-    `warm_start` k more at the end, and one on the host between probes (with `per_block` one of each block too), which
-    checkpoints hold as well. From the Gram: `compute_fisher_spectrum`'s, shared with
-    `FisherSpectrum`, and one and a half to two and a half products a pair; from factors those of `KFACQuality`, shared with it.
+    Cost: in gradients, Hessian 2 to build and 1.6 to 2.5 a product; GGN and Fishers 1.5 and 1.1 to 1.3 (2.2 with convolutions);
+    finite differences 2 a product; at most `max_matvecs` products. Memory: `max_matvecs + 1` vectors of size P, fewer where
+    these do not fit; with `warm_start` k more at the end, and one on the host between probes (with `per_block` one of each
+    block too), which checkpoints hold as well. From the Gram: `compute_fisher_spectrum`'s, shared with `FisherSpectrum`, and
+    one and a half to two and a half products a pair; from factors those of `KFACQuality`, shared with it.
     """
 
     operator: OperatorName | OperatorFunction = "hessian"

@@ -37,9 +37,9 @@ class FisherOperator(MicrobatchOperator[LossRows]):
         normaliser: `num_draws` times N for `sequence`, times `num_targets` for `token`.
         num_losses: S, the rows of J.
 
-    Cost: 1.2 to 1.6 gradients to build, 1.2 to 1.45 a product (half of it for J v); as much as to build once
-    more for microbatches whose graph is not kept. Memory: about twice a gradient's for every kept one, of it a buffer as
-    large as the logits for every draw. Where a row is not finite, one single-row gradient for each row on top.
+    Cost: 1.2 to 1.6 gradients to build, 1.1 to 1.3 a product (half of it for J v), 2.2 with convolutions; as much as to build
+    once more for microbatches whose graph is not kept. Memory: about a gradient's for every kept one, of it a buffer as large
+    as the logits for every draw. Where a row is not finite, one single-row gradient for each row on top.
     """
 
     is_psd = True

@@ -38,10 +38,10 @@ class GGNOperator(MicrobatchOperator["_LogitGraph"]):
         ConfigurationError: the loss does not tell its logits and likelihood.
         ProbeError: the loss is not finite, or no target is valid.
 
-    Cost: 1.5 gradients to build, 1.2 to 1.45 a product (half of it for J v); as much as to build once more for microbatches
-    whose graph is not kept. Memory: about twice a gradient's for every kept one, of it one buffer as large as the logits
-    themselves; three more while a product is formed. Probabilities are computed from the logits every time: that took 1 % of
-    a product at 5000 classes.
+    Cost: 1.5 gradients to build, 1.1 to 1.3 a product (half of it for J v), 2.2 with convolutions; as much as to build once
+    more for microbatches whose graph is not kept. Memory: about a gradient's for every kept one, of it one buffer as large as
+    the logits themselves; three more while a product is formed. Probabilities are computed from the logits every time: that
+    took 1 % of a product at 5000 classes.
     """
 
     is_psd = True

@@ -92,12 +92,13 @@ def reference(operator: str, size: int, names: tuple[str, ...] | None) -> Tensor
 
 
 IN_FLOAT32 = 3e-7  # GPT-2 computes its loss in float32, also in a model of float64
+ALL_IN_FLOAT32 = 4e-6  # PyTorch's own second derivatives in one process were off by 3e-7 to 3e-6 at other values
 BLOCK = ("transformer.h.0.attn.c_attn.weight", "transformer.ln_f.weight")
 
 
 @pytest.mark.parametrize("operator", ["hessian", "ggn", "empirical_fisher"])
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, IN_FLOAT32), (torch.float32, 1e-6)], ids=["float64", "float32"]
+    ("dtype", "tolerance"), [(torch.float64, IN_FLOAT32), (torch.float32, ALL_IN_FLOAT32)], ids=["float64", "float32"]
 )
 def test_a_block_over_two_processes(operator: str, dtype: torch.dtype, tolerance: float, two: Ranks) -> None:
     assert_dense(two, operator, dtype, tolerance, BLOCK)
