@@ -1,6 +1,5 @@
 """Iteration: steps, looks, restarts and new segments of a Krylov basis until the wanted pairs are there."""
 
-import math
 import time
 from dataclasses import dataclass, field
 from typing import Final, final
@@ -14,6 +13,7 @@ from curvature_callbacks.linalg.ritz import Ritz, distinct_pairs, ritz_pairs
 from curvature_callbacks.linalg.wanted import Wanted
 
 LOOK_EVERY: Final = 5  # most steps between looks at the pairs; the only host synchronisations
+_NEARLY: Final = ((2.0, 1), (50.0, 2))  # times too large a residual, and steps until the next look
 _KEPT_SHARE: Final = 0.5  # of the room beyond the wanted pairs that a restart fills with the next best ones
 
 
@@ -30,7 +30,7 @@ class Iteration:
         deadline: value of `time.perf_counter()` to stop at.
         sweeping: whether to look for further copies of what has converged, in the complement.
         hurried: whether to look at every one of the first steps: a warm run for one pair takes 4 or 5.
-        pace: when to look.
+        patience: most steps until the next look.
         segment: first vector of the segment of the latest steps; one that a vanished beta has closed is judged by itself.
     """
 
@@ -41,8 +41,12 @@ class Iteration:
     deadline: float | None
     sweeping: bool
     hurried: bool
-    pace: "Pace"
+    patience: int
     segment: int = 0
+    _ahead: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._ahead = self.patience
 
     def result(self) -> Ritz:
         """The pairs when all have converged and nothing is left to look for, or the budget is spent.
@@ -57,12 +61,12 @@ class Iteration:
             over = krylov.exhausted or self._spent()
             if krylov.start != self.segment:
                 self.sweeping = True  # an invariant subspace shows one copy of each eigenvalue
-                self.pace.most = self.pace.ahead = 1  # steps after a vanished beta are lost, so look at each from here on
+                self.patience = 1  # steps after a vanished beta are lost, so look at each from here on
             over = over or (krylov.finished and not krylov.policy.orthonormal)
             ritz = self._pairs(final=over)
             if over or self._complete(ritz):
                 return ritz
-            self.pace.note(krylov.num_matvecs, self._distance(ritz))
+            self._ahead = min(self.patience, self._steps_to(ritz))
             if krylov.finished:
                 self._restart()
 
@@ -74,7 +78,7 @@ class Iteration:
         """
         krylov = self.krylov
         room = min(krylov.capacity - krylov.size, self.max_matvecs - krylov.num_matvecs)
-        ahead = max(1, min(1 if self.hurried and krylov.size < 2 * LOOK_EVERY else self.pace.ahead, room))
+        ahead = max(1, min(1 if self.hurried and krylov.size < 2 * LOOK_EVERY else self._ahead, room))
         at_once = 1 if krylov.products.reads_are_free else ahead
         while ahead > 0 and krylov.start == self.segment:
             for _ in range(at_once):
@@ -83,12 +87,16 @@ class Iteration:
             if not krylov.look():
                 raise ProbeError("the operator's products are not finite: there are no eigenpairs.")
 
-    def _distance(self, ritz: Ritz) -> float:
-        """How many times too large the worst residual is."""
+    def _steps_to(self, ritz: Ritz) -> int:
+        """Steps to the next look: few where the worst of several residuals is nearly there, as they fall ever faster.
+
+        With looks every five steps ten pairs of a GGN took 30 products where 27 were enough. One pair alone has converged after
+        a look or two.
+        """
         if len(ritz.values) < self.wanted.count or self.wanted.count == 1:
-            return math.inf
-        allowed = (self.tol * ritz.values.abs()).clamp_min(ritz.floor)
-        return float((ritz.residuals / allowed).max())
+            return LOOK_EVERY
+        worst = float((ritz.residuals / (self.tol * ritz.values.abs()).clamp_min(ritz.floor)).max())
+        return next((steps for factor, steps in _NEARLY if worst < factor), LOOK_EVERY)
 
     def _spent(self) -> bool:
         late = self.deadline is not None and self.krylov.products.anywhere(time.perf_counter() >= self.deadline)
@@ -155,35 +163,6 @@ class Iteration:
         extra = int(_KEPT_SHARE * max(0, room - self.wanted.count))
         kept = second[:, self.wanted.more(extra).at_most(min(room - 1, len(values))).choose(values)]
         krylov.restart(_side_by_side(locked, kept), locked=locked.shape[1])
-
-
-@final
-@dataclass(slots=True)
-class Pace:
-    """When to look at the pairs: not later than every few steps, and when the worst of several will have converged.
-
-    Its residual is taken to go on falling as it did since the look before. With looks every five steps ten pairs of a GGN took
-    30 products where 27 were enough. One pair alone is not forecast: it has converged after a look or two.
-
-    Attributes:
-        most: steps until the next look.
-        ahead: steps until the next look, by what was noted.
-    """
-
-    most: int
-    ahead: int = field(init=False)
-    _before: tuple[int, float] = field(init=False, default=(0, math.inf))
-
-    def __post_init__(self) -> None:
-        self.ahead = self.most
-
-    def note(self, step: int, distance: float) -> None:
-        """At `step` the worst residual is `distance` times too large; infinite if that is not known."""
-        before, self._before = self._before, (step, distance)
-        self.ahead = self.most
-        if 1 < distance < before[1] < math.inf:
-            fall = math.log(before[1] / distance) / (step - before[0])
-            self.ahead = max(1, min(self.most, math.ceil(math.log(distance) / fall)))
 
 
 def _side_by_side(first: Tensor, second: Tensor) -> Tensor:

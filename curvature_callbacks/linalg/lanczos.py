@@ -8,7 +8,7 @@ from torch import Tensor
 
 from curvature_callbacks.errors import ConfigurationError, check_choice, check_positive
 from curvature_callbacks.linalg.eigenpairs import Eigenpairs
-from curvature_callbacks.linalg.iteration import LOOK_EVERY, Iteration, Pace
+from curvature_callbacks.linalg.iteration import LOOK_EVERY, Iteration
 from curvature_callbacks.linalg.krylov import Krylov
 from curvature_callbacks.linalg.operator import Operator
 from curvature_callbacks.linalg.reorthogonalisation import Full, Off, Partial, Reorthogonalisation, Selective
@@ -124,7 +124,7 @@ def lanczos(
         tol=tol,
         max_matvecs=budget,
         deadline=None if max_seconds is None else start + max_seconds,
-        pace=Pace(LOOK_EVERY),
+        patience=LOOK_EVERY,
         hurried=initial_vectors is not None and k == 1,
         sweeping=tol <= _SWEEP,
     )

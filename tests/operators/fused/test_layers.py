@@ -89,12 +89,17 @@ def changes(run: Callable[..., Tensor], layer: Layer, wanted: Sequence[int]) -> 
     return [output, *found, *by_g, *by_leaves]
 
 
-@pytest.mark.parametrize("wanted", SUBSETS, ids=str)
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        pytest.param(name, wanted, id=f"{name}-{wanted}")
+        for name, layer in LAYERS.items()
+        for wanted in SUBSETS
+        if all(place < len(layer.shapes) and layer.shapes[place] is not None for place in wanted)
+    ],
+)
 def test_derivatives_are_those_of_pytorch(name: str, wanted: tuple[int, ...]):
     layer = LAYERS[name]
-    if not any(place < len(layer.shapes) and layer.shapes[place] is not None for place in wanted):
-        pytest.skip("has none of these")
     order = Order(curved=True)
 
     def own(*values: Tensor) -> Tensor:
