@@ -100,7 +100,7 @@ class Krylov:
         """One product, the three-term recurrence, then what the policy asks for."""
         j = self.size
         q = self.basis[j]
-        w = self.operator.matmat(q[:, None])[:, 0].clone()
+        w = self.basis[j + 1].copy_(self.operator.matmat(q[:, None])[:, 0])
         self.num_matvecs += 1
         self.alphas[j] = alpha = self.products.dot(q, w)
         if j == self.kept:
@@ -109,7 +109,7 @@ class Krylov:
             self.asymmetries[j] = self.products.dot(self.basis[j - 1], w) - self.betas[j - 1]
             subtract_combination(w, self.basis[j - 1 : j + 1], torch.stack([self.betas[j - 1], alpha]))
         self.betas[j] = beta = self._orthogonalised(w, j + 1)
-        torch.div(w, beta.to(w.dtype).clamp_min(torch.finfo(w.dtype).tiny), out=self.basis[j + 1])
+        w /= beta.to(w.dtype).clamp_min(torch.finfo(w.dtype).tiny)
         self.size = j + 1
 
     def look(self) -> bool:
