@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import transformers
 from eigen_cases import Trained, table, weights_of
-from eigen_jobs import JOBS, job
+from eigen_jobs import JOBS, TOOLS, job
 from eigen_products import products
 from eigen_solver import accuracy, bounded, overhead
 from eigen_warm import warm
@@ -86,7 +86,8 @@ class Bench:
         )
 
     def _job(self, name: str, curvature: str) -> Table:
-        return job(name, curvature, self._weights(name), repeats=self.options.job_repeats, device=self.device)
+        rounds, tools = self.options.job_repeats, self.options.tools
+        return job(name, curvature, self._weights(name), tools=tools, repeats=rounds, device=self.device)
 
     def _overhead(self, name: str) -> Table:
         P = 50_000 if self.options.quick else 5_000_000
@@ -155,6 +156,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny models: shows that all of it runs")
     parser.add_argument("--only", action="append", metavar="CASE", help="may be given several times")
     parser.add_argument("--jobs", type=lambda text: text.split(","), default=list(JOBS))
+    parser.add_argument(
+        "--tools", type=lambda text: text.split(","), default=list(TOOLS), help="of whole jobs, ours among them"
+    )
     parser.add_argument("--sections", type=lambda text: text.split(","), default=list(SECTIONS))
     options = parser.parse_args()
     if options.quick:

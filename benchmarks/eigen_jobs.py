@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -41,23 +41,23 @@ TOOLS = (OURS, "curvlinops_eigsh_ncv21", "curvlinops_eigsh_ncv40", "curvlinops_e
 Table = dict[str, Any]
 
 
-def job(case: str, curvature: str, weights: Path, *, repeats: int, device: torch.device) -> Table:
+def job(case: str, curvature: str, weights: Path, *, tools: Sequence[str], repeats: int, device: torch.device) -> Table:
     """Every tool on one of `JOBS`; its repeats go round the tools."""
     row: Table = {**JOBS[curvature], "tol": TOL, "most_products": MOST_PRODUCTS}
     common = {"case": case, "curvature": curvature, "weights": str(weights), "device": str(device)}
-    runs: dict[str, list[Table]] = {tool: [] for tool in TOOLS}
+    runs: dict[str, list[Table]] = {tool: [] for tool in tools}
     steps = 0
     for _ in range(repeats):
-        for tool in TOOLS:
+        for tool in tools:
             if runs[tool] and "failed" in runs[tool][-1]:
                 continue
             found = _own_process(common | {"tool": tool, "steps": steps}) if tool != EIGENTHINGS else _stepwise(common, steps)
             steps = found.get("num_matvecs", steps) if tool == OURS else steps
             runs[tool].append(found)
-    tools = {tool: _medians(found) for tool, found in runs.items()}
-    met = {tool: found["seconds"] for tool, found in tools.items() if found.get("met")}
-    row |= {"met": bool(tools[OURS].get("met")), "fastest_that_met": min(met, key=met.__getitem__, default="none")}
-    return row | {"tools": _compared(tools)}
+    medians = {tool: _medians(found) for tool, found in runs.items()}
+    met = {tool: found["seconds"] for tool, found in medians.items() if found.get("met")}
+    row |= {"met": bool(medians[OURS].get("met")), "fastest_that_met": min(met, key=met.__getitem__, default="none")}
+    return row | {"tools": _compared(medians)}
 
 
 def _stepwise(common: Mapping[str, Any], steps: int) -> Table:

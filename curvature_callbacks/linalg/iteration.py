@@ -12,7 +12,7 @@ from curvature_callbacks.linalg.krylov import Krylov
 from curvature_callbacks.linalg.ritz import Ritz, distinct_pairs, ritz_pairs
 from curvature_callbacks.linalg.wanted import Wanted
 
-LOOK_EVERY: Final = 5  # most steps between looks at the pairs; the only host synchronisations
+LOOK_EVERY: Final = 5  # most steps between looks at the pairs; where reads are not free the only host synchronisations
 _NEARLY: Final = ((2.0, 1), (50.0, 2))  # times too large a residual, and steps until the next look
 _KEPT_SHARE: Final = 0.5  # of the room beyond the wanted pairs that a restart fills with the next best ones
 

@@ -113,7 +113,7 @@ class Krylov:
         self.size = j + 1
 
     def look(self) -> bool:
-        """The only host synchronisation: deflate where a beta has vanished, tell the policy.
+        """Deflate where a beta has vanished, tell the policy; where reads are not free the only host synchronisation.
 
         The steps after the first vanished beta are lost: they span an invariant subspace with rounding. The run continues with
         a random vector in the complement. Returns whether the recurrence is finite.
@@ -125,13 +125,13 @@ class Krylov:
         floor = NOISE * self.eps * self.scale()
         vanished = (betas[first:] <= floor).nonzero()  # kept vectors have none; the others were looked at before
         counted = first + int(vanished[0]) if len(vanished) else min(self.size, self.dimension - 1)
-        self.asymmetry = max([self.asymmetry, *self.host(self.asymmetries).abs().tolist()])
         recurrence = alphas[:counted], betas[:counted], self._losses()[:counted]
-        lost = self.policy.observe(*recurrence, asymmetry=self.asymmetry)
+        lost = self.policy.observe(*recurrence, asymmetry=self._largest_asymmetry(counted))
         if lost is not None:
             self._go_back(lost, floor)
         elif len(vanished):
             self._deflate(counted)
+        self.asymmetry = self._largest_asymmetry(self.size)  # steps that were given up say nothing
         self._settled = self.size
         return True
 
@@ -239,9 +239,15 @@ class Krylov:
         self._locked = locked
         self.size = self._settled = kept
 
+    def _largest_asymmetry(self, steps: int) -> float:
+        return float(max([self.asymmetry, *self.host(self.asymmetries)[:steps].abs().tolist()]))
+
     def _losses(self) -> Tensor:
-        """(m,) on the CPU: largest inner product with a vector before it that the passes took from the one after each."""
-        taken = self.corrections[: self.size, : self.size].abs().amax(0).cpu()
+        """(m,) on the CPU: largest inner product with a vector before it that the passes took from the one after each.
+
+        Not with locked ones: what their residuals lead back to them is no loss of orthogonality.
+        """
+        taken = self.corrections[self._locked :, : self.size].abs().amax(0).cpu()
         return taken / self.host(self.betas).clamp_min(torch.finfo(torch.float64).tiny)
 
     def _deflate(self, j: int) -> None:

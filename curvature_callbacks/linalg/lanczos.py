@@ -71,8 +71,9 @@ def lanczos(
             `off`: none. Ghosts (copies of converged pairs) are found by their vectors and dropped, here and in `selective`.
             `thick_restart`: full, in a basis of `basis_size` vectors that is compressed to its best Ritz vectors when full
             (Wu and Simon 2000).
-            `auto`: `partial` where a basis of `max_matvecs` vectors fits the device's memory budget, else `thick_restart` with
-            as many as fit.
+            `auto`: where a basis of `max_matvecs` vectors fits the device's memory budget, `partial` on a CPU and `full`
+            elsewhere (`partial` is told of the recurrence at looks only there, and steps that prove lost cost products); else
+            `thick_restart` with as many as fit.
         reorth_window: of `selective`.
         reorth_period: of `selective`.
         basis_size: vectors of `thick_restart`, at least `k + 8`; default `max(2 k + 20, 40)`.
@@ -197,7 +198,7 @@ def _basis(operator: Operator, k: int, budget: int, mode: ReorthMode, size: int 
     products = InnerProducts(operator)
     fitting = int(products.average(device_budget(operator.device) // max(vector, 1) - 1))
     if min(budget, products.dimension(operator.shape[0])) <= fitting:
-        return "partial", budget
+        return ("partial" if products.reads_are_free else "full"), budget
     return "thick_restart", max(k + _LEAST_ROOM, fitting)
 
 

@@ -193,7 +193,7 @@ class Partial:
         """Begin anew with the vector at place `size`; the two after it are orthogonalised against all as well."""
         self._size = self._orthogonal = size
         self._until = size + 2 if size else 0
-        self._before = torch.zeros(max(0, size - 1), dtype=torch.float64)
+        self._before = torch.full((max(0, size - 1),), self._lost, dtype=torch.float64)  # at most
         self._latest = torch.full((size,), self._base, dtype=torch.float64)
 
     def _largest(self) -> float:

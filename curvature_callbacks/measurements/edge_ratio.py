@@ -64,7 +64,7 @@ class EdgeRatio:
         max_matvecs: most products a probe may spend. The run starts from the previous probe's eigenvector: at the edge the
             largest eigenvalues lie close together, and a cold start takes most of them.
 
-    Cost: 2 gradients and 1.6 to 2.8 a product of the Hessian, at most `max_matvecs` of them; memory `max_matvecs + 1` vectors
+    Cost: 2 gradients and 1.6 to 2.5 a product of the Hessian, at most `max_matvecs` of them; memory `max_matvecs + 1` vectors
     of size P and 4 more; one on the host between probes.
 
     References: Cohen et al., Gradient descent on neural networks typically occurs at the edge of stability (2021), 2103.00065;

@@ -45,6 +45,7 @@ def cross_entropy(
 def _is_standard(input: Tensor, target: Tensor) -> bool:
     return (
         input.requires_grad
+        and type(input) in (Tensor, torch.nn.Parameter)
         and input.ndim == 2
         and target.ndim == 1
         and len(input) == len(target) > 0

@@ -11,6 +11,7 @@ import torch
 
 from curvature_callbacks.linalg.lanczos import lanczos
 from curvature_callbacks.linalg.operator import MatrixOperator
+from curvature_callbacks.linalg.space import InnerProducts
 from tests.linalg.lanczos_cases import (
     DTYPES,
     ENDS,
@@ -114,6 +115,14 @@ def test_auto_restarts_where_the_device_has_no_room(room: int, dtype: torch.dtyp
     assert torch.allclose(pairs.eigenvalues, wanted_values(values, 6, "BE"), rtol=1e-5)
     monkeypatch.undo()
     assert lanczos(Counted(A.to(dtype)), **asked).reorth_mode == "partial"
+
+
+def test_auto_orthogonalises_by_need_only_where_reads_are_free(monkeypatch: pytest.MonkeyPatch):
+    """Elsewhere steps that are lost until the next look cost products: up to a third more."""
+    operator = Counted(symmetric(outliers_and_bulk(SIZE)))
+    assert lanczos(operator, k=2).reorth_mode == "partial"
+    monkeypatch.setattr(InnerProducts, "reads_are_free", False)
+    assert lanczos(operator, k=2).reorth_mode == "full"
 
 
 @pytest.mark.parametrize("mode", ["full", "partial", "selective", "off", "thick_restart"])

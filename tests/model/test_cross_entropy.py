@@ -69,6 +69,16 @@ def test_first_and_second_derivatives_by_differences():
         assert torch.autograd.gradgradcheck(lambda x, how=reduction: cross_entropy(x, y, reduction=how), z)
 
 
+def test_third_derivatives():
+    z, y = logits(3), torch.tensor([0, 4, 1])
+    results = []
+    for f in (cross_entropy, F.cross_entropy):
+        (first,) = torch.autograd.grad(f(z, y, reduction="none").square().sum(), z, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), z, create_graph=True)
+        results.append(torch.autograd.grad(second.square().sum(), z)[0])
+    assert torch.allclose(*results, rtol=1e-11)
+
+
 def test_several_backward_passes_through_one_graph():
     z, y = logits(), torch.tensor([0, 4, 2, 1, 3, 3, 0])
     losses = cross_entropy(z, y, reduction="none")

@@ -40,11 +40,12 @@ def fused(forward: Callable[[], R], modules: Sequence[nn.Module], *, curved: boo
     order = Order(curved=curved)
     try:
         with _activations(modules, order), _Layers(order):
-            return forward()
+            result = forward()
     except DifferentiatesItselfError:
-        return forward()
+        pass
     finally:
         order.is_forward = False
+    return forward() if order.refused else result  # whoever may have caught the error
 
 
 @final
@@ -65,15 +66,16 @@ class _Layers(TorchFunctionMode):
 
 
 def _linear(order: Order, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    if input.ndim < 2 or weight.ndim != 2 or not _fits(input, weight, bias):
+    shaped = input.ndim > 1 and weight.ndim == 2 and (bias is None or bias.shape == weight.shape[:1])
+    if not shaped or not _fits(input, weight, bias):
         return None
     return linear(order, input, weight, bias)
 
 
-def _addmm(order: Order, bias: Tensor, input: Tensor, weight: Tensor, **scaled: Any) -> Tensor | None:
-    if scaled or bias.ndim != 1 or len(bias) != weight.shape[1] or not _fits(bias, input, weight):
+def _addmm(order: Order, input: Tensor, mat1: Tensor, mat2: Tensor, **scaled: Any) -> Tensor | None:
+    if scaled or input.shape != mat2.shape[1:] or not _fits(input, mat1, mat2):
         return None
-    return linear(order, input, weight.T, bias)
+    return linear(order, mat1, mat2.T, input)
 
 
 def _layer_norm(
@@ -108,10 +110,11 @@ def _fits(input: Tensor, *others: Tensor | None) -> bool:
     """Whether these are plain tensors of one kind, and somebody wants a gradient by them."""
     tensors = [tensor for tensor in (input, *others) if tensor is not None]
     return (
-        all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+        all(type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided for tensor in tensors)
         and input.dtype in (torch.float32, torch.float64)
         and input.device.type in ("cpu", "cuda")
         and all((tensor.dtype, tensor.device) == (input.dtype, input.device) for tensor in tensors)
+        and not torch.is_autocast_enabled(input.device.type)
         and torch.is_grad_enabled()
         and any(tensor.requires_grad for tensor in tensors)
         and not torch._C._are_functorch_transforms_active()
@@ -134,8 +137,8 @@ def _activations(modules: Sequence[nn.Module], order: Order) -> Iterator[None]:
             return pointwise(order, inputs[0], module.forward)
 
     with ExitStack() as stack:
-        for module in modules:
+        for module in modules if not torch.nn.modules.module._global_forward_hooks else ():  # these come first
             if type(module).__module__ == _ACTIVATIONS and next(module.parameters(), None) is None:
-                handle = module.register_forward_hook(replace)
+                handle = module.register_forward_hook(replace, prepend=True)
                 stack.callback(handle.remove)
         yield

@@ -22,7 +22,10 @@ class _Linear(torch.autograd.Function):
         by_input, by_weight, *_ = ctx.needs_input_grad
         ctx.order = order
         ctx.save_for_backward(input if by_weight else None, weight if by_input else None)
-        return F.linear(input, weight, bias)
+        rows = F.linear(_rows(input), weight, bias)
+        shape = [*input.shape[:-1], len(weight)]
+        result: Tensor = torch.ops.aten._unsafe_view(rows, shape)  # a view could not be changed in place
+        return result
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Gradients:
@@ -85,8 +88,8 @@ def _change(shape: torch.Size, *products: tuple[Tensor | None, Tensor | None], b
 
 def _times(tensor: Tensor, matrix: Tensor) -> Tensor:
     """`tensor @ matrix` as one product: `@` would copy the matrix for every entry of the first axis."""
-    return (_rows(tensor) @ matrix).view(*tensor.shape[:-1], -1)
+    return (_rows(tensor) @ matrix).view(*tensor.shape[:-1], matrix.shape[1])
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1])
+    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])  # of no entries -1 would say nothing

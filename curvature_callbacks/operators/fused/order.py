@@ -22,14 +22,17 @@ class Order:
         curved: whether adjoints are to be differentiated by the layers' inputs as well, for a Hessian. A product with a
             Jacobian needs their derivative by what comes from above alone, and then the graph does not hold that.
         is_forward: whether the forward pass still runs: then no derivative is to be taken that will be differentiated.
+        refused: whether one was.
     """
 
     curved: bool
     is_forward: bool = True
+    refused: bool = False
 
     def check(self) -> None:
         """Raise where a derivative that is to be differentiated is taken within the forward pass."""
         if self.is_forward and torch.is_grad_enabled():
+            self.refused = True
             raise DifferentiatesItselfError
 
     def constant(self, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -36,7 +36,8 @@ class _Pointwise(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, edge: Tensor | None, function: Callable[[Tensor], Tensor], order: Order) -> Tensor:
         ctx.order = order
         ctx.save_for_backward(edge, *_derivatives(function, input, curved=order.curved))
-        return function(input)
+        value = function(input)
+        return value.clone() if value.data_ptr() == input.data_ptr() else value  # the identity's is to be changed in place
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Gradients:
