@@ -30,7 +30,7 @@ def fused(forward: Callable[[], R], modules: Sequence[nn.Module], *, curved: boo
     inside itself is run again with PyTorch's nodes alone, since ours are differentiated no further.
 
     Cost: the pass itself, and first (second) derivatives of the activations, once. Products then take, on one thread of a CPU,
-    0.87 of the time for the GGN of a ViT or GPT-2, 0.87 to 0.93 for their Hessian.
+    0.87 of the time for the GGN of a ViT or GPT-2, 0.87 to 0.95 for their Hessian.
 
     Args:
         forward: a forward pass in evaluation mode.
