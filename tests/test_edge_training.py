@@ -130,6 +130,7 @@ class OnceLoaded(Digits):
         return super().training_step([part[0] for part in batch], batch_idx)
 
 
+@pytest.mark.slow
 def test_in_lightning_it_is_the_same_edge(tmp_path: Path) -> None:
     callback = LightningCallback(every_n_steps=50, measure=[EdgeRatio()], num_microbatches=1, microbatch_size=1)
     lightning_trainer(tmp_path, [callback], max_steps=901).fit(OnceLoaded())

@@ -23,7 +23,10 @@ def test_all_examples_are_run() -> None:
     assert {path.stem for path in EXAMPLES.glob("[!_]*.py")} == set(BLOCKS)
 
 
-@pytest.mark.parametrize("name", BLOCKS)
+DEMO = ("lightning_digits", "transformers_char_lm")  # the others are run by the slow tests
+
+
+@pytest.mark.parametrize("name", [name if name in DEMO else pytest.param(name, marks=pytest.mark.slow) for name in BLOCKS])
 def test_example(name: str, tmp_path: Path) -> None:
     for package, extra in [("lightning", "lightning_digits"), ("transformers", "transformers_char_lm")]:
         if name == extra:

@@ -37,7 +37,11 @@ def test_the_package_imports_torch_and_nothing_optional() -> None:
 
 
 @pytest.mark.parametrize(
-    ("adapter", "framework"), [("lightning", "import lightning.pytorch"), ("transformers", "from transformers import Trainer")]
+    ("adapter", "framework"),
+    [
+        ("lightning", "import lightning.pytorch"),
+        pytest.param("transformers", "from transformers import Trainer", marks=pytest.mark.slow),
+    ],
 )
 def test_an_adapter_imports_its_own_framework_only(adapter: str, framework: str) -> None:
     """What the framework itself drags in (lightning: torchmetrics, which imports transformers if it finds it) is its own."""

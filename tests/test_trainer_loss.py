@@ -200,7 +200,10 @@ def spectrum(records: list[Record]) -> dict[str, float]:
     return {key: record.scalars[key] for record in records if record.block is None for key in record.scalars if "lambda" in key}
 
 
-@pytest.mark.parametrize(("kind", "model"), [(Passing, language_model), (Passing, mask_filler), (Averaging, language_model)])
+@pytest.mark.parametrize(
+    ("kind", "model"),
+    [(Passing, language_model), pytest.param(Passing, mask_filler, marks=pytest.mark.slow), (Averaging, language_model)],
+)
 def test_a_mean_over_ragged_tokens_or_rows_is_told_apart_by_its_rows(kind: Any, model: Any, tmp_path: Path) -> None:
     probing = callback(num_microbatches=3, draw="fixed")
     trainer_for(tmp_path / "trainer", [probing], kind=kind, model=model, data=Sentences).train()

@@ -21,7 +21,7 @@ from tests.distributed.ranks import Ranks
 SMOKE = ("loop_ddp", "loop_fsdp2")
 
 
-@pytest.mark.parametrize("name", SMOKE)
+@pytest.mark.parametrize("name", [pytest.param("loop_ddp", marks=pytest.mark.slow), "loop_fsdp2"])
 def test_training_of_two_processes_is_bit_identical(name: str, two: Ranks, tmp_path: Path) -> None:
     assert_same_bits(CASES[name], two, tmp_path)
 
