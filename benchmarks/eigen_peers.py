@@ -16,8 +16,8 @@ from fisher_cases import Workload
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from curvature_callbacks.model.isolation import isolated
-from curvature_callbacks.problem import Problem
+from curvature_callbacks.isolation.model import isolated
+from curvature_callbacks.problem.problem import Problem
 
 Curvature = Literal["hessian", "ggn", "empirical_fisher", "empirical_fisher_token"]
 Products = Callable[[Tensor], Tensor]  # (P, K) -> (P, K)

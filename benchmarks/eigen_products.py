@@ -13,7 +13,7 @@ from fisher_cases import Family, Workload
 from fisher_work import PLAIN, Task, interleaved, one_line, prepared
 from torch import Tensor
 
-from curvature_callbacks.model.isolation import isolated
+from curvature_callbacks.isolation.model import isolated
 
 OURS = "ours"
 PEERS = {"curvlinops": curvlinops_products, "hessian_eigenthings": eigenthings_products}

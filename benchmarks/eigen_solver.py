@@ -11,7 +11,7 @@ from fisher_work import Task, interleaved
 from torch import Tensor
 
 from curvature_callbacks.linalg.eigenpairs import Eigenpairs
-from curvature_callbacks.linalg.lanczos import lanczos
+from curvature_callbacks.linalg.lanczos.solver import lanczos
 
 ACCURACY_LIMIT = 2e-6  # relative, top 10 eigenvalues of float32 against float64
 BOUNDED_LIMIT = 130  # products

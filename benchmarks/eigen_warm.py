@@ -12,7 +12,7 @@ from eigen_solver import Flat
 from fisher_cases import Workload
 
 from curvature_callbacks.linalg.eigenpairs import Eigenpairs
-from curvature_callbacks.linalg.lanczos import lanczos
+from curvature_callbacks.linalg.lanczos.solver import lanczos
 
 TOP_LIMIT = 0.5  # of the products of a cold start, for the largest eigenvalue
 ENDS_LIMIT = 1.0  # of those of a cold start, for both ends

@@ -13,12 +13,12 @@ from fisher_cases import Workload
 from fisher_peers import PEERS, block_sums, row_gradients
 from torch import Tensor
 
-from curvature_callbacks.gram.engine import BlockGrams
-from curvature_callbacks.gram.trust import Trust
+from curvature_callbacks.gram.block_grams import BlockGrams
+from curvature_callbacks.gram.memory import Trust
+from curvature_callbacks.isolation.model import isolated
 from curvature_callbacks.linalg.accumulate import gram
 from curvature_callbacks.model.blocks import Blocks, BlockStructure, group_blocks
-from curvature_callbacks.model.isolation import isolated
-from curvature_callbacks.problem import Problem
+from curvature_callbacks.problem.problem import Problem
 
 PLAIN, OURS, PROBE = "plain", "fisher", "fisher_with_isolation"
 _MOST_REPEATS = 100

@@ -21,9 +21,9 @@ from fisher_work import Task, timed
 from torch import nn
 
 import curvature_callbacks as cc
-from curvature_callbacks.gram.trust import Trust
-from curvature_callbacks.model.isolation import isolated
-from curvature_callbacks.problem import Problem
+from curvature_callbacks.gram.memory import Trust
+from curvature_callbacks.isolation.model import isolated
+from curvature_callbacks.problem.problem import Problem
 
 
 def language_model(device: torch.device, *, vocabulary: int, width: int, layers: int, N: int, T: int) -> tuple[Any, Any, None]:

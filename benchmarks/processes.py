@@ -26,11 +26,11 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from curvature_callbacks.distributed import current_world
-from curvature_callbacks.gram.trust import Trust
-from curvature_callbacks.model import on_use
-from curvature_callbacks.model.isolation import isolated
-from curvature_callbacks.problem import Problem
+from curvature_callbacks.gram.memory import Trust
+from curvature_callbacks.isolation.model import isolated
+from curvature_callbacks.problem.problem import Problem
+from curvature_callbacks.processes import gathering as on_use
+from curvature_callbacks.processes.group import current_world
 
 ROWS, TOKENS = 8, 64
 KINDS = ("ddp", "fsdp2, whole parameters", "fsdp2, on use")

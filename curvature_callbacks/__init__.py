@@ -11,14 +11,16 @@ Conventions: sample i is one row, its loss `l_i` is the *sum* over its valid tar
 evaluation mode and in float32 or better.
 """
 
+from curvature_callbacks.compute.eigenpairs import compute_spectrum
+from curvature_callbacks.compute.fisher_spectrum import compute_fisher_spectrum
+from curvature_callbacks.compute.kfac_coverage import compute_kfac_coverage
 from curvature_callbacks.errors import ConfigurationError, ProbeError, RefusedError
 from curvature_callbacks.linalg.combination import LinearCombination
 from curvature_callbacks.linalg.density import Density
 from curvature_callbacks.linalg.eigenpairs import Eigenpairs
-from curvature_callbacks.linalg.lanczos import lanczos
+from curvature_callbacks.linalg.lanczos.solver import lanczos
 from curvature_callbacks.linalg.operator import MatrixOperator, Operator
 from curvature_callbacks.linalg.quadrature import spectral_density
-from curvature_callbacks.linalg.spectrum import Spectrum
 from curvature_callbacks.measurements import (
     EdgeRatio,
     FisherSpectrum,
@@ -29,16 +31,15 @@ from curvature_callbacks.measurements import (
     SpectralDensity,
     TopEigenpairs,
 )
-from curvature_callbacks.measurements.fisher_spectra import FisherSpectra
-from curvature_callbacks.measurements.fisher_spectrum import compute_fisher_spectrum
-from curvature_callbacks.measurements.kfac_coverage import KFACCoverageReport, compute_kfac_coverage
-from curvature_callbacks.measurements.spectrum import compute_spectrum
-from curvature_callbacks.monitor import CurvatureMonitor
+from curvature_callbacks.measurements.kfac_coverage import KFACCoverageReport
 from curvature_callbacks.probes import CapturedProbes, DatasetProbes, FixedProbes, Probes
-from curvature_callbacks.problem import Problem
+from curvature_callbacks.problem.problem import Problem
 from curvature_callbacks.record import Record
-from curvature_callbacks.schedules import AtSteps, EveryNSteps, LogSpaced, LossSpike, Schedule
+from curvature_callbacks.run.monitor import CurvatureMonitor
+from curvature_callbacks.run.schedules import AtSteps, EveryNSteps, LogSpaced, LossSpike, Schedule
 from curvature_callbacks.sinks import JSONLinesSink, MemorySink, Sink, read_records
+from curvature_callbacks.statistics.fisher_spectra import FisherSpectra
+from curvature_callbacks.statistics.spectrum import Spectrum
 
 __version__ = "0.1.0"
 

@@ -146,3 +146,8 @@ def cut_sequences(batch: Any, longest: int) -> Any:
         )
     length = tokens.shape[1]
     return map_tensors(batch, lambda value: value[:, :longest] if value.ndim > 1 and value.shape[1] == length else value)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` for `torch.float32`."""
+    return str(dtype).removeprefix("torch.")

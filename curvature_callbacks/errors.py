@@ -1,7 +1,13 @@
 """Errors with a fixed consequence: stop before step 1, refuse for good, or skip this probe."""
 
 from collections.abc import Iterable
-from typing import Any, final
+from typing import Any, Final, final
+
+import torch
+
+CERTIFICATE_FAILED: Final = "certificate failed"  # how the reason of such a fallback begins
+
+LinAlgError: Final = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 
 @final
@@ -42,3 +48,25 @@ def check_seconds(parameter: str, value: Any) -> None:
     """Raise a `ConfigurationError` unless `value` is None or a positive number."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
         raise ConfigurationError(f"`{parameter}` must be a positive number of seconds, or None, got {value!r}.")
+
+
+def named(error: BaseException) -> str:
+    """Its type and its message."""
+    return f"{type(error).__name__}: {message_of(error)}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host had no memory left."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        told in message_of(error) for told in ("out of memory", "DefaultCPUAllocator")
+    )
+
+
+def message_of(error: BaseException) -> str:
+    """Its message. The `__str__` of an exception that is not ours may raise, and nothing may be said or agreed on then."""
+    try:
+        return str(error)
+    except Exception as another:
+        return f"its message cannot be read ({type(another).__name__})"

@@ -24,9 +24,9 @@ from torch.utils.data import (
 )
 
 from curvature_callbacks.batches import batch_size, detached_copy, take_rows
-from curvature_callbacks.distributed import current_world
 from curvature_callbacks.errors import ConfigurationError, ProbeError
-from curvature_callbacks.undisturbed import undisturbed
+from curvature_callbacks.isolation.objects import undisturbed
+from curvature_callbacks.processes.group import current_world
 
 Draw = Literal["fresh", "fixed"]
 Prepare = Callable[[Any], Any]

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from curvature_callbacks import EdgeRatio, FisherSpectrum, KFACCoverage, TopEigenpairs
-from curvature_callbacks.lightning import CurvatureCallback
+from curvature_callbacks.lightning.callback import CurvatureCallback
 
 
 class ResidualBlock(nn.Module):

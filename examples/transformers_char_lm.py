@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer
 from transformers.utils import logging
 
 from curvature_callbacks import EdgeRatio, FisherSpectrum, KFACCoverage, TopEigenpairs
-from curvature_callbacks.transformers import CurvatureCallback
+from curvature_callbacks.transformers.callback import CurvatureCallback
 
 
 class Windows(Dataset):

@@ -22,11 +22,11 @@ from curvature_callbacks import (
     compute_spectrum,
     lanczos,
 )
-from curvature_callbacks.gram.engine import BlockGrams, GramOptions, block_grams
+from curvature_callbacks.compute.offline import offline_problem
+from curvature_callbacks.gram.block_grams import BlockGrams, GramOptions, block_grams
+from curvature_callbacks.gram.memory import Trust
 from curvature_callbacks.gram.storage import MemoryBudget
-from curvature_callbacks.gram.trust import Trust
-from curvature_callbacks.measurements.base import offline_problem
-from curvature_callbacks.model.surrogates import FisherType
+from curvature_callbacks.model.loss.fisher_type import FisherType
 from curvature_callbacks.operators.ggn import GGNOperator
 from tests.cases import CASES, Case
 from tests.training_cases import assert_equal

@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from curvature_callbacks import ConfigurationError, FisherSpectrum
 from curvature_callbacks.batches import cut_sequences
-from curvature_callbacks.lightning import CurvatureCallback as LightningCallback
+from curvature_callbacks.lightning.callback import CurvatureCallback as LightningCallback
 from curvature_callbacks.record import Record
-from curvature_callbacks.transformers import CurvatureCallback as TransformersCallback
+from curvature_callbacks.transformers.callback import CurvatureCallback as TransformersCallback
 from tests.training_cases import (
     LIGHTNING_WARNINGS,
     Rows,

@@ -1,6 +1,7 @@
 """Certificate: one more forward and backward pass that proves every parameter's Gram, the sample axis included."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -8,14 +9,16 @@ import torch
 from torch import Tensor
 
 from curvature_callbacks.batches import batch_size, take_rows
-from curvature_callbacks.gram.rows import check_separable
+from curvature_callbacks.gram.row_by_row import check_separable
 from curvature_callbacks.linalg.accumulate import dot
+from curvature_callbacks.model.loss.surrogates import Surrogate
 from curvature_callbacks.model.objective import Objective, gradients
-from curvature_callbacks.model.surrogates import Surrogate
-from curvature_callbacks.world import SINGLE, World
+from curvature_callbacks.processes.world import SINGLE, World
 
 _ROUNDING: Final = 1e-8  # share of the squared gradient norm below which a parameter may be rounding: (1000 eps)^2 of float32
+
 _PASSES: Final = 4  # backward passes of a microbatch that are proved; all go through the same uses
+
 TOLERANCE: Final = 1e-4  # a right Gram agrees to 1e-7, a wrong sample axis misses by 0.7
 
 
@@ -136,3 +139,19 @@ def _signed_halves(objective: Objective, batch: Any, w: Tensor, leaves: Mapping[
     parts = [(sign, objective(take_rows(batch, rows), leaves).total) for sign, rows in halves]
     check_separable(objective, batch, sum(float(part.detach()) for _, part in parts))
     return torch.stack([sign * part for sign, part in parts]).sum()
+
+
+Signature = frozenset[tuple[str, tuple[str, ...], tuple[int, ...]]]
+
+
+def signature(kinds: Mapping[str, Sequence[str]], positions: Mapping[str, Sequence[int]]) -> Signature:
+    """Operations with the row layout of each: sample by sample (1), the usual (sample, position) pairs (0), or other."""
+    flattened = Counter(count for counts in positions.values() for count in counts if count > 1)
+    usual = flattened.most_common(1)[0][0] if flattened else 0
+    return frozenset(
+        (name, tuple(sorted(set(found))), _layout(positions.get(name, []), usual)) for name, found in kinds.items()
+    )
+
+
+def _layout(positions: Sequence[int], usual: int) -> tuple[int, ...]:
+    return tuple(sorted({0 if count == usual else count for count in positions}))

@@ -11,11 +11,11 @@ from typing import final
 
 import torch
 
-from curvature_callbacks.gram.collect import Collector
-from curvature_callbacks.gram.parcels import delivered, packed, shared
+from curvature_callbacks.gram.capture.derived import Placed
+from curvature_callbacks.gram.collector import Collector
 from curvature_callbacks.gram.passes import Passed
-from curvature_callbacks.gram.sources import Placed
-from curvature_callbacks.world import World
+from curvature_callbacks.processes.parcels import delivered, handed_round, packed
+from curvature_callbacks.processes.world import World
 
 Passes = list[list[Placed]]
 
@@ -69,7 +69,7 @@ class Exchange:
         self._local.unruled.update(self._whole.unruled)
         return [name for name in self._names if name in later]
 
-    def described(self) -> None:
+    def record_storage_mode(self) -> None:
         """How factors were kept: by the process that kept the most."""
         self._whole.mode = max(self._world.gathered(self._local.mode), key=lambda mode: (len(mode), mode))
 
@@ -90,7 +90,7 @@ class Exchange:
         with self._world.together():
             if self._world.rank < len(names):
                 found = self._collector.found(names[self._world.rank], [one for passes in own for one in passes])
-        for name, result in zip(names, shared(found, self._world, self._device), strict=False):
+        for name, result in zip(names, handed_round(found, self._world, self._device), strict=False):
             self._collector.take(name, result)
 
     def _nothing(self) -> Passes:

@@ -11,15 +11,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvature_callbacks.batches import batch_size, joined, map_tensors
 from curvature_callbacks.errors import ConfigurationError
-from curvature_callbacks.gram.capture import Capture
-from curvature_callbacks.gram.rows import check_rows
-from curvature_callbacks.gram.sources import Placed
+from curvature_callbacks.gram.capture.derived import Placed
+from curvature_callbacks.gram.capture.interception import Capture
+from curvature_callbacks.gram.memory import Trust
+from curvature_callbacks.gram.row_by_row import check_rows
 from curvature_callbacks.gram.storage import Storage
-from curvature_callbacks.gram.trust import Trust
-from curvature_callbacks.model.inactive import padded
+from curvature_callbacks.model.loss.fisher_type import EMPIRICAL, FisherType
+from curvature_callbacks.model.loss.sample_losses import SampleLosses
+from curvature_callbacks.model.loss.surrogates import Surrogate, padded, surrogates
 from curvature_callbacks.model.objective import Objective
-from curvature_callbacks.model.sample_losses import SampleLosses
-from curvature_callbacks.model.surrogates import EMPIRICAL, FisherType, Surrogate, surrogates
+from curvature_callbacks.processes.world import World
 
 _ANY_KERNEL: Final = [
     SDPBackend.FLASH_ATTENTION,
@@ -28,9 +29,11 @@ _ANY_KERNEL: Final = [
 ]  # nothing is differentiated twice here, so that fused attention will do
 
 _GRAM_BYTES: Final = 8 << 30  # of all parameters' Grams
+
 _JOINED_BYTES: Final = 8 << 20  # captured by a pass over microbatches that were put together
 
 Consume = Callable[[str, list[list[Placed]]], None]
+
 Finish = Callable[[dict[str, list[list[Placed]]], list[str]], list[str]]
 
 
@@ -242,3 +245,31 @@ class _Round:
         for name in later:
             del self.uses[name]
         return later
+
+
+def pseudo_samples(passed: Passed, world: World) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, weight and presence of every row of every backward pass of all processes, on the CPU."""
+    own = _own_pseudo_samples(passed)
+    if world.size == 1:
+        return own
+    rows = sum(map(len, passed.num_targets))
+    found, start = [], 0
+    for number, samples, weights, active in world.gathered((rows, *own)):
+        found.append((samples + start, weights, active))
+        start += number
+    samples, weights, active = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return samples, weights, active
+
+
+def _own_pseudo_samples(passed: Passed) -> tuple[Tensor, Tensor, Tensor]:
+    if not passed.surrogates:
+        return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.bool)
+    samples, weights, active, start = [], [], [], 0
+    for targets, chosen in zip(passed.num_targets, passed.surrogates, strict=True):
+        for surrogate in chosen:
+            samples.append(torch.arange(start, start + len(targets)))
+            ones = torch.ones(len(targets), dtype=torch.float64)
+            weights.append(ones if surrogate is None else surrogate.weights.cpu())
+            active.append(ones.bool() if surrogate is None else surrogate.active.cpu())
+        start += len(targets)
+    return torch.cat(samples), torch.cat(weights), torch.cat(active)

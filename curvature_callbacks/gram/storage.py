@@ -6,9 +6,9 @@ from typing import Final, final
 
 import torch
 
-from curvature_callbacks.gram.sources import Placed
-from curvature_callbacks.gram.uses import Dense, OuterProduct, Use
-from curvature_callbacks.memory import device_budget, host_budget
+from curvature_callbacks.device import device_budget, host_budget
+from curvature_callbacks.gram.capture.derived import Placed
+from curvature_callbacks.gram.uses.uses import Dense, OuterProduct, Use
 
 _CPU: Final = torch.device("cpu")
 _Bytes = dict[int, int]  # address of a storage to its size: shared ones count once

@@ -4,17 +4,24 @@ A float32 sum over P = 1e7 terms is wrong by 2e-3 on CPU (`G @ G.T`, N = 8) and 
 of short column chunks in the input's dtype, added up in float64, bring this to 4e-8 at no extra cost.
 """
 
+from collections.abc import Mapping
 from typing import Final
 
 import torch
 from torch import Tensor
 
 _CHUNK: Final = 1 << 12  # columns on a CPU: the trace of a 1.3 M weight's Gram was off by 1e-5 with 32k, 9e-7 with 4k
+
 _BASIS_CHUNK: Final = 1 << 14  # columns of a basis on a CPU: a third faster than 4 k; a Gram's trace adds up more such sums
+
 _ROW_CHUNKS: Final = 1 << 6  # of a dot product at a time: their products stay in the cache
+
 _ROWS: Final = 32  # least rows of a block of a Gram: below that products mostly lose more speed than symmetry saves ...
+
 _FEW_ROWS: Final = ((16, 4), (64, 16))  # ... but on a CPU, with fewer rows than the first, blocks of the second save 7 to 30 %
+
 _LEAST_MIRRORED: Final = 1 << 24  # multiplications of a Gram from which on mirrored blocks pay for their copies
+
 _ACCELERATOR_CHUNK: Final = 1 << 22  # accelerators sum in trees; few launches matter more there (not measured)
 
 
@@ -105,3 +112,8 @@ def subtract_combination(x: Tensor, basis: Tensor, weights: Tensor) -> None:
 
 def _step(tensor: Tensor) -> int:
     return _CHUNK if tensor.device.type == "cpu" else _ACCELERATOR_CHUNK
+
+
+def finite_samples(grams: Mapping[str, Tensor]) -> Tensor:
+    """(S,) on CPU: whether a sample's gradient is finite in every one of `grams`."""
+    return torch.stack([K.diagonal().cpu() for K in grams.values()]).isfinite().all(0)

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from curvature_callbacks.linalg.accumulate import subtract_combination
 from curvature_callbacks.linalg.eigenpairs import Eigenpairs, shortfalls
-from curvature_callbacks.linalg.lanczos import Which
+from curvature_callbacks.linalg.inner_products import InnerProducts
+from curvature_callbacks.linalg.lanczos.wanted import Which
 from curvature_callbacks.linalg.operator import Operator
-from curvature_callbacks.linalg.space import InnerProducts
 
 _NOISE: Final = 10.0  # noise floor of a residual and of an eigenvalue, in units of eps lambda_max, as in `lanczos`
 _LOOKS: Final = 3  # at a residual, with a projection between two of them

@@ -12,9 +12,10 @@ from curvature_callbacks.errors import ConfigurationError, ProbeError, check_pos
 from curvature_callbacks.linalg.accumulate import subtract_combination
 from curvature_callbacks.linalg.density import ESTIMATES, Density
 from curvature_callbacks.linalg.eigenpairs import Eigenpairs
-from curvature_callbacks.linalg.krylov import NOISE, Krylov
+from curvature_callbacks.linalg.inner_products import InnerProducts
+from curvature_callbacks.linalg.lanczos.krylov import NOISE, Krylov
 from curvature_callbacks.linalg.operator import Operator
-from curvature_callbacks.linalg.space import LOCAL, InnerProducts
+from curvature_callbacks.space import LOCAL
 
 _LOOK_EVERY: Final = 10  # steps between looks at the recurrence; an operator of low rank ends early
 _LEAST_PROBES: Final = 2  # a standard error needs two

@@ -1,7 +1,6 @@
 """Measurements: what a probe computes, as frozen, JSON-able configurations."""
 
 from curvature_callbacks.measurements.base import Checked, Measurement, OfFisher, OfKronecker, OfOptimizer
-from curvature_callbacks.measurements.choice import check_optimizer, checked_measurements
 from curvature_callbacks.measurements.edge_ratio import EdgeRatio
 from curvature_callbacks.measurements.fisher_spectrum import FisherSpectrum
 from curvature_callbacks.measurements.gradient_noise import GradientNoise
@@ -23,6 +22,4 @@ __all__ = [
     "OfOptimizer",
     "SpectralDensity",
     "TopEigenpairs",
-    "check_optimizer",
-    "checked_measurements",
 ]

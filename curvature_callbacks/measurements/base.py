@@ -1,20 +1,11 @@
 """The interface of a measurement."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from torch import nn
-
-from curvature_callbacks.batches import as_microbatches
-from curvature_callbacks.gram.positions import Sharing
-from curvature_callbacks.model.blocks import BlockStructure
-from curvature_callbacks.model.isolation import isolated
-from curvature_callbacks.model.losses import Loss
-from curvature_callbacks.model.objective import ParamsFilter
-from curvature_callbacks.model.stability import Optimizers
-from curvature_callbacks.model.surrogates import FisherType
-from curvature_callbacks.problem import Problem
+from curvature_callbacks.model.loss.fisher_type import FisherType
+from curvature_callbacks.model.loss.sharing import Sharing
+from curvature_callbacks.problem.problem import Problem
 from curvature_callbacks.record import Record
 
 
@@ -86,29 +77,3 @@ class Checked(Protocol):
     def check(self, problem: Problem) -> None:
         """Raise a `ConfigurationError`, which stops the run before step 1, if not. Cost: at most a forward pass."""
         ...
-
-
-@contextmanager
-def offline_problem(
-    model: nn.Module,
-    batches: Any,
-    *,
-    loss: Loss,
-    params_filter: ParamsFilter | None,
-    block_structure: BlockStructure = "layer",
-    seed: int = 0,
-    optimizer: Optimizers | None = None,
-) -> Iterator[Problem]:
-    """A problem outside any training loop, isolated all the same and checked."""
-    with isolated(model, seed=seed):
-        problem = Problem(
-            model,
-            as_microbatches(batches),
-            loss=loss,
-            params_filter=params_filter,
-            block_structure=block_structure,
-            seed=seed,
-            optimizer=optimizer,
-        )
-        problem.check()
-        yield problem

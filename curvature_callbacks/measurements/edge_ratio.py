@@ -6,15 +6,15 @@ from typing import Any, Final, final
 from torch import Tensor
 
 from curvature_callbacks.linalg.eigenpairs import Eigenpairs
-from curvature_callbacks.linalg.lanczos import check_options, lanczos
+from curvature_callbacks.linalg.inner_products import InnerProducts
+from curvature_callbacks.linalg.lanczos.solver import check_options, lanczos
 from curvature_callbacks.linalg.operator import Operator
-from curvature_callbacks.linalg.space import InnerProducts
-from curvature_callbacks.measurements.eigenproblem import Eigenproblem
 from curvature_callbacks.model.stability import Stability
 from curvature_callbacks.operators.preconditioned import PreconditionedOperator
-from curvature_callbacks.problem import Problem
+from curvature_callbacks.problem.deadline import seconds_left
+from curvature_callbacks.problem.eigenproblem import Eigenproblem
+from curvature_callbacks.problem.problem import Problem
 from curvature_callbacks.record import Record
-from curvature_callbacks.timing import seconds_left
 
 _HEADLINE: Final = ("ratio", "limit", "learning_rate")
 
@@ -119,7 +119,7 @@ class EdgeRatio:
                 "warnings": list(pairs.warnings),
             },
         )
-        return [record], (error, task.whole(pairs.eigenvectors[:, 0]))
+        return [record], (error, task.assembled(pairs.eigenvectors[:, 0]))
 
     def _solve(self, problem: Problem, hessian: Operator, stability: Stability, previous: Tensor | None) -> Eigenpairs:
         assert stability.scale is not None

@@ -1,31 +1,24 @@
 """Per-block spectrum of a Fisher matrix: empirical, sampled or exact, of sequences or tokens."""
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, final
+from typing import Final, final
 
-import torch
-from torch import nn
-
-from curvature_callbacks.batches import as_microbatches, batch_size, take_rows
-from curvature_callbacks.errors import ConfigurationError, ProbeError, check_positive
-from curvature_callbacks.measurements.base import offline_problem
-from curvature_callbacks.measurements.fisher_spectra import (
+from curvature_callbacks.batches import dtype_name
+from curvature_callbacks.errors import ConfigurationError, ProbeError
+from curvature_callbacks.isolation.model import deterministic_algorithms
+from curvature_callbacks.model.loss.fisher_type import Fisher, FisherType, SampleUnit
+from curvature_callbacks.problem.problem import Problem
+from curvature_callbacks.record import Record
+from curvature_callbacks.statistics.fisher_spectra import (
     EigensolveDevice,
     FisherSpectra,
     SpectrumOptions,
+    WeightedGradients,
     failed_certificates,
-    warned,
+    fisher_spectra,
     warning_of,
 )
-from curvature_callbacks.measurements.gradient_sources import PerSampleGradients, spectra_of_gradients, spectra_of_problem
-from curvature_callbacks.model.blocks import BlockStructure
-from curvature_callbacks.model.losses import Loss
-from curvature_callbacks.model.objective import ParamsFilter
-from curvature_callbacks.model.surrogates import Fisher, FisherType, SampleUnit
-from curvature_callbacks.problem import Problem
-from curvature_callbacks.record import Record
 
 _HEADLINE: Final = (
     "full_condition_number",
@@ -168,126 +161,29 @@ class FisherSpectrum:
         ]
 
 
-def compute_fisher_spectrum(
-    model: nn.Module,
-    batches: Any,
-    *,
-    loss: Loss = None,
-    fisher: Fisher = "empirical",
-    sample_unit: SampleUnit = "sequence",
-    num_draws: int = 1,
-    num_targets: int = 8,
-    block_structure: BlockStructure = "layer",
-    params_filter: ParamsFilter | None = None,
-    center_gradients: bool = False,
-    num_samples: int | None = None,
-    precomputed_gradients: PerSampleGradients | None = None,
-    max_params_per_block: int | None = None,
-    max_sample_grad_norm: float | None = None,
-    memory_budget: int | None = None,
-    eigensolve_device: EigensolveDevice = "auto",
-    deterministic: bool = False,
-    seed: int = 0,
-) -> FisherSpectra:
-    """Spectra of a Fisher matrix, by default `F = (1/N) sum_i g_i g_i'`: per block, of all of it, of its block diagonal.
-
-    Sample i is a row; `g_i` is the gradient of its loss *summed* over its `n_i` valid targets (sample unit `sequence`), with
-    the model's own shift and mask. `token`: `F = sum_it g_it g_it' / sum_i n_i` over single targets. With labels drawn from
-    the model's own predictive (`sampled`) or in expectation over it (`exact`) instead of the given ones; the exact Fisher of
-    tokens is the GGN of the mean loss. Evaluation mode (BatchNorm uses its running statistics, dropout is off). No
-    regularisation. Rows without valid target or with a non-finite gradient are left out and counted.
-
-    Args:
-        model: the module; left as found.
-        batches: a microbatch or a list of them. A mapping is called as `model(**batch)`, a tuple `(inputs, targets)` as
-            `model(inputs)`. N spans all of them, cross terms exact.
-        loss: None for the model's own `.loss`; `cross_entropy`, `mse` or `bce` for tuples (mean over rows); or
-            `(model, batch) -> scalar mean | (N,) per-sample losses`.
-        fisher: `empirical`, `sampled` or `exact`; the last two need a loss whose likelihood is known: the model's own in a
-            standard form, or a named one.
-        sample_unit: `sequence` or `token`.
-        num_draws: label draws per sample, for `sampled`.
-        num_targets: targets drawn per row without replacement, for the `token` unit of `empirical` and `sampled`; unbiased,
-            and exact where it reaches `n_i`.
-        block_structure: `layer`, `component`, `module`, `parameter`, `none`, `{block: [names]}` or a function; see
-            `group_blocks`.
-        params_filter: `(name, parameter) -> bool`, which trainable parameters to measure.
-        center_gradients: subtract the mean gradient: the covariance `F - g g'`.
-        num_samples: use the first so many rows only; default all.
-        precomputed_gradients: one mapping from parameter name to gradient per sample; `batches` and `loss` are then unused.
-        max_params_per_block: most parameters of a block to use, in whole rows of the first axis drawn at random (at least one
-            a parameter), the same for all samples, the trace rescaled so that it stays unbiased; default all.
-        max_sample_grad_norm: scale gradients longer than this (over all parameters) down to it; default none. Not for `exact`.
-        memory_budget: bytes on the model's device for the factors of all microbatches but the last; default 2 GiB on a CPU,
-            half of what is free on an accelerator. What does not fit goes to the host (half of its free memory), and what
-            does not fit there is captured in further rounds over the microbatches: the same numbers, another gradient a round.
-        eigensolve_device: `auto` (the model's device), `cpu` or `cuda`; the eigensolve is float64 everywhere.
-        deterministic: use PyTorch's deterministic algorithms inside, restored after; the same bits run to run. CUDA needs the
-            environment variable `CUBLAS_WORKSPACE_CONFIG=:4096:8`.
-        seed: seeds labels, targets and parameters drawn, and the certificate's weights.
-
-    Returns:
-        The spectra; with fewer than two usable samples a warning and empty ones. A warning also where rows were left out, or
-        where a fast Gram was proven wrong and computed row by row.
-
-    Raises:
-        ConfigurationError: an unknown choice, an undeterminable loss, no trainable parameter, no valid target; a loss without
-            known targets or likelihood where these are needed, an exact Fisher of more than 1024 passes.
-        RefusedError: samples are coupled, so that they have no gradients of their own.
-
-    Cost: 0.95 to 1.4 gradients of the same rows on transformers of width 192 and more (one CPU thread;
-    benchmarks/results/fisher.json has these and dearer cases), two to three more where the layout of the model is not
-    certified yet; parameters without a capture rule take N single-row gradients, listed in `metadata["fallback"]`. One more
-    backward pass for every further draw and target, for `exact` for every position and class, and an eigensolve of all
-    their gradients together. Small microbatches cost less than a pass each: after the first, those of equal shapes are run
-    together up to 8 MiB of inputs and output gradients. Memory: inputs and
-    output gradients of all passes but the last within `memory_budget`; 32 MiB of gradients at a time (80 MiB for convolutions,
-    at most 256 MiB for parameters that go row by row, are used through computed copies or through views that overlap); `8 S^2`
-    bytes a parameter for S pseudo-samples. A loss that is only known as a mean takes one more forward pass over every row.
-
-    References: Kunstner, Balles and Hennig (2019), "Limitations of the empirical Fisher approximation".
-
-    Example:
-        >>> import torch
-        >>> model = torch.nn.Linear(3, 2)
-        >>> x, y = torch.randn(8, 3), torch.randint(2, (8,))
-        >>> spectra = compute_fisher_spectrum(model, (x, y), loss="cross_entropy", block_structure="none")
-        >>> gradients = [
-        ...     torch.cat([g.flatten() for g in torch.autograd.grad(
-        ...         torch.nn.functional.cross_entropy(model(x[i : i + 1]), y[i : i + 1]), list(model.parameters()))])
-        ...     for i in range(8)
-        ... ]
-        >>> dense = sum(torch.outer(g, g) for g in gradients) / 8
-        >>> torch.allclose(spectra.full.eigenvalues[0].float(), torch.linalg.eigvalsh(dense)[-1], rtol=1e-4)
-        True
-    """
-    options = SpectrumOptions(
-        kind=FisherType(fisher=fisher, sample_unit=sample_unit, num_draws=num_draws, num_targets=num_targets),
-        center_gradients=center_gradients,
-        max_params_per_block=max_params_per_block,
-        max_sample_grad_norm=max_sample_grad_norm,
-        memory_budget=memory_budget,
-        eigensolve_device=eigensolve_device,
-        deterministic=deterministic,
-    )
-    if precomputed_gradients is not None:
-        precomputed_gradients = precomputed_gradients[:num_samples]
-        return warned(spectra_of_gradients(model, precomputed_gradients, block_structure, params_filter, options))
-    microbatches = as_microbatches(batches)
-    if num_samples is not None:
-        check_positive("num_samples", num_samples)
-        microbatches = _first_rows(microbatches, num_samples)
-    with offline_problem(
-        model, microbatches, loss=loss, params_filter=params_filter, block_structure=block_structure, seed=seed
-    ) as problem:
-        return warned(spectra_of_problem(problem, options))
-
-
-def _first_rows(microbatches: Sequence[Any], count: int) -> list[Any]:
-    kept = []
-    for batch in microbatches:
-        rows = min(batch_size(batch), count)
-        if rows:
-            kept.append(take_rows(batch, torch.arange(rows)))
-        count -= rows
-    return kept
+def spectra_of_problem(problem: Problem, options: SpectrumOptions) -> FisherSpectra:
+    """Spectra of a probe. Cost: see `compute_fisher_spectrum`."""
+    objective = problem.objective
+    with deterministic_algorithms(objective.device, enabled=options.deterministic):
+        found = problem.grams(
+            options.kind, max_params_per_block=options.max_params_per_block, memory_budget=options.memory_budget
+        )
+        gradients = WeightedGradients(
+            grams=found.grams,
+            sizes={block: sum(objective.sizes[name] for name in names) for block, names in problem.blocks.items()},
+            rows=found.samples,
+            weights=found.weights,
+            num_targets=found.num_targets,
+            dtype=objective.dtype,
+        )
+        metadata = {
+            **options.metadata(),
+            "batch_norm": "eval",
+            "dtype": dtype_name(objective.dtype),
+            "seed": problem.seed,
+            "step": problem.step,
+            "mode": found.mode,
+            "fallback": dict(found.fallback),
+            "certificate_error": found.certificate_error,
+        }
+        return fisher_spectra(gradients, options, metadata)

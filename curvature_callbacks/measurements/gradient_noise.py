@@ -11,10 +11,10 @@ from torch import Tensor
 
 from curvature_callbacks.batches import map_tensors
 from curvature_callbacks.errors import ConfigurationError, ProbeError
-from curvature_callbacks.gram.engine import finite_samples
-from curvature_callbacks.linalg.gradient_noise import GradientStatistics, gradient_statistics, half_vector, kernel_drift
-from curvature_callbacks.problem import Problem
+from curvature_callbacks.linalg.accumulate import finite_samples
+from curvature_callbacks.problem.problem import Problem
 from curvature_callbacks.record import Record
+from curvature_callbacks.statistics.gradients import GradientStatistics, gradient_statistics, half_vector, kernel_drift
 
 _NAME: Final = "gradient_noise"
 _HEADLINE: Final = ("scale", "mean_cosine", "conflict_share", "kernel_drift")

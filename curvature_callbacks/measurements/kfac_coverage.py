@@ -2,17 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, final
-
-from torch import nn
+from typing import final
 
 from curvature_callbacks.errors import ProbeError
-from curvature_callbacks.gram.kronecker import factor_obstacle
+from curvature_callbacks.gram.kronecker.factors import factor_obstacle
 from curvature_callbacks.linalg.accumulate import dot
-from curvature_callbacks.measurements.base import offline_problem
-from curvature_callbacks.model.losses import Loss
-from curvature_callbacks.model.objective import ParamsFilter
-from curvature_callbacks.problem import Problem
+from curvature_callbacks.problem.problem import Problem
 from curvature_callbacks.record import Record
 
 
@@ -65,7 +60,7 @@ class KFACCoverage:
 
     def measure(self, problem: Problem, state: None) -> tuple[list[Record], None]:
         """One record for the whole model."""
-        report = _coverage(problem)
+        report = coverage_of(problem)
         scalars = {"tensors": report.tensors, "elements": report.elements, "gradient_energy": report.gradient_energy}
         record = Record(
             step=problem.step,
@@ -74,36 +69,6 @@ class KFACCoverage:
             metadata={"uncovered": dict(report.uncovered)},
         )
         return [record], None
-
-
-def compute_kfac_coverage(
-    model: nn.Module, batches: Any, *, loss: Loss = None, params_filter: ParamsFilter | None = None
-) -> KFACCoverageReport:
-    """Share of the trainable parameters in layers with Kronecker factors, from the operations a forward pass runs.
-
-    Args:
-        model: the module; left as found.
-        batches: a microbatch or a list of them, see `compute_fisher_spectrum`.
-        loss: see `compute_fisher_spectrum`.
-        params_filter: `(name, parameter) -> bool`, which trainable parameters to count.
-
-    Returns:
-        The report; `gradient_energy` is 0 when the gradient vanishes.
-
-    Raises:
-        ConfigurationError: an undeterminable loss, no trainable parameter, no valid target.
-
-    Cost: one gradient and one forward pass.
-
-    Example:
-        >>> import torch
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 2))
-        >>> report = compute_kfac_coverage(model, (torch.randn(8, 4), torch.randint(2, (8,))), loss="cross_entropy")
-        >>> round(report.elements, 3), sorted(report.uncovered)
-        (0.789, ['1.bias', '1.weight'])
-    """
-    with offline_problem(model, batches, loss=loss, params_filter=params_filter) as problem:
-        return _coverage(problem)
 
 
 def uncovered_parameters(problem: Problem) -> dict[str, str]:
@@ -115,7 +80,8 @@ def uncovered_parameters(problem: Problem) -> dict[str, str]:
     return {name: reason for name, reason in found.items() if reason}
 
 
-def _coverage(problem: Problem) -> KFACCoverageReport:
+def coverage_of(problem: Problem) -> KFACCoverageReport:
+    """Coverage by tensors, elements and gradient energy; cost: see `uncovered_parameters`."""
     uncovered = uncovered_parameters(problem)
     sizes = {name: float(size) for name, size in problem.objective.sizes.items()}
     total = problem.objective.space.total

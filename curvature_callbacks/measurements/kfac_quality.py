@@ -7,20 +7,15 @@ from typing import Any, Final, final, get_args
 import torch
 
 from curvature_callbacks.errors import ProbeError, RefusedError, check_choice, check_positive
-from curvature_callbacks.gram.engine import finite_samples
-from curvature_callbacks.gram.kronecker import LayerKronecker
-from curvature_callbacks.gram.positions import Sharing
-from curvature_callbacks.linalg.kronecker import (
-    Approximation,
-    approximation,
-    block_diagonal,
-    top_corrected_eigenvalues,
-    top_eigenvalues,
-)
+from curvature_callbacks.gram.kronecker.factors import LayerKronecker
+from curvature_callbacks.linalg.accumulate import finite_samples
+from curvature_callbacks.linalg.kronecker import top_corrected_eigenvalues, top_eigenvalues
 from curvature_callbacks.measurements.kfac_coverage import uncovered_parameters
-from curvature_callbacks.model.surrogates import Fisher, FisherType, SampleUnit
-from curvature_callbacks.problem import Problem
+from curvature_callbacks.model.loss.fisher_type import Fisher, FisherType, SampleUnit
+from curvature_callbacks.model.loss.sharing import Sharing
+from curvature_callbacks.problem.problem import Problem
 from curvature_callbacks.record import Record
+from curvature_callbacks.statistics.kronecker_quality import Approximation, approximation, block_diagonal
 
 _HEADLINE: Final = ("kfac_cosine", "relative_error", "ekfac_cosine")
 

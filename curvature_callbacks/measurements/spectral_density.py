@@ -4,14 +4,14 @@ from dataclasses import dataclass
 from typing import Any, Final, final
 
 from curvature_callbacks.errors import ConfigurationError
-from curvature_callbacks.gram.positions import Sharing
 from curvature_callbacks.linalg.density import Density
 from curvature_callbacks.linalg.eigenpairs import Eigenpairs
 from curvature_callbacks.linalg.quadrature import check_quadrature, spectral_density
-from curvature_callbacks.measurements.curvature import Curvature, OperatorFunction, OperatorName
-from curvature_callbacks.measurements.eigenproblem import Eigenproblem, Wish, eigenproblem
-from curvature_callbacks.model.surrogates import Fisher, SampleUnit
-from curvature_callbacks.problem import Problem
+from curvature_callbacks.model.loss.fisher_type import Fisher, SampleUnit
+from curvature_callbacks.model.loss.sharing import Sharing
+from curvature_callbacks.problem.eigenproblem import Eigenproblem, Wish, eigenproblem
+from curvature_callbacks.problem.matrix import MatrixChoice, OperatorFunction, OperatorName
+from curvature_callbacks.problem.problem import Problem
 from curvature_callbacks.record import Record
 
 _HEADLINE: Final = ("trace", "effective_rank", "slq_negative_mass")
@@ -81,9 +81,9 @@ class SpectralDensity:
         return f"{self.curvature.name}_density"
 
     @property
-    def curvature(self) -> Curvature:
+    def curvature(self) -> MatrixChoice:
         """Which matrix."""
-        return Curvature(
+        return MatrixChoice(
             operator=self.operator,
             sample_unit=self.sample_unit,
             fisher=self.fisher,

@@ -6,15 +6,16 @@ from typing import Any, Final, final
 
 from torch import Tensor
 
-from curvature_callbacks.gram.positions import Sharing
 from curvature_callbacks.linalg.eigenpairs import Eigenpairs
-from curvature_callbacks.linalg.lanczos import ReorthMode, Which
-from curvature_callbacks.measurements.curvature import Curvature, OperatorFunction, OperatorName
-from curvature_callbacks.measurements.eigenproblem import Eigenproblem, Wish, eigenproblem, measured_blocks
-from curvature_callbacks.model.surrogates import Fisher, SampleUnit
-from curvature_callbacks.problem import Problem
+from curvature_callbacks.linalg.lanczos.solver import ReorthMode
+from curvature_callbacks.linalg.lanczos.wanted import Which
+from curvature_callbacks.model.loss.fisher_type import Fisher, SampleUnit
+from curvature_callbacks.model.loss.sharing import Sharing
+from curvature_callbacks.problem.deadline import seconds_left
+from curvature_callbacks.problem.eigenproblem import Eigenproblem, Wish, eigenproblem, measured_blocks
+from curvature_callbacks.problem.matrix import MatrixChoice, OperatorFunction, OperatorName
+from curvature_callbacks.problem.problem import Problem
 from curvature_callbacks.record import Record
-from curvature_callbacks.timing import seconds_left
 
 _HEADLINE: Final = (
     "lambda_max",
@@ -112,9 +113,9 @@ class TopEigenpairs:
         return self.curvature.eigenpairs_name
 
     @property
-    def curvature(self) -> Curvature:
+    def curvature(self) -> MatrixChoice:
         """Which matrix."""
-        return Curvature(
+        return MatrixChoice(
             operator=self.operator,
             sample_unit=self.sample_unit,
             fisher=self.fisher,
@@ -186,7 +187,7 @@ class _Run:
         left = seconds_left(problem.deadline, measurement.max_seconds)
         pairs = task.solve(measurement._wish(seed=problem.seed, start=self._start(task, block), max_seconds=left))
         if measurement.warm_start and task.is_iterative:
-            self.starts[block or _WHOLE] = task.whole(pairs.starting_vector())
+            self.starts[block or _WHOLE] = task.assembled(pairs.starting_vector())
         return Record(
             step=problem.step,
             measurement=measurement.name,

@@ -6,8 +6,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from curvature_callbacks.common_failure import named
-from curvature_callbacks.errors import ConfigurationError
+from curvature_callbacks.errors import ConfigurationError, named
 from curvature_callbacks.model.components import components
 from curvature_callbacks.model.layers import Layers, ancestors, find_layers, owner_path
 from curvature_callbacks.record import tag_segment

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from curvature_callbacks.batches import to_dtype
-from curvature_callbacks.common_failure import named
-from curvature_callbacks.distributed import is_agreed
-from curvature_callbacks.errors import ConfigurationError, ProbeError
-from curvature_callbacks.linalg.space import LOCAL, Space
-from curvature_callbacks.model.losses import LossFunction, SampleLosses
-from curvature_callbacks.model.on_use import OnUse, Watch
-from curvature_callbacks.model.writes import WriteWatch
-from curvature_callbacks.sharding import ShardSpace, shard, whole
-from curvature_callbacks.world import SINGLE, World
+from curvature_callbacks.errors import ConfigurationError, ProbeError, named
+from curvature_callbacks.isolation.writes import WriteWatch
+from curvature_callbacks.model.loss.resolve import LossFunction
+from curvature_callbacks.model.loss.sample_losses import SampleLosses
+from curvature_callbacks.processes.fsdp import ShardSpace, shard, unsharded
+from curvature_callbacks.processes.gathering import OnUse, Watch
+from curvature_callbacks.processes.group import is_agreed
+from curvature_callbacks.processes.world import SINGLE, World
+from curvature_callbacks.space import LOCAL, Space
 
 ParamsFilter = Callable[[str, nn.Parameter], bool]
 
@@ -204,7 +204,8 @@ class Objective:
 
     def _widened(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         held = {
-            name: shard(value) if name in self._sharded else whole(value, self._processes) for name, value in tensors.items()
+            name: shard(value) if name in self._sharded else unsharded(value, self._processes)
+            for name, value in tensors.items()
         }
         return {name: self._widen(value) for name, value in held.items()}
 

@@ -10,7 +10,7 @@ from torch.optim import SGD, Optimizer
 
 from curvature_callbacks.errors import ConfigurationError, RefusedError
 from curvature_callbacks.model.update_rules import Dynamics, update_rule
-from curvature_callbacks.sharding import shard
+from curvature_callbacks.processes.fsdp import shard
 
 Optimizers = Optimizer | Sequence[Optimizer]
 

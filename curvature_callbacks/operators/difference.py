@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from curvature_callbacks.errors import ConfigurationError, ProbeError, RefusedError
-from curvature_callbacks.linalg.space import InnerProducts
+from curvature_callbacks.linalg.inner_products import InnerProducts
 from curvature_callbacks.model.objective import Objective, gradients
 from curvature_callbacks.operators.vectors import flatten, unflatten
 

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from curvature_callbacks.batches import batch_size, take_rows
 from curvature_callbacks.errors import ConfigurationError, ProbeError, check_choice
+from curvature_callbacks.model.loss.fisher_type import FisherType, SampleUnit
+from curvature_callbacks.model.loss.sample_losses import SampleLosses
+from curvature_callbacks.model.loss.surrogates import Surrogate, surrogates
 from curvature_callbacks.model.objective import Objective, gradients
-from curvature_callbacks.model.sample_losses import SampleLosses
-from curvature_callbacks.model.surrogates import FisherType, SampleUnit, Surrogate, surrogates
 from curvature_callbacks.operators.graphs import MicrobatchOperator
 from curvature_callbacks.operators.jacobian import DirectRows, LossRows, SlopedRows
 from curvature_callbacks.operators.vectors import unflatten

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from curvature_callbacks.errors import ConfigurationError
+from curvature_callbacks.model.loss.sample_losses import Predictive, SampleLosses
 from curvature_callbacks.model.objective import Objective
-from curvature_callbacks.model.sample_losses import Predictive, SampleLosses
 from curvature_callbacks.operators.graphs import MicrobatchOperator, checked_scale
 from curvature_callbacks.operators.jacobian import Jacobian
 from curvature_callbacks.operators.vectors import unflatten

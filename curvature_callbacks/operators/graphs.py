@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from curvature_callbacks.device import device_budget
 from curvature_callbacks.errors import ProbeError
-from curvature_callbacks.memory import device_budget
+from curvature_callbacks.model.loss.sample_losses import SampleLosses
 from curvature_callbacks.model.objective import Objective
-from curvature_callbacks.model.sample_losses import SampleLosses
 from curvature_callbacks.operators.fused.forward import fused
 from curvature_callbacks.operators.vectors import accumulate, unflatten
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from curvature_callbacks.model.sample_losses import SampleLosses
+from curvature_callbacks.model.loss.sample_losses import SampleLosses
 
 
 class HasJacobian(Protocol):

@@ -12,7 +12,7 @@ from curvature_callbacks.errors import ConfigurationError, ProbeError, RefusedEr
 from curvature_callbacks.linalg.accumulate import coefficients, norm, subtract_combination
 from curvature_callbacks.linalg.eigenpairs import Eigenpairs, shortfalls
 from curvature_callbacks.linalg.kronecker import KroneckerFactors, outer_pairs
-from curvature_callbacks.linalg.lanczos import Which
+from curvature_callbacks.linalg.lanczos.wanted import Which
 
 _NOISE: Final = 10.0  # noise floor of a residual, in units of eps lambda_max, as in `lanczos`
 _NULL_PASSES: Final = 2  # projections of a null vector; the second mends a random vector that lies almost in the range

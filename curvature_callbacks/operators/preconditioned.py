@@ -7,7 +7,7 @@ from torch import Tensor
 
 from curvature_callbacks.errors import ProbeError
 from curvature_callbacks.linalg.operator import Operator
-from curvature_callbacks.linalg.space import LOCAL
+from curvature_callbacks.space import LOCAL
 
 
 @final

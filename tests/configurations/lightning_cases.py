@@ -40,7 +40,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import curvature_callbacks
 from curvature_callbacks import AtSteps, LogSpaced, LossSpike, Measurement, Record
-from curvature_callbacks.lightning import CurvatureCallback
+from curvature_callbacks.lightning.callback import CurvatureCallback
 from tests.training_cases import (
     ROWS,
     AugmentedRows,

@@ -21,7 +21,7 @@ from curvature_callbacks import (
     Record,
     TopEigenpairs,
 )
-from curvature_callbacks.transformers import CurvatureCallback
+from curvature_callbacks.transformers.callback import CurvatureCallback
 from tests.cases import (
     CLASSES,
     GROUPED,

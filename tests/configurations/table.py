@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.configurations import lightning_cases, model_cases, transformers_cases
-from tests.distributed import cases as process_cases
-from tests.distributed.ranks import Ranks
+from tests.processes import cases as process_cases
+from tests.processes.ranks import Ranks
 
 Row = tuple[str, ...]
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 import curvature_callbacks.lightning
-from curvature_callbacks import ConfigurationError, probes, training_step
-from curvature_callbacks.model import isolation
+from curvature_callbacks import ConfigurationError, probes
+from curvature_callbacks.isolation import model as isolation
+from curvature_callbacks.lightning import loss as training_step
 from tests.configurations.lightning_cases import CASES, IN_YAML, Session, assert_same_bits, command_line, written
 from tests.training_cases import LIGHTNING_WARNINGS, wide
 
@@ -79,7 +80,7 @@ def test_each_protection_is_needed(name: str, module: Any, protection: str, tmp_
 
 
 def test_batches_of_probes_have_to_be_made_as_those_of_training(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(curvature_callbacks.lightning, "_as_the_loop_does", lambda trainer, module, batch: batch)
+    monkeypatch.setattr(curvature_callbacks.lightning.callback, "_as_the_loop_does", lambda trainer, module, batch: batch)
     with pytest.raises(ConfigurationError):
         assert_same_bits(CASES["transfer hooks"], tmp_path)
 

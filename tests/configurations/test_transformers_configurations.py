@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from curvature_callbacks import ConfigurationError, probes
-from curvature_callbacks.model import isolation
+from curvature_callbacks.isolation import model as isolation
 from tests.configurations.transformers_cases import CASES, assert_same_bits
 from tests.training_cases import wide
 

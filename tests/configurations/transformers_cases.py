@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from curvature_callbacks import AtSteps, LossSpike, Measurement
-from curvature_callbacks.transformers import CurvatureCallback
+from curvature_callbacks.transformers.callback import CurvatureCallback
 from tests.training_cases import (
     VOCABULARY,
     MaskingCollator,

@@ -9,9 +9,9 @@ from typing import Any, get_type_hints
 import pytest
 
 from curvature_callbacks import CurvatureMonitor
-from curvature_callbacks.lightning import CurvatureCallback as LightningCallback
-from curvature_callbacks.settings import Settings
-from curvature_callbacks.transformers import CurvatureCallback as TransformersCallback
+from curvature_callbacks.lightning.callback import CurvatureCallback as LightningCallback
+from curvature_callbacks.run.settings import Settings
+from curvature_callbacks.transformers.callback import CurvatureCallback as TransformersCallback
 from tests.training_cases import options, pair_loss
 
 CALLBACKS = [LightningCallback, TransformersCallback]

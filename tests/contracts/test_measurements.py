@@ -22,8 +22,8 @@ from curvature_callbacks import (
     SpectralDensity,
     TopEigenpairs,
 )
-from curvature_callbacks.measurements.curvature import OperatorName
-from curvature_callbacks.model.isolation import isolated
+from curvature_callbacks.isolation.model import isolated
+from curvature_callbacks.problem.matrix import OperatorName
 from curvature_callbacks.record import tag_segment
 
 VARIANTS = [

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from curvature_callbacks import MatrixOperator, Problem
+from curvature_callbacks.compute.offline import offline_problem
 from curvature_callbacks.linalg.combination import LinearCombination
 from curvature_callbacks.linalg.operator import Operator
-from curvature_callbacks.measurements.base import offline_problem
 from curvature_callbacks.model.stability import read_stability
 from curvature_callbacks.operators.difference import FiniteDifferenceHessianOperator
 from curvature_callbacks.operators.fisher import EmpiricalFisherOperator, SampledFisherOperator

@@ -7,17 +7,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from curvature_callbacks.errors import RefusedError
-from curvature_callbacks.gram.certificate import TOLERANCE, certificate_errors
-from curvature_callbacks.gram.convolution import Convolution
-from curvature_callbacks.gram.elementwise import Elementwise
-from curvature_callbacks.gram.engine import BlockGrams, GramOptions, block_grams
-from curvature_callbacks.gram.trust import CERTIFICATE_FAILED, Trust, signature
-from curvature_callbacks.gram.uses import Lookup, OuterProduct
-from curvature_callbacks.measurements.base import offline_problem
-from curvature_callbacks.model.surrogates import FisherType
+from curvature_callbacks.compute.offline import offline_problem
+from curvature_callbacks.errors import CERTIFICATE_FAILED, RefusedError
+from curvature_callbacks.gram.block_grams import BlockGrams, GramOptions, block_grams
+from curvature_callbacks.gram.certificate import TOLERANCE, certificate_errors, signature
+from curvature_callbacks.gram.memory import Trust
+from curvature_callbacks.gram.uses.convolution import Convolution
+from curvature_callbacks.gram.uses.elementwise import Elementwise
+from curvature_callbacks.gram.uses.uses import Lookup, OuterProduct
+from curvature_callbacks.model.loss.fisher_type import FisherType
 from tests.cases import CASES, CLASSES, in_general_position
-from tests.gram.rule_cases import RuleCase, assert_exact, weight
+from tests.gram.capture.rule_cases import RuleCase, assert_exact, weight
 from tests.reference import sample_gradients
 
 

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from curvature_callbacks import compute_fisher_spectrum
-from curvature_callbacks.gram.engine import BlockGrams, block_grams
-from curvature_callbacks.gram.trust import Trust
-from curvature_callbacks.measurements.base import offline_problem
+from curvature_callbacks.compute.offline import offline_problem
+from curvature_callbacks.gram.block_grams import BlockGrams, block_grams
+from curvature_callbacks.gram.memory import Trust
 from curvature_callbacks.model.blocks import group_blocks
 from tests.cases import (
     CASES,

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from curvature_callbacks.gram.engine import BlockGrams, GramOptions, block_grams
-from curvature_callbacks.gram.trust import Trust
-from curvature_callbacks.measurements.base import offline_problem
-from curvature_callbacks.model.surrogates import FisherType, surrogates
+from curvature_callbacks.compute.offline import offline_problem
+from curvature_callbacks.gram.block_grams import BlockGrams, GramOptions, block_grams
+from curvature_callbacks.gram.memory import Trust
+from curvature_callbacks.model.loss.fisher_type import FisherType
+from curvature_callbacks.model.loss.surrogates import surrogates
 from tests.cases import CASES
 from tests.reference import IGNORED, float64_copy, relative_error, rows
 

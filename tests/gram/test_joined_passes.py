@@ -8,16 +8,16 @@ from torch import Tensor, nn
 
 from curvature_callbacks import CurvatureMonitor, FisherSpectrum
 from curvature_callbacks.batches import batch_size
-from curvature_callbacks.gram import engine as engine_module
+from curvature_callbacks.compute.offline import offline_problem
+from curvature_callbacks.gram import block_grams as engine_module
 from curvature_callbacks.gram import passes as passes_module
-from curvature_callbacks.gram.engine import BlockGrams
+from curvature_callbacks.gram.block_grams import BlockGrams
+from curvature_callbacks.gram.memory import Trust
 from curvature_callbacks.gram.storage import Storage
-from curvature_callbacks.gram.trust import Trust
-from curvature_callbacks.measurements.base import offline_problem
+from curvature_callbacks.model.loss.fisher_type import FisherType
 from curvature_callbacks.model.objective import Objective
-from curvature_callbacks.model.surrogates import FisherType
 from tests.cases import CASES, Case
-from tests.gram.rule_cases import assert_exact
+from tests.gram.capture.rule_cases import assert_exact
 from tests.gram.test_certificate import probe as trusted_probe
 from tests.reference import sample_gradients
 

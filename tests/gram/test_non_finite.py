@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from curvature_callbacks.compute.kfac_coverage import compute_kfac_coverage
 from curvature_callbacks.errors import ProbeError
-from curvature_callbacks.gram.engine import BlockGrams
-from curvature_callbacks.gram.trust import Trust
-from curvature_callbacks.measurements.kfac_coverage import compute_kfac_coverage
-from curvature_callbacks.model.isolation import isolated
-from curvature_callbacks.model.surrogates import FisherType
-from curvature_callbacks.problem import Problem
+from curvature_callbacks.gram.block_grams import BlockGrams
+from curvature_callbacks.gram.memory import Trust
+from curvature_callbacks.isolation.model import isolated
+from curvature_callbacks.model.loss.fisher_type import FisherType
+from curvature_callbacks.problem.problem import Problem
 from tests.cases import CASES, in_general_position, mlp
 
 

@@ -9,17 +9,17 @@ from torch import Tensor, nn
 
 from curvature_callbacks import compute_fisher_spectrum
 from curvature_callbacks.batches import take_rows
+from curvature_callbacks.compute.offline import offline_problem
 from curvature_callbacks.gram import passes as passes_module
-from curvature_callbacks.gram import shared
+from curvature_callbacks.gram import probe_grams as shared
 from curvature_callbacks.gram import storage as storage_module
-from curvature_callbacks.gram.engine import BlockGrams, GramOptions, block_grams
-from curvature_callbacks.gram.sources import Placed, View
+from curvature_callbacks.gram.block_grams import BlockGrams, GramOptions, block_grams
+from curvature_callbacks.gram.capture.derived import Placed, View
+from curvature_callbacks.gram.memory import Trust
 from curvature_callbacks.gram.storage import MemoryBudget, Storage
-from curvature_callbacks.gram.trust import Trust
-from curvature_callbacks.gram.uses import Dense, Lookup, OuterProduct, Use
-from curvature_callbacks.measurements.base import offline_problem
+from curvature_callbacks.gram.uses.uses import Dense, Lookup, OuterProduct, Use
 from curvature_callbacks.model.blocks import group_blocks
-from curvature_callbacks.model.surrogates import FisherType
+from curvature_callbacks.model.loss.fisher_type import FisherType
 from tests.cases import CASES, Case
 from tests.reference import fisher_eigenvalues, relative_error, sample_gradients, stacked
 

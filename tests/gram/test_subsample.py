@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from curvature_callbacks import compute_fisher_spectrum
-from curvature_callbacks.gram.engine import BlockGrams, GramOptions, block_grams
+from curvature_callbacks.compute.offline import offline_problem
+from curvature_callbacks.gram.block_grams import BlockGrams, GramOptions, block_grams, chosen_rows
+from curvature_callbacks.gram.memory import Trust
 from curvature_callbacks.gram.storage import MemoryBudget
-from curvature_callbacks.gram.subsample import chosen_rows
-from curvature_callbacks.gram.trust import Trust
-from curvature_callbacks.gram.uses import OuterProduct
-from curvature_callbacks.measurements.base import offline_problem
+from curvature_callbacks.gram.uses.uses import OuterProduct
 from curvature_callbacks.model.blocks import group_blocks
-from curvature_callbacks.model.surrogates import FisherType
+from curvature_callbacks.model.loss.fisher_type import FisherType
 from tests.cases import CASES, Case
 from tests.reference import fisher_eigenvalues, sample_gradients, stacked
 

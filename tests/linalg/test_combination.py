@@ -7,7 +7,7 @@ from torch import Tensor
 
 from curvature_callbacks import ConfigurationError, MatrixOperator
 from curvature_callbacks.linalg.combination import LinearCombination
-from curvature_callbacks.linalg.lanczos import lanczos
+from curvature_callbacks.linalg.lanczos.solver import lanczos
 from curvature_callbacks.linalg.operator import Operator
 
 P = 7

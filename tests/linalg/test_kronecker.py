@@ -7,11 +7,8 @@ from torch import Tensor
 
 from curvature_callbacks.linalg import kronecker as module
 from curvature_callbacks.linalg.kronecker import (
-    Approximation,
     Factor,
     KroneckerFactors,
-    approximation,
-    block_diagonal,
     factor_of_diagonal,
     factor_of_matrix,
     factor_of_rows,
@@ -19,6 +16,7 @@ from curvature_callbacks.linalg.kronecker import (
     top_corrected_eigenvalues,
     top_eigenvalues,
 )
+from curvature_callbacks.statistics.kronecker_quality import Approximation, approximation, block_diagonal
 from tests.reference import dense_fisher
 
 D = torch.float64

@@ -13,7 +13,7 @@ from torch import Tensor
 from curvature_callbacks import ConfigurationError, MatrixOperator, ProbeError
 from curvature_callbacks.linalg.density import ESTIMATES, Density
 from curvature_callbacks.linalg.eigenpairs import Eigenpairs
-from curvature_callbacks.linalg.lanczos import lanczos
+from curvature_callbacks.linalg.lanczos.solver import lanczos
 from curvature_callbacks.linalg.quadrature import _Sampler, spectral_density
 
 D = torch.float64

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
 from curvature_callbacks import ConfigurationError, CurvatureMonitor, Problem, Record, RefusedError
+from curvature_callbacks.isolation.model import isolated
 from curvature_callbacks.measurements import EdgeRatio, Measurement
-from curvature_callbacks.model.isolation import isolated
 from curvature_callbacks.record import headline, scalar_tags
 from tests.reference import dense_hessian
 from tests.training_cases import assert_equal, reports

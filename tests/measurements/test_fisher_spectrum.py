@@ -17,7 +17,7 @@ from curvature_callbacks import (
     RefusedError,
     compute_fisher_spectrum,
 )
-from curvature_callbacks.gram.trust import Trust
+from curvature_callbacks.gram.memory import Trust
 from tests.cases import CASES, VOCABULARY, in_general_position
 from tests.reference import fisher_eigenvalues, relative_error, rows, sample_gradients, spectrum_metrics, stacked
 

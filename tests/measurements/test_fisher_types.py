@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from curvature_callbacks import ConfigurationError, FisherSpectra, FisherSpectrum, Problem, compute_fisher_spectrum
-from curvature_callbacks.gram.trust import Trust
-from curvature_callbacks.model.isolation import deterministic_algorithms, isolated
+from curvature_callbacks.gram.memory import Trust
+from curvature_callbacks.isolation.model import deterministic_algorithms, isolated
 from curvature_callbacks.record import scalar_tags
 from tests.cases import CASES, VOCABULARY, in_general_position
 from tests.reference import float64_copy, gradients_of, relative_error, rows, stacked

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from curvature_callbacks import ConfigurationError, CurvatureMonitor, FisherSpectrum, GradientNoise, ProbeError, Problem, Record
-from curvature_callbacks.measurements.base import offline_problem
+from curvature_callbacks.compute.offline import offline_problem
 from curvature_callbacks.record import headline, scalar_tags
 from tests.cases import CASES
 from tests.reference import sample_gradients, stacked

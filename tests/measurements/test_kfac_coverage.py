@@ -3,7 +3,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature_callbacks import KFACCoverage, ProbeError, compute_kfac_coverage
-from curvature_callbacks.measurements.base import offline_problem
+from curvature_callbacks.compute.offline import offline_problem
 from tests.cases import CASES, CLASSES, in_general_position
 from tests.reference import float64_copy, mean_loss
 

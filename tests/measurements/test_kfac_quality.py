@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from curvature_callbacks import ConfigurationError, ProbeError, Problem, RefusedError
-from curvature_callbacks.gram.kronecker import LayerKronecker, kronecker_factors
-from curvature_callbacks.gram.positions import MicrobatchUses, Sharing
-from curvature_callbacks.gram.uses import Lookup, OuterProduct
-from curvature_callbacks.measurements.base import offline_problem
+from curvature_callbacks.compute.offline import offline_problem
+from curvature_callbacks.gram.kronecker.factors import LayerKronecker, kronecker_factors
+from curvature_callbacks.gram.kronecker.positions import MicrobatchUses
+from curvature_callbacks.gram.uses.uses import Lookup, OuterProduct
 from curvature_callbacks.measurements.kfac_quality import KFACQuality
-from curvature_callbacks.model.surrogates import FisherType
+from curvature_callbacks.model.loss.fisher_type import FisherType
+from curvature_callbacks.model.loss.sharing import Sharing
 from curvature_callbacks.record import Record, metric_tag, scalar_tags, tag_segment
 from tests.cases import CLASSES, in_general_position
 from tests.reference import dense_fisher, sample_gradients, stacked

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from curvature_callbacks import ConfigurationError, FisherSpectrum, RefusedError, TopEigenpairs
+from curvature_callbacks.compute.offline import offline_problem
 from curvature_callbacks.linalg.quadrature import spectral_density
-from curvature_callbacks.measurements.base import offline_problem
 from curvature_callbacks.measurements.spectral_density import SpectralDensity
 from curvature_callbacks.record import Record, metric_tag, scalar_tags
 from tests.cases import CASES

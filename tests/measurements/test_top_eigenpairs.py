@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from curvature_callbacks import ConfigurationError, FisherSpectrum, RefusedError, TopEigenpairs
-from curvature_callbacks.measurements import eigenproblem
-from curvature_callbacks.measurements.base import offline_problem
+from curvature_callbacks.compute.offline import offline_problem
 from curvature_callbacks.operators.fisher import EmpiricalFisherOperator
+from curvature_callbacks.problem import eigenproblem
 from curvature_callbacks.record import scalar_tags
 from tests.cases import CASES
 from tests.reference import case_loss, dense_hessian, fisher_eigenvalues, sample_gradients, stacked

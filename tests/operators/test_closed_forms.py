@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from curvature_callbacks import Problem
-from curvature_callbacks.measurements.base import offline_problem
+from curvature_callbacks.compute.offline import offline_problem
 from curvature_callbacks.operators.difference import FiniteDifferenceHessianOperator
 from curvature_callbacks.operators.fisher import EmpiricalFisherOperator, SampledFisherOperator
 from curvature_callbacks.operators.ggn import GGNOperator

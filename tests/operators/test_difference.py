@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from curvature_callbacks import ConfigurationError, ProbeError
-from curvature_callbacks.measurements.base import offline_problem
-from curvature_callbacks.model.losses import resolve_loss
+from curvature_callbacks.compute.offline import offline_problem
+from curvature_callbacks.model.loss.resolve import resolve_loss
 from curvature_callbacks.model.objective import Objective
 from curvature_callbacks.operators.difference import FiniteDifferenceHessianOperator
 from tests.cases import CASES, CLASSES, in_general_position

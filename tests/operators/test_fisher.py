@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from curvature_callbacks import ConfigurationError, ProbeError, Problem, RefusedError, compute_fisher_spectrum
-from curvature_callbacks.measurements.base import offline_problem
-from curvature_callbacks.model.surrogates import FisherType, surrogates
-from curvature_callbacks.operators.adjoint import check_adjoint
+from curvature_callbacks.compute.offline import offline_problem
+from curvature_callbacks.model.loss.fisher_type import FisherType
+from curvature_callbacks.model.loss.surrogates import surrogates
 from curvature_callbacks.operators.fisher import EmpiricalFisherOperator, SampledFisherOperator
 from curvature_callbacks.operators.ggn import GGNOperator
+from curvature_callbacks.operators.self_checks import check_adjoint
 from tests.cases import CASES, CLASSES, Case, in_general_position
 from tests.reference import IGNORED, dense_fisher, gradients_of, relative_error, row_loss, rows, sample_gradients, stacked
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from curvature_callbacks import ConfigurationError, ProbeError, RefusedError, compute_fisher_spectrum
-from curvature_callbacks.measurements.base import offline_problem
-from curvature_callbacks.operators.adjoint import check_adjoint
+from curvature_callbacks.compute.offline import offline_problem
 from curvature_callbacks.operators.ggn import GGNOperator
+from curvature_callbacks.operators.self_checks import check_adjoint
 from tests.cases import CASES, CLASSES, Case, in_general_position
 from tests.reference import IGNORED, case_loss, dense_ggn, dense_hessian, relative_error, rows
 

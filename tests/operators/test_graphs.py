@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 
 from curvature_callbacks import RefusedError
-from curvature_callbacks.measurements.base import offline_problem
-from curvature_callbacks.operators.adjoint import check_adjoint
+from curvature_callbacks.compute.offline import offline_problem
 from curvature_callbacks.operators.fisher import EmpiricalFisherOperator, SampledFisherOperator
 from curvature_callbacks.operators.ggn import GGNOperator
 from curvature_callbacks.operators.graphs import KeptGraphs, held_bytes
 from curvature_callbacks.operators.hessian import HessianOperator
-from curvature_callbacks.operators.second_order import check_second_order
-from curvature_callbacks.problem import Problem
+from curvature_callbacks.operators.self_checks import check_adjoint, check_second_order
+from curvature_callbacks.problem.problem import Problem
 from tests.cases import CASES
 
 OPERATORS = (HessianOperator, GGNOperator, EmpiricalFisherOperator, SampledFisherOperator)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature_callbacks import ConfigurationError, Problem
-from curvature_callbacks.measurements.base import offline_problem
+from curvature_callbacks.compute.offline import offline_problem
 from curvature_callbacks.operators.fisher import EmpiricalFisherOperator, SampledFisherOperator
 from curvature_callbacks.operators.ggn import GGNOperator
 from tests.cases import in_general_position

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from curvature_callbacks import ProbeError, Problem, RefusedError, compute_spectrum
-from curvature_callbacks.measurements.base import offline_problem
+from curvature_callbacks.compute.offline import offline_problem
 from curvature_callbacks.operators.hessian import HessianOperator
-from curvature_callbacks.operators.second_order import check_second_order
+from curvature_callbacks.operators.self_checks import check_second_order
 from tests.cases import CASES, CLASSES, Case, in_general_position
 from tests.reference import case_loss, dense_hessian, finite_difference_hessian, hessian_product, relative_error
 

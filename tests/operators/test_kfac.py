@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from curvature_callbacks import ConfigurationError, KFACQuality, ProbeError, RefusedError
+from curvature_callbacks.compute.offline import offline_problem
 from curvature_callbacks.linalg.kronecker import Factor, KroneckerFactors, factor_of_diagonal, factor_of_matrix
-from curvature_callbacks.linalg.lanczos import lanczos
+from curvature_callbacks.linalg.lanczos.solver import lanczos
 from curvature_callbacks.linalg.operator import Operator
-from curvature_callbacks.measurements.base import offline_problem
-from curvature_callbacks.model.surrogates import FisherType
+from curvature_callbacks.model.loss.fisher_type import FisherType
 from curvature_callbacks.operators.kfac import KFACOperator, KroneckerLayer
 from tests.cases import CASES
 from tests.reference import relative_error, sample_gradients

@@ -14,8 +14,8 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 
 from curvature_callbacks import lanczos
+from curvature_callbacks.compute.offline import offline_problem
 from curvature_callbacks.linalg.operator import Operator
-from curvature_callbacks.measurements.base import offline_problem
 from curvature_callbacks.operators.fisher import EmpiricalFisherOperator
 from curvature_callbacks.operators.ggn import GGNOperator
 from curvature_callbacks.operators.hessian import HessianOperator

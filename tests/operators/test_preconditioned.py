@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from curvature_callbacks import ConfigurationError, MatrixOperator, Operator, ProbeError, Problem, RefusedError, lanczos
-from curvature_callbacks.model.isolation import isolated
+from curvature_callbacks.isolation.model import isolated
 from curvature_callbacks.operators.preconditioned import PreconditionedOperator
 from tests.reference import dense_hessian
 

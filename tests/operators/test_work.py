@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from curvature_callbacks import Problem
-from curvature_callbacks.measurements.base import offline_problem
+from curvature_callbacks.compute.offline import offline_problem
 from curvature_callbacks.operators.difference import FiniteDifferenceHessianOperator
 from curvature_callbacks.operators.fisher import EmpiricalFisherOperator, SampledFisherOperator
 from curvature_callbacks.operators.ggn import GGNOperator

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from curvature_callbacks.model.cross_entropy import cross_entropy
+from curvature_callbacks.model.loss.cross_entropy_kernel import cross_entropy
 from curvature_callbacks.operators.fused.linear import linear
 from curvature_callbacks.operators.fused.norm import layer_norm
 from curvature_callbacks.operators.fused.order import DifferentiatesItselfError, Order

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2CLS
 from transformers.pytorch_utils import Conv1D
 
-from curvature_callbacks.measurements.base import offline_problem
+from curvature_callbacks.compute.offline import offline_problem
 from curvature_callbacks.operators.fused.forward import fused
 from curvature_callbacks.operators.ggn import GGNOperator
 from curvature_callbacks.operators.graphs import graph_nodes

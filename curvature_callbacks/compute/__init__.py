@@ -1,0 +1,1 @@
+"""One call, no training loop."""

@@ -1,0 +1,1 @@
+"""Capture: operations of a forward pass met, their inputs and output gradients kept."""

@@ -1,0 +1,146 @@
+"""Taps: hooks on activations that collect a parameter's uses in the backward pass."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from curvature_callbacks.gram.capture.derived import Derived, DerivedTensors, Placed, View, placed
+from curvature_callbacks.gram.capture.pullback import Pullback
+from curvature_callbacks.gram.uses.uses import Tap
+
+Completed = Callable[[str, list[Placed]], None]
+
+
+@final
+class Taps:
+    """Gradients of the outputs of tapped operations, gathered until a parameter has those of all its uses.
+
+    Args:
+        sources: the tensors that depend on parameters.
+        num_samples: rows of the microbatch.
+        unruled: parameters without a valid rule, which are not tapped; those met here are added.
+
+    Attributes:
+        completed: called in a backward pass with a parameter and its uses once all of them have their gradient.
+        kinds: parameter to the kinds of operation seen.
+    """
+
+    def __init__(self, sources: DerivedTensors, num_samples: int, unruled: dict[str, str]) -> None:
+        self.completed: Completed = _nobody
+        self.kinds: dict[str, list[str]] = {}
+        self._sources = sources
+        self._num_samples = num_samples
+        self._unruled = unruled
+        self._expected: Counter[str] = Counter()
+        self._open: Counter[str] = Counter()
+        self._again = False
+        self._uses: dict[str, list[Placed]] = {}
+        self._pullback = Pullback()
+        self._pulled: set[str] = set()
+        self._anchors: list[Tensor] = []
+
+    def tap(self, output: Tensor, chosen: list[tuple[Derived, Tap]]) -> Tensor:
+        """`output` with a hook for the gradient of its operation's uses; what has to take its place in the graph."""
+        chosen = [(source, tap) for source, tap in chosen if self.admits(source)]
+        for source, tap in chosen:
+            for name in self._sources.names(source):
+                self.kinds.setdefault(name, []).append(_kind(tap, source))
+        wanted = [one for one in chosen if any(name not in self._unruled for name in self._sources.names(one[0]))]
+        if not wanted:
+            return output
+        if not output.requires_grad:
+            output = self._anchored(output)
+        if not output.requires_grad:  # inside a transform of its own (vmap)
+            self.refuse([source for source, _ in wanted], "no gradient to tap")
+            return output
+        for source, _ in wanted:
+            if source.view is not None:
+                self._expected[source.view.name] += 1
+            else:
+                self._pulled.update(self._sources.names(source))
+        return self._hooked(output, wanted)
+
+    def anchor(self, leaf: Tensor) -> None:
+        """Send the gradient to `leaf` too: what follows from it is no constant, but leads to no other anchor."""
+        self._anchors.append(leaf)
+
+    def admits(self, source: Derived) -> bool:
+        """Whether the per-sample gradients of a computed source fit in memory; its parameters have no rule otherwise."""
+        names = self._sources.names(source)
+        if source.view is not None or self._pullback.admits(source, names, self._sources.leaves, self._num_samples):
+            return True
+        self.refuse([source], "per-sample gradients of a large function of it", "large function of the parameter")
+        return False
+
+    def refuse(self, sources: list[Derived], reason: str, kind: str | None = None) -> None:
+        """Note that the parameters behind `sources` have no valid rule, and by which kind of operation."""
+        for name in [name for source in sources for name in self._sources.names(source)]:
+            if kind is not None:
+                self.kinds.setdefault(name, []).append(kind)
+            self._unruled.setdefault(name, reason)
+
+    def backward(self, total: Tensor, *, again: bool) -> None:
+        """See `Capture.backward`."""
+        self._open, self._again = Counter(self._expected), again
+        if self._anchors and total.requires_grad:
+            torch.autograd.grad(total, self._anchors, allow_unused=True, retain_graph=again)
+        for name, use in self._pullback.finish(self._sources.leaves).items():
+            parameter = self._sources.parameters[name]
+            view = View(name, 0, ((parameter.numel(), 1),), tuple(parameter.shape), True)
+            self._uses.setdefault(name, []).append(Placed(view, use))
+        for name in sorted({*self._pulled, *(name for name, count in self._open.items() if count > 0)}):
+            self._finish(name)
+
+    def _anchored(self, output: Tensor) -> Tensor:
+        anchor = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
+        self._anchors.append(anchor)
+        return output + anchor
+
+    def _hooked(self, output: Tensor, wanted: list[tuple[Derived, Tap]]) -> Tensor:
+        # On the tensor and now: a later in-place activation must not change what the gradient refers to. Such a one replaces
+        # the history of a view (what `F.linear` gives for three axes), not that of its base.
+        base: Any = output._base if output._is_view() else output
+        if base.numel() != output.numel() or not (base.is_contiguous() and output.is_contiguous()):
+            base = output = output.clone()
+        shape = output.shape
+        base.register_hook(lambda gradient: self._arrive(wanted, gradient.reshape(shape)))
+        return output
+
+    def _arrive(self, wanted: list[tuple[Derived, Tap]], gradient: Tensor) -> None:
+        with torch.no_grad():
+            for source, tap in reversed(wanted):
+                if source.view is None:
+                    self._pullback.add(source, tap.completed(gradient))
+                    continue
+                name = source.view.name
+                self._uses.setdefault(name, []).append(_placed(source, tap, gradient))
+                self._open[name] -= 1
+                if self._open[name] == 0 and name not in self._pulled:
+                    self._finish(name)
+        if not self._again:  # let go of the operation's input now, as a plain pass does, and not with the whole graph
+            wanted.clear()
+
+    def _finish(self, name: str) -> None:
+        self._open[name] = 0
+        uses = self._uses.pop(name, [])
+        if name not in self._unruled:
+            self.completed(name, uses)
+
+
+def _nobody(name: str, uses: list[Placed]) -> None:
+    """Before a backward pass there is nothing to complete."""
+
+
+def _placed(source: Derived, tap: Tap, gradient: Tensor) -> Placed:
+    assert source.view is not None
+    view, turned = placed(source.view, tap, source.value)
+    return Placed(view, turned.completed(gradient))
+
+
+def _kind(tap: Tap, source: Derived) -> str:
+    if source.view is None:
+        return f"{tap.kind} of a function of it"
+    return tap.kind if source.view.whole else f"{tap.kind} of a part of it"

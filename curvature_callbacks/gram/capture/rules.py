@@ -1,0 +1,178 @@
+"""Rules: which operation makes which use of its parameters.
+
+A rule has the signature of its operation, so that Python binds positional and keyword arguments alike. It returns the taps it
+can vouch for; a tracked parameter left out is spread over the samples or takes the exact fallback row by row.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final, final
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from curvature_callbacks.gram.capture.norm_rules import NORM_RULES
+from curvature_callbacks.gram.uses.convolution import convolution_rule
+from curvature_callbacks.gram.uses.elementwise import Elementwise
+from curvature_callbacks.gram.uses.sample_axis import Layout, LayoutOf
+from curvature_callbacks.gram.uses.uses import Lookup, OuterProduct, Tap
+
+RuleTaps = list[tuple[Tensor, Tap]]
+Rule = Callable[..., RuleTaps]
+
+
+def _linear(layout_of: LayoutOf, output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> RuleTaps:
+    layout = layout_of(output)
+    if layout is None or (input.ndim == 1 and layout.num_samples > 1):
+        return []
+    taps: RuleTaps = [(weight, OuterProduct("linear", layout, input, transposed=False))]
+    return taps + _biases(layout, bias)
+
+
+def _addmm(
+    layout_of: LayoutOf, output: Tensor, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: Any = 1, alpha: Any = 1
+) -> RuleTaps:
+    """Hugging Face's Conv1D: `bias + x @ weight` with weight (d_in, d_out)."""
+    layout = layout_of(output)
+    if layout is None or beta != 1 or alpha != 1 or input.ndim != 1:
+        return []
+    taps: RuleTaps = [(mat2, OuterProduct("transposed linear", layout, mat1, transposed=True))]
+    return taps + _biases(layout, input)
+
+
+def _matmul(layout_of: LayoutOf, output: Tensor, input: Tensor, other: Tensor) -> RuleTaps:
+    """`x @ parameter` with a vector or matrix; `matrix @ x` with a batch of matrices, the sample before their axes."""
+    layout = layout_of(output)
+    if layout is None or output.ndim == 0:
+        return []
+    taps: RuleTaps = []
+    if other.ndim == 1 and input.ndim > 1:
+        column = OuterProduct("matmul", layout, input, transposed=True)
+        taps.append((other, _Rearranged(column, partial(torch.unsqueeze, dim=-1))))
+    if other.ndim == 2 and input.ndim > 1:
+        taps.append((other, OuterProduct("matmul", layout, input, transposed=True)))
+    if input.ndim == 2 and other.ndim > 2:
+        on_columns = OuterProduct("matmul", layout, other.mT, transposed=False)
+        taps.append((input, _Rearranged(on_columns, partial(torch.transpose, dim0=-2, dim1=-1))))
+    return taps
+
+
+@final
+class _Rearranged(Tap):
+    """A matrix product whose output is that of a linear layer with its axes in another place."""
+
+    def __init__(self, product: OuterProduct, rearrange: Callable[[Tensor], Tensor]) -> None:
+        self.kind, self.num_samples = product.kind, product.num_samples
+        self._product = product
+        self._rearrange = rearrange
+
+    def completed(self, gradient: Tensor) -> OuterProduct:
+        """With the output's gradient in the linear layer's places."""
+        return self._product.completed(self._rearrange(gradient))
+
+
+def _bilinear(
+    layout_of: LayoutOf, output: Tensor, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> RuleTaps:
+    layout = layout_of(output)
+    if layout is None or output.ndim < 2:
+        return []
+    pairs = (input1.unsqueeze(-1) * input2.unsqueeze(-2)).flatten(-2)
+    taps: RuleTaps = [(weight, OuterProduct("bilinear", layout, pairs, transposed=False))]
+    return taps + _biases(layout, bias)
+
+
+def _biases(layout: Layout, bias: Tensor | None) -> RuleTaps:
+    return [] if bias is None else [(bias, Elementwise("bias", layout, bias.shape))]
+
+
+def _embedding(
+    layout_of: LayoutOf,
+    output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> RuleTaps:
+    layout = layout_of(output)
+    if layout is None or scale_grad_by_freq or input.ndim == 0:
+        return []
+    row = None if padding_idx is None else padding_idx % weight.shape[0]
+    return [(weight, Lookup(layout, input, row))]
+
+
+def _multiply(layout_of: LayoutOf, output: Tensor, input: Any, other: Any) -> RuleTaps:
+    """`weight * x` in either order: the scale of every Hugging Face RMSNorm, LayerScale."""
+    layout = layout_of(output)
+    return [
+        (parameter, Elementwise("scale", layout, parameter.shape, partial(torch.Tensor.detach, factor)))
+        for parameter, factor in ((input, other), (other, input))
+        if layout and isinstance(factor, Tensor) and _leaves_samples_apart(layout, output, parameter)
+    ]
+
+
+def _add(layout_of: LayoutOf, output: Tensor, input: Any, other: Any, *, alpha: Any = 1) -> RuleTaps:
+    """`x + parameter` in either order: position embeddings, biases kept outside their layer."""
+    layout = layout_of(output)
+    return [
+        (parameter, Elementwise("shift", layout, parameter.shape))
+        for parameter in (input, other)
+        if layout and alpha == 1 and _leaves_samples_apart(layout, output, parameter)
+    ]
+
+
+def _prelu(layout_of: LayoutOf, output: Tensor, input: Tensor, weight: Tensor) -> RuleTaps:
+    layout = layout_of(output)
+    if layout is None:
+        return []
+    aligned = (len(weight), *(1,) * (input.ndim - 2)) if weight.numel() > 1 else (1,)
+    return [(weight, Elementwise("scale", layout, weight.shape, partial(torch.clamp_max, input, 0.0), aligned=aligned))]
+
+
+def _leaves_samples_apart(layout: Layout, output: Tensor, parameter: Any) -> bool:
+    """Whether `parameter` is a tensor broadcast along the axis of `output` that holds the samples."""
+    if not isinstance(parameter, Tensor):
+        return False
+    if parameter.ndim < output.ndim:
+        axis = 1 if layout.samples_on_second_axis(output) else 0
+        return parameter.ndim < output.ndim - axis or parameter.shape[0] == 1
+    return parameter.ndim == output.ndim and parameter.shape[1 if layout.samples_on_second_axis(output) else 0] == 1
+
+
+RULES: Final[dict[Any, Rule]] = {
+    F.linear: _linear,
+    torch.addmm: _addmm,
+    F.embedding: _embedding,
+    F.bilinear: _bilinear,
+    F.prelu: _prelu,
+    F.conv1d: convolution_rule(1),
+    F.conv2d: convolution_rule(2),
+    F.conv3d: convolution_rule(3),
+    **NORM_RULES,
+    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm), _matmul),
+    **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _multiply),
+    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__), _add),
+}
+
+
+_IN_PLACE: Final = frozenset(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "pow", "matmul"))
+
+
+def is_indexing(func: Any) -> bool:
+    """Whether the operation is `tensor[index]`."""
+    return bool(func is Tensor.__getitem__)
+
+
+def is_in_place(func: Any) -> bool:
+    """Whether the operation changes its first operand."""
+    name = str(getattr(func, "__name__", ""))
+    return (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
+
+
+def kind_without_rule(func: Any) -> str:
+    """Name of an operation without a rule here."""
+    return str(getattr(func, "__name__", func)).strip("_")

@@ -1,0 +1,1 @@
+"""Kronecker factors of layers, computed from their uses."""

@@ -1,0 +1,154 @@
+"""Positions: a layer's inputs and output gradients row by row, in pieces of bounded size."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol, final, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from curvature_callbacks.gram.uses.uses import Use
+from curvature_callbacks.linalg.accumulate import gram
+from curvature_callbacks.linalg.kronecker import Factor, factor_of_matrix, factor_of_rows
+from curvature_callbacks.model.loss.sharing import Sharing
+
+Extract = Callable[[Use], tuple[Tensor, Tensor]]
+
+CHUNK_BYTES: Final = 64 << 20  # of copied positions, and of per-sample gradients, at a time
+
+
+@runtime_checkable
+class HasFactors(Protocol):
+    """A use whose per-sample gradient is `sum_t left_t right_t'`."""
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """`(left (N, T, rows), right (N, T, columns))`."""
+        ...
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MicrobatchUses:
+    """What the backward passes over one microbatch did with one weight.
+
+    Attributes:
+        passes: for each backward pass the completed uses of the weight, in one order for all passes; a pass that did not
+            reach the weight has none.
+        counts: (N,) pseudo-samples each row stands for: 1 (also for the exact Fisher, whose passes are positions and classes),
+            times the number of label draws, times n_i for the token unit. 0 leaves the row out (no valid target).
+            The sum over all microbatches is the Fisher's normaliser.
+    """
+
+    passes: Sequence[Sequence[Use]]
+    counts: Tensor
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Positions:
+    """Some rows of one microbatch.
+
+    Attributes:
+        inputs: (n, T, d_in).
+        outputs: for each pass (n, T, d_out).
+        live: (n, T) bool, whether a position has an output gradient in any pass.
+        counts: (n,) float64.
+    """
+
+    inputs: Tensor
+    outputs: list[Tensor]
+    live: Tensor
+    counts: Tensor
+
+    def num_live(self) -> Tensor:
+        """(n,) float64, T_i."""
+        return self.live.sum(1, dtype=torch.float64)
+
+    def weighted_inputs(self, sharing: Sharing) -> Tensor:
+        """Rows (m, d_in) whose second moment is `sum_i c_i sum_t a_it a_it'` or `sum_i c_i a_i a_i'`."""
+        weights = self.live * self.counts[:, None].sqrt()  # (n, T)
+        if sharing == "expand":
+            return (self.inputs * weights[..., None].to(self.inputs.dtype)).flatten(0, 1)
+        means = weights / self.num_live().clamp_min(1.0)[:, None]
+        return (self.inputs * means[..., None].to(self.inputs.dtype)).sum(1)
+
+    def gradients(self, sharing: Sharing) -> Tensor:
+        """Rows (m, d_out) whose second moment is that of the output gradients, by position or summed over positions."""
+        return torch.cat([b.flatten(0, 1) if sharing == "expand" else b.sum(1) for b in self.outputs])
+
+    def mass(self, sharing: Sharing) -> float:
+        """What the second moment of the gradients is divided by: `sum_i c_i T_i`, or `sum c_i` over rows with a position."""
+        live = self.num_live() if sharing == "expand" else self.live.any(1)
+        return (self.counts * live).sum().item()
+
+
+def pieces(
+    microbatches: Sequence[MicrobatchUses], extract: Extract, *, bias: bool, device: torch.device
+) -> Iterator[Positions]:
+    """Rows with a count, copied to `device` in pieces of at most 64 MiB (or one row).
+
+    Args:
+        microbatches: what to go through.
+        extract: `(inputs (N, T, d_in), output gradients (N, T, d_out))` of a use; several uses in a pass are put side by side.
+        bias: whether to append the constant 1 to the inputs.
+        device: where to put them.
+    """
+    for batch in microbatches:
+        reached = [uses for uses in batch.passes if uses]
+        if not reached:
+            continue
+        inputs = [extract(use)[0] for use in reached[0]]
+        outputs = [[extract(use)[1] for use in uses] for uses in reached]
+        rows = batch.counts.nonzero()[:, 0]
+        for part in torch.split(rows, _step([*inputs, *(tensor for found in outputs for tensor in found)])):
+            yield _piece(inputs, outputs, part, batch.counts, bias, device)
+
+
+def _piece(
+    inputs: list[Tensor], outputs: list[list[Tensor]], rows: Tensor, counts: Tensor, bias: bool, device: torch.device
+) -> Positions:
+    a = _side_by_side(inputs, rows, device)
+    b = [_side_by_side(found, rows, device) for found in outputs]
+    return Positions(
+        inputs=pad(a, (0, 1), value=1.0) if bias else a,
+        outputs=b,
+        live=torch.stack([(one != 0).any(-1) for one in b]).any(0),
+        counts=counts[rows].to(device=device, dtype=torch.float64),
+    )
+
+
+def _side_by_side(tensors: Sequence[Tensor], rows: Tensor, device: torch.device) -> Tensor:
+    return torch.cat([tensor[rows.to(tensor.device)] for tensor in tensors], 1).to(device)
+
+
+def _step(tensors: Sequence[Tensor]) -> int:
+    """Rows that fit a piece."""
+    return max(1, CHUNK_BYTES // max(sum(tensor[0].numel() * tensor.element_size() for tensor in tensors), 1))
+
+
+@final
+class SecondMoment:
+    """`sum r r'` over rows r (d,), kept as the rows themselves while these are fewer than d."""
+
+    def __init__(self) -> None:
+        self._rows: list[Tensor] = []
+        self._matrix: Tensor | None = None
+        self._dtype = torch.float64
+
+    def add(self, rows: Tensor) -> None:
+        """Add the products of `rows` (m, d): float64 sums over products in their dtype."""
+        self._dtype = rows.dtype
+        self._rows.append(rows)
+        if self._matrix is None and sum(map(len, self._rows)) < rows.shape[1]:
+            return
+        products = [gram(found.T) for found in self._rows]
+        self._matrix = sum(products, start=torch.zeros_like(products[0]) if self._matrix is None else self._matrix)
+        self._rows = []
+
+    def factor(self, mass: float) -> Factor:
+        """The sum divided by `mass`, or zero where that is; used up by it."""
+        scale = 1.0 / mass if mass > 0 else 0.0
+        if self._matrix is not None:
+            return factor_of_matrix(self._matrix * scale, dtype=self._dtype)
+        return factor_of_rows(torch.cat(self._rows), scale=scale)

@@ -1,0 +1,61 @@
+"""Trust: what earlier probes of a run found out, so that later ones need not."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import final
+
+from curvature_callbacks.errors import CERTIFICATE_FAILED, ProbeError, RefusedError
+from curvature_callbacks.gram.certificate import TOLERANCE, Signature
+from curvature_callbacks.gram.products.scratch import Scratch
+from curvature_callbacks.model.blocks import Blocks
+from curvature_callbacks.model.loss.resolve import LossFunction
+
+
+@final
+@dataclass(slots=True, kw_only=True)
+class Trust:
+    """What earlier probes of a run found out.
+
+    Attributes:
+        loss: the run's loss, which settles its form once.
+        scratch: memory that the Grams work in.
+        blocks: of the parameters with these names.
+        certified: layouts whose Grams were proved.
+        refused: parameter to why its rule is not used any more.
+        positions_first: parameters whose activations are sequence-first.
+        rewritten: parameters that the loss changes in place.
+    """
+
+    loss: LossFunction | None = None
+    scratch: Scratch = field(default_factory=Scratch)
+    blocks: tuple[tuple[str, ...], Blocks] | None = None
+    certified: set[Signature] = field(default_factory=set)
+    refused: dict[str, str] = field(default_factory=dict)
+    positions_first: set[str] = field(default_factory=set)
+    rewritten: set[str] = field(default_factory=set)
+
+    def judge(self, errors: Mapping[str, float], fallback: Mapping[str, str]) -> bool:
+        """Note the parameters whose certificate failed; whether there are any, so that all has to be taken again.
+
+        The first time a parameter's activations are read sequence-first instead, the second time its gradients are taken row
+        by row.
+
+        Raises:
+            ProbeError: nothing can be told at this probe.
+            RefusedError: one fails although it was taken row by row.
+        """
+        failed = {name: error for name, error in errors.items() if not error <= TOLERANCE}
+        for name, error in failed.items():
+            if name in fallback and not math.isfinite(error):
+                raise ProbeError(f"the gradients of `{name}` overflow when those of all rows are added up.")
+            if name in fallback:
+                raise RefusedError(
+                    f"`{name}` fails its certificate (relative error {error:.1e}) even row by row: the samples have no "
+                    "gradients of their own, or the loss is not a fixed function of the parameters."
+                )
+            if name not in self.positions_first:
+                self.positions_first.add(name)
+            else:
+                self.refused[name] = f"{CERTIFICATE_FAILED} (relative error {error:.1e})"
+        return bool(failed)

@@ -1,0 +1,139 @@
+"""SharedGrams: Grams and Kronecker factors of one probe, each computed once for all measurements that ask."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, final
+
+import torch
+
+from curvature_callbacks.errors import LinAlgError
+from curvature_callbacks.gram.block_grams import BlockGrams, GramOptions, block_grams, parameter_operations
+from curvature_callbacks.gram.kronecker.factors import LayerKronecker
+from curvature_callbacks.gram.memory import Trust
+from curvature_callbacks.gram.storage import memory_budget
+from curvature_callbacks.model.blocks import Blocks
+from curvature_callbacks.model.loss.fisher_type import EMPIRICAL, FisherType
+from curvature_callbacks.model.loss.sharing import Sharing
+from curvature_callbacks.model.objective import Objective
+from curvature_callbacks.processes.world import SINGLE, World
+
+_logger = logging.getLogger("curvature_callbacks")
+
+
+@final
+class SharedGrams:
+    """What passes over the microbatches of a probe gave, by type of Fisher.
+
+    Args:
+        objective: the loss of a microbatch.
+        microbatches: what N spans.
+        blocks: name to parameters.
+        trust: what earlier probes of the run found out; updated.
+        seed: of every draw.
+        sharing: types of Fisher whose Grams are to come with Kronecker factors, and how positions enter these.
+        world: the processes whose microbatches N spans.
+        join: see `GramOptions`.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        microbatches: Sequence[Any],
+        blocks: Blocks,
+        *,
+        trust: Trust,
+        seed: int,
+        sharing: Mapping[FisherType, Sharing],
+        world: World = SINGLE,
+        join: bool = True,
+    ) -> None:
+        self._objective = objective
+        self._microbatches = microbatches
+        self._blocks = blocks
+        self._trust = trust
+        self._seed = seed
+        self._sharing = dict(sharing)
+        self._world = world
+        self._join = join
+        self._grams: dict[tuple[FisherType, int | None, bool], BlockGrams] = {}
+        self._kronecker: dict[tuple[FisherType, Sharing], Mapping[str, LayerKronecker]] = {}
+
+    def grams(
+        self, kind: FisherType = EMPIRICAL, *, max_params_per_block: int | None = None, memory_budget: int | None = None
+    ) -> BlockGrams:
+        """Grams of all blocks for a type of Fisher; see `gram.engine.block_grams`. Kept for the next who asks the same.
+
+        Args:
+            kind: type of Fisher.
+            max_params_per_block: count a random part of larger blocks only.
+            memory_budget: bytes on the device for the factors of earlier passes; default see `gram.storage.memory_budget`.
+        """
+        key = self._key(kind, max_params_per_block)
+        if key not in self._grams:
+            sharing = self._sharing.get(kind) if max_params_per_block is None else None
+            if sharing is not None and (kind, sharing) not in self._kronecker:
+                self._with_factors(kind, sharing, memory_budget)
+            if key not in self._grams:
+                self._grams[key] = self._block_grams(kind, max_params_per_block, None, memory_budget)
+        return self._grams[key]
+
+    def kronecker(self, kind: FisherType, *, sharing: Sharing) -> Mapping[str, LayerKronecker]:
+        """Weight to the Kronecker factors of its layer, in the order of the model.
+
+        They come from the pass that gives the Grams, where `sharing` announced them before it or no Gram was asked
+        for yet; otherwise the pass is made again.
+        """
+        key = kind, sharing
+        if key not in self._kronecker:
+            grams = self._block_grams(kind, None, sharing, None)
+            self._kronecker[key] = self._ordered(grams.kronecker)
+            self._grams.setdefault(self._key(kind, None), grams)
+        return self._kronecker[key]
+
+    def _with_factors(self, kind: FisherType, sharing: Sharing, memory: int | None) -> None:
+        """Grams and factors in one pass; neither where there can be no factors: who asks for them meets the cause then."""
+        try:
+            with self._world.together():
+                grams = self._block_grams(kind, None, sharing, memory)
+        except (torch.OutOfMemoryError, LinAlgError) as error:
+            _logger.debug("no Kronecker factors at this probe, its Grams are tried without: %s", error)
+            return
+        self._grams[self._key(kind, None)] = grams
+        self._kronecker[kind, sharing] = self._ordered(grams.kronecker)
+
+    def _ordered(self, layers: Mapping[str, LayerKronecker]) -> dict[str, LayerKronecker]:
+        """In the model's order, not that in which the backward pass met them."""
+        return {name: layers[name] for name in self._objective.parameters if name in layers}
+
+    def _key(self, kind: FisherType, max_params_per_block: int | None) -> tuple[FisherType, int | None, bool]:
+        """Numbers of deterministic algorithms may differ in the last bits from those of others."""
+        return kind, max_params_per_block, torch.are_deterministic_algorithms_enabled()
+
+    def _block_grams(
+        self, kind: FisherType, max_params_per_block: int | None, sharing: Sharing | None, memory: int | None
+    ) -> BlockGrams:
+        options = GramOptions(
+            kind=kind,
+            max_params_per_block=max_params_per_block,
+            sharing=sharing,
+            budget=memory_budget(self._objective.device, memory),
+            join=self._join,
+        )
+        return block_grams(
+            self._objective,
+            self._microbatches,
+            self._blocks,
+            trust=self._trust,
+            seed=self._seed,
+            options=options,
+            world=self._world,
+        )
+
+    @cached_property
+    def operations(self) -> Mapping[str, list[str]]:
+        """Parameter to the operations that use it. Cost: nothing beside `grams`, else one forward pass."""
+        for found in self._grams.values():
+            if all(name in found.kinds for name in found.fallback):  # what earlier probes refused is not watched any more
+                return found.kinds
+        return parameter_operations(self._objective, self._microbatches[0], world=self._world)

@@ -1,0 +1,1 @@
+"""Products: Grams of one parameter, computed from its uses."""

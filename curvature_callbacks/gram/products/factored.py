@@ -1,0 +1,68 @@
+"""Factored Grams: from inner products of inputs and of output gradients, without any per-sample gradient."""
+
+from collections.abc import Sequence
+from typing import Final
+
+from torch import Tensor
+from torch.nn.functional import pad
+
+from curvature_callbacks.gram.products.pixel_pairs import pair_gram
+from curvature_callbacks.gram.products.scratch import Scratch
+from curvature_callbacks.gram.uses.convolution import Convolution
+from curvature_callbacks.gram.uses.uses import OuterProduct, Use
+
+_PAIRS: Final = 1 << 22  # most position pairs held: 32 MiB in float64, three of which exist at a time
+
+_Factors = tuple[list[Tensor], list[Tensor]]
+
+
+def factored_gram(uses: Sequence[Sequence[Use]], sizes: Sequence[int], scratch: Scratch) -> Tensor | None:
+    """`K_ij = sum_{t,s} (a_it . a_js)(b_it . b_js)`, (S, S) float64, where that is cheaper than gradients; else None.
+
+    Args:
+        uses: for each pass those of one parameter; one a pass is what this form can do.
+        sizes: samples of each pass.
+        scratch: remembers products.
+
+    Cost: `2 N^2 T^2 (d_in + d_out)` operations; for convolutions see `pair_gram`.
+    """
+    if any(len(found) > 1 for found in uses):
+        return None
+    products = [use for found in uses for use in found if isinstance(use, OuterProduct | Convolution) and use.is_product]
+    if len(products) == sum(map(len, uses)):
+        factors = _cheap_factors(products, uses, sizes)
+        return None if factors is None else _inner_products(*factors, scratch)
+    kernels = [use for found in uses for use in found if isinstance(use, Convolution)]
+    return pair_gram(kernels) if len(kernels) == len(uses) else None
+
+
+def _cheap_factors(
+    products: Sequence[OuterProduct | Convolution], uses: Sequence[Sequence[Use]], sizes: Sequence[int]
+) -> _Factors | None:
+    """`(left (n, T, d1), right (n, T, d2))` of every pass, in two lists."""
+    N = sum(sizes)
+    left, right = products[0].factors()
+    T, d1, d2 = left.shape[1], left.shape[2], right.shape[2]
+    if T * T * (d1 + d2) >= d1 * d2 * (1 + T / N) or (N * T) ** 2 > _PAIRS:
+        return None
+    rest = iter(products)
+    pairs = [next(rest).factors() if found else _nothing(size, d1, d2, left) for found, size in zip(uses, sizes, strict=True)]
+    T = max(left.shape[1] for left, _ in pairs)
+    return None if (N * T) ** 2 > _PAIRS else ([_padded(a, T) for a, _ in pairs], [_padded(b, T) for _, b in pairs])
+
+
+def _nothing(size: int, d1: int, d2: int, example: Tensor) -> tuple[Tensor, Tensor]:
+    return example.new_zeros(size, 1, d1), example.new_zeros(size, 1, d2)
+
+
+def _padded(factor: Tensor, T: int) -> Tensor:
+    """With `T` positions: zero ones add nothing."""
+    missing = T - factor.shape[1]
+    return pad(factor, (0, 0, 0, missing)) if missing else factor
+
+
+def _inner_products(lefts: Sequence[Tensor], rights: Sequence[Tensor], scratch: Scratch) -> Tensor:
+    N, T = sum(map(len, lefts)), lefts[0].shape[1]
+    pairs = [scratch.gram([factor.flatten(0, 1) for factor in factors]) for factors in (rights, lefts)]
+    products = pairs[0] * pairs[1]  # (N T, N T)
+    return products if T == 1 else products.reshape(N, T, N, T).sum((1, 3))

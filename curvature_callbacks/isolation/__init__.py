@@ -1,0 +1,1 @@
+"""Leave no trace: what a probe saves before and puts back after."""

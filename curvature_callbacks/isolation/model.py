@@ -1,0 +1,274 @@
+"""Isolation: whatever a probe does, the training run finds everything as it left it."""
+
+import os
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Final
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from curvature_callbacks.errors import ConfigurationError
+from curvature_callbacks.isolation.precision import full_precision
+from curvature_callbacks.isolation.replicas import attributes_set_aside, refill
+from curvature_callbacks.library_internals import is_fully_sharded, reshard
+
+_DETERMINISTIC_CUBLAS: Final = (":4096:8", ":16:8")  # the two settings PyTorch accepts
+
+
+@contextmanager
+def isolated(model: nn.Module, *, seed: int) -> Iterator[None]:
+    """Evaluation mode, full float32, math attention, eager stance and seeded generators; everything restored on the way out.
+
+    Saved and restored, also after an exception: generators (torch CPU, the model's accelerator, NumPy, Python), attributes
+    and parts of every submodule (a forward pass works on replicas of what they keep), the `training` flag of each, identity
+    and content of every buffer, matmul precision, SDPA backend, compile stance, autocast, grad mode, activation
+    checkpointing, the implementation of experts, the `forward` that accelerate patches for mixed precision (the original one
+    runs inside), and FSDP2's hooks (none run inside). Not touched at all: parameters, `.grad`, other hooks, optimizers, data
+    loaders.
+
+    Args:
+        model: the module training runs, unwrapped (no DDP, no `torch.compile` wrapper).
+        seed: seeds the global generators inside, so that augmentations of a probe are the same in every process.
+
+    Cost: one copy of the buffers and of the small attributes.
+    """
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    modules = list(model.modules())
+    with ExitStack() as stack:
+        stack.enter_context(_generators(device, seed))
+        stack.enter_context(attributes_set_aside(modules))
+        stack.enter_context(_training_flags(modules))
+        stack.enter_context(_buffers(modules))
+        stack.enter_context(_unpatched_forward(modules))
+        stack.enter_context(_no_sharding_hooks(modules))
+        stack.enter_context(full_precision())
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # fused kernels have no second derivative
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # a compiled graph cannot be differentiated twice
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(_no_checkpointing())
+        stack.enter_context(_eager_experts(modules))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        yield
+
+
+@contextmanager
+def deterministic_algorithms(device: torch.device, *, enabled: bool = True) -> Iterator[None]:
+    """PyTorch's deterministic algorithms inside, and no choice of cuDNN's by timing; as found on the way out.
+
+    Raises:
+        ConfigurationError: the device is CUDA and cuBLAS has not been told to be deterministic when the process started.
+        RuntimeError: an operation inside has no deterministic algorithm.
+    """
+    if not enabled:
+        yield
+        return
+    if device.type == "cuda" and os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in _DETERMINISTIC_CUBLAS:
+        raise ConfigurationError(
+            "`deterministic`=True on CUDA needs the environment variable CUBLAS_WORKSPACE_CONFIG set to one of "
+            f"{', '.join(_DETERMINISTIC_CUBLAS)} before the process starts."
+        )
+    found = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark = torch.backends.cudnn.benchmark
+    try:
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = benchmark
+        torch.use_deterministic_algorithms(found[0], warn_only=found[1])
+
+
+@contextmanager
+def seeded(model: nn.Module, *, seed: int) -> Iterator[None]:
+    """The global generators begin at `seed`, and go on afterwards where they were."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    with _generators(device, seed):
+        yield
+
+
+@contextmanager
+def _generators(device: torch.device, seed: int) -> Iterator[None]:
+    restores = [_save_torch_cpu(seed), _save_python(seed)]
+    if "numpy" in sys.modules:
+        restores.append(_save_numpy(seed))
+    if device.type == "cuda":
+        restores.append(_save_cuda(device, seed))
+    try:
+        yield
+    finally:
+        for restore in restores:
+            restore()
+
+
+def _save_torch_cpu(seed: int) -> Callable[[], None]:
+    # `torch.manual_seed` would also move the generators of every accelerator on the machine.
+    generator = torch.default_generator
+    state = generator.get_state()
+    generator.manual_seed(seed)
+    return lambda: _discard(generator.set_state(state))
+
+
+def _save_cuda(device: torch.device, seed: int) -> Callable[[], None]:
+    state = torch.cuda.get_rng_state(device)
+    with torch.cuda.device(device):
+        torch.cuda.manual_seed(seed)
+    return lambda: torch.cuda.set_rng_state(state, device)
+
+
+def _save_python(seed: int) -> Callable[[], None]:
+    state = random.getstate()
+    random.seed(seed)
+    return lambda: random.setstate(state)
+
+
+def _save_numpy(seed: int) -> Callable[[], None]:
+    generator: Any = sys.modules["numpy"].random
+    state = generator.get_state()
+    generator.seed(seed % 2**32)
+    return lambda: _discard(generator.set_state(state))
+
+
+def _discard(_: object) -> None:
+    return None
+
+
+@contextmanager
+def _training_flags(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Evaluation mode by flag, module by module: `model.train()` afterwards would unfreeze what the user froze."""
+    flags = [(module, module.training) for module in modules]
+    try:
+        for module, _ in flags:
+            module.training = False
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+@contextmanager
+def _buffers(modules: Sequence[nn.Module]) -> Iterator[None]:
+    saved = [(module, dict(module._buffers), _copies(module._buffers)) for module in modules]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, buffers, contents in saved:
+                _restore_buffers(module, buffers, contents)
+
+
+def _copies(buffers: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    return {name: buffer.detach().clone() for name, buffer in buffers.items() if buffer is not None}
+
+
+def _restore_buffers(module: nn.Module, buffers: dict[str, Tensor | None], contents: dict[str, Tensor]) -> None:
+    for name, content in contents.items():
+        buffer = buffers[name]
+        if buffer is not None and not _same(buffer, content):
+            buffer.copy_(content)
+    refill(module._buffers, buffers)
+
+
+def _same(buffer: Tensor, content: Tensor) -> bool:
+    if buffer.layout is not torch.strided or buffer.is_meta:  # which `equal` does not know; there is nothing in the latter
+        return buffer.is_meta
+    if buffer.shape != content.shape or torch.equal(buffer, content):
+        return buffer.shape == content.shape
+    return bool(((buffer == content) | (buffer.isnan() & content.isnan())).all())
+
+
+@contextmanager
+def _unpatched_forward(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Without the autocast that accelerate writes over `forward`, on any module that carries its mark."""
+    patched = [
+        (module, module.__dict__["forward"], module.__dict__["_original_forward"])
+        for module in modules
+        if "forward" in module.__dict__ and "_original_forward" in module.__dict__
+    ]
+    try:
+        for module, _, original in patched:
+            module.__dict__["forward"] = original
+        yield
+    finally:
+        for module, forward, _ in patched:
+            module.__dict__["forward"] = forward
+
+
+@contextmanager
+def _no_sharding_hooks(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """FSDP2 without its gathering: a probe passes whole parameters of its own, in full precision, and shards stay shards."""
+    reshard(modules)
+    hooked: list[Any] = [
+        hooks for module in modules if is_fully_sharded(module) for hooks in (module._forward_pre_hooks, module._forward_hooks)
+    ]
+    saved = [dict(hooks) for hooks in hooked]
+    try:
+        for hooks in hooked:
+            for key in [key for key, hook in hooks.items() if _is_sharding_hook(hook)]:
+                del hooks[key]
+        yield
+    finally:
+        for hooks, found in zip(hooked, saved, strict=True):
+            hooks.clear()
+            hooks.update(found)
+
+
+def _is_sharding_hook(hook: Any) -> bool:
+    """By where it is written: for a group of modules it is no method of FSDP's state but a function."""
+    function = getattr(hook, "__func__", hook)
+    return str(getattr(function, "__module__", "")).startswith("torch.distributed.fsdp")
+
+
+@contextmanager
+def _no_checkpointing() -> Iterator[None]:
+    """Checkpointed functions as plain calls: recomputation happens outside what a probe sets up, and the reentrant kind knows
+    no `autograd.grad`. By the two names that `torch.utils.checkpoint.checkpoint` looks up, so that imported copies follow."""
+    module: Any = torch.utils.checkpoint
+    names = ("CheckpointFunction", "_checkpoint_without_reentrant_generator")
+    saved = {name: getattr(module, name) for name in names if hasattr(module, name)}
+    try:
+        if len(saved) == len(names):
+            module.CheckpointFunction = _PlainCall
+            module._checkpoint_without_reentrant_generator = _nothing_around
+        yield
+    finally:
+        for name, original in saved.items():
+            setattr(module, name, original)
+
+
+@contextmanager
+def _eager_experts(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Hugging Face's mixtures of experts one expert at a time: grouped products keep no sample apart and know no float64."""
+    configs: dict[int, Any] = {id(config): config for module in modules if (config := _expert_config(module)) is not None}
+    saved = [(config, config._experts_implementation) for config in configs.values()]
+    try:
+        for config, _ in saved:
+            config._experts_implementation = "eager"
+        yield
+    finally:
+        for config, implementation in saved:
+            config._experts_implementation = implementation
+
+
+def _expert_config(module: nn.Module) -> Any:
+    """The configuration of a module that says how its experts are run, where it says so."""
+    config = getattr(module, "config", None)
+    return None if getattr(config, "_experts_implementation", None) in (None, "eager") else config
+
+
+class _PlainCall:
+    """In place of the reentrant checkpoint."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+def _nothing_around(*args: Any, **kwargs: Any) -> Iterator[None]:
+    """In place of what the other kind does before and after the call."""
+    yield

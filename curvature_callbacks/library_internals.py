@@ -1,0 +1,42 @@
+"""Sharding: how a model lies over processes, as a whole on each (DDP) or in parts (FSDP2), and what cannot be measured."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from curvature_callbacks.errors import ConfigurationError
+
+
+def reshard(modules: Iterable[nn.Module]) -> None:
+    """Free whole parameters that FSDP2 holds: those of the root stay after a forward pass without gradients (validation).
+
+    Nothing is lost: the next forward pass gathers them again.
+    """
+    for module in modules:
+        if is_fully_sharded(module):
+            module.reshard()  # type: ignore[operator]
+
+
+def sharded_parameters(module: nn.Module) -> list[tuple[nn.Parameter, list[tuple[nn.Module, str]]]]:
+    """Parameters that FSDP2 alone has sharded and gathers for `module`, each with the modules that know it and by what name."""
+    if not is_fully_sharded(module):
+        return []
+    state: Any = module._get_fsdp_state()  # type: ignore[operator]
+    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+    members = [member for group in groups if group is not None for member in group.fsdp_params if not member.is_dtensor]
+    if any(getattr(member, "offload_to_cpu", False) for member in members):
+        raise ConfigurationError(
+            "parameters of FSDP2 are offloaded to the host: that is not supported, leave out `CPUOffloadPolicy`."
+        )
+    return [(member.sharded_param, _places(member._module_info)) for member in members]
+
+
+def _places(info: Any) -> list[tuple[nn.Module, str]]:
+    shared = zip(info.shared_modules, info.shared_param_names, strict=True)
+    return [(info.module, info.param_name), *shared]
+
+
+def is_fully_sharded(module: nn.Module) -> bool:
+    """Whether `fully_shard` was applied to it."""
+    return hasattr(module, "_get_fsdp_state")

@@ -1,0 +1,34 @@
+"""Where the records of a Lightning run go: its loggers, and a file that holds everything."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import final
+
+from curvature_callbacks.lightning.framework import Logger, TensorBoardLogger, Trainer
+from curvature_callbacks.record import Record, scalar_tags
+from curvature_callbacks.sinks import JSONLinesSink, Sink
+from curvature_callbacks.sinks.tensorboard import TensorBoardSink
+
+
+def logger_sinks(trainer: Trainer) -> list[Sink]:
+    """The file in the run's directory, then one sink a logger; none in a `fast_dev_run`."""
+    directory = trainer.log_dir  # on all ranks: it broadcasts
+    if getattr(trainer, "fast_dev_run", False):
+        return []
+    path = Path(directory or trainer.default_root_dir) / "curvature.jsonl"
+    return [JSONLinesSink(path), *map(_logger_sink, trainer.loggers)]
+
+
+def _logger_sink(logger: Logger) -> Sink:
+    return TensorBoardSink(logger.experiment) if isinstance(logger, TensorBoardLogger) else _ScalarSink(logger)
+
+
+@final
+class _ScalarSink:
+    """Scalars straight to a logger: `self.log` from a callback repeats, drops or moves values."""
+
+    def __init__(self, logger: Logger) -> None:
+        self._logger = logger
+
+    def write(self, records: Sequence[Record]) -> None:
+        self._logger.log_metrics(scalar_tags(records), step=records[0].step)

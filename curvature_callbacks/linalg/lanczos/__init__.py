@@ -1,0 +1,5 @@
+"""Eigenpairs of an operator by Lanczos."""
+
+from curvature_callbacks.linalg.lanczos.solver import lanczos
+
+__all__ = ["lanczos"]

@@ -1,0 +1,241 @@
+"""Lanczos for the outer eigenpairs of a symmetric operator: full basis or restarted, with a residual for every pair."""
+
+import time
+from typing import Final, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from curvature_callbacks.device import device_budget
+from curvature_callbacks.errors import ConfigurationError, check_choice, check_positive
+from curvature_callbacks.linalg.eigenpairs import Eigenpairs
+from curvature_callbacks.linalg.inner_products import InnerProducts
+from curvature_callbacks.linalg.lanczos.iteration import LOOK_EVERY, Iteration
+from curvature_callbacks.linalg.lanczos.krylov import Krylov
+from curvature_callbacks.linalg.lanczos.reorthogonalisation import Full, Off, Partial, Reorthogonalisation, Selective
+from curvature_callbacks.linalg.lanczos.ritz import Ritz
+from curvature_callbacks.linalg.lanczos.wanted import Which, wanted
+from curvature_callbacks.linalg.operator import Operator
+
+__all__ = ["ReorthMode", "Which", "check_options", "lanczos"]
+
+ReorthMode = Literal["auto", "full", "partial", "selective", "off", "thick_restart"]
+
+_SWEEP: Final = 1e-5  # a run to this accuracy or better also asks that no copy of a multiple eigenvalue is missing
+_DEFAULT_BASIS: Final = 40  # 10 + 5 pairs of a GPT-2: 168 products with 30 vectors, 145 with 40, 130 with 60
+_LEAST_ROOM: Final = 8  # basis vectors beyond the wanted ones that a restarted run needs at least
+_NOISE_SHARE: Final = 0.1  # of a warm start; between 0.003 and 1 products differed by one at most, so what lacks can be found
+
+
+def lanczos(
+    operator: Operator,
+    *,
+    k: int,
+    which: Which = "LA",
+    tol: float = 1e-3,
+    max_matvecs: int | None = None,
+    max_seconds: float | None = None,
+    reorth_mode: ReorthMode = "auto",
+    reorth_window: int = 8,
+    reorth_period: int = 5,
+    basis_size: int | None = None,
+    initial_vectors: Tensor | None = None,
+    seed: int = 0,
+    return_eigenvectors: bool = False,
+    true_residuals: bool = False,
+) -> Eigenpairs:
+    """The `k` outer eigenpairs of a symmetric operator, with a residual for each.
+
+    `A Q_m = Q_m T_m + beta_m q_{m+1} e_m'`, theta and s from `T_m s = theta s`, residual `|beta_m s_m|`. Per step: three-term
+    recurrence first, then what `reorth_mode` says. Inner products and T are float64. A vanishing beta (an invariant subspace)
+    is deflation: the run continues with a random vector in the orthogonal complement, until that holds no further copy of a
+    wanted eigenvalue. One Krylov space shows one copy of a multiple eigenvalue only: a run with `tol` of 1e-5 or less looks
+    for others in the complement of what it found before it ends; one with a larger `tol` does not. Assumed and unchecked:
+    symmetry (the measured `asymmetry` is reported).
+
+    Args:
+        operator: symmetric operator on vectors (P,). An attribute `space` says how inner products of sharded vectors add up.
+        k: wanted pairs; at most P are returned.
+        which: as in SciPy's `eigsh`: `LA` largest, `SA` smallest, `LM` largest magnitude, `BE` half from each end (the odd
+            one from the top).
+        tol: a pair has converged when its residual is at most `max(tol |theta|, 10 eps |lambda|_max)`.
+        max_matvecs: most products, at least `k` (up to 4 more are lost to each deflation); default `max(100, 2 k + 20)`. Pairs
+            that have not converged by then are returned and flagged.
+        max_seconds: stop at the first look after this time, likewise.
+        reorth_mode: orthogonalisation of each new vector beyond the recurrence.
+            `full`: against the whole basis.
+            `partial`: against the whole basis only where a running estimate says that orthogonality would be lost to
+            `sqrt(eps)`; the same pairs, about half the passes.
+            `selective`: against the last `reorth_window` vectors, and against all at two of every `reorth_period` steps; more
+            often once that proves too rare.
+            `off`: none. Ghosts (copies of converged pairs) are found by their vectors and dropped, here and in `selective`.
+            `thick_restart`: full, in a basis of `basis_size` vectors that is compressed to its best Ritz vectors when full
+            (Wu and Simon 2000).
+            `auto`: where a basis of `max_matvecs` vectors fits the device's memory budget, `partial` on a CPU and `full`
+            elsewhere (`partial` is told of the recurrence at looks only there, and steps that prove lost cost products); else
+            `thick_restart` with as many as fit.
+        reorth_window: of `selective`.
+        reorth_period: of `selective`.
+        basis_size: vectors of `thick_restart`, at least `k + 8`; default `max(2 k + 20, 40)`.
+        initial_vectors: (P, j) eigenvectors of a similar operator: the run starts from their sum, with a tenth of random noise.
+            Their lengths are weights; `Eigenpairs.starting_vector` gives those that converge late more.
+        seed: seed of random vectors, drawn from a private generator.
+        return_eigenvectors: also return the Ritz vectors (P, k).
+        true_residuals: replace the residual estimates by `||A v - theta v||_2`, at `k` further products (on top of
+            `max_matvecs`).
+
+    Returns:
+        The pairs, eigenvalues descending.
+
+    Raises:
+        ConfigurationError: a bad option, before the first product.
+        ProbeError: a product is not finite.
+
+    Cost: one product and about `4 m P` multiplications at step m; memory `(max_matvecs + 1) P` in the operator's dtype,
+    `(basis_size + 1) P` for `thick_restart`.
+
+    References: Parlett, The Symmetric Eigenvalue Problem (1998), chapter 13; Daniel, Gragg, Kaufman and Stewart (1976); Wu and
+    Simon, "Thick-restart Lanczos method for large symmetric eigenvalue problems" (2000).
+
+    Example:
+        >>> import torch
+        >>> from curvature_callbacks.linalg.operator import MatrixOperator
+        >>> A = torch.diag(torch.arange(-2.0, 8.0, dtype=torch.float64))
+        >>> [round(value, 6) for value in lanczos(MatrixOperator(A), k=3, which="BE").eigenvalues.tolist()]
+        [7.0, 6.0, -2.0]
+    """
+    check_options(k=k, which=which, tol=tol, max_matvecs=max_matvecs, max_seconds=max_seconds, reorth_mode=reorth_mode)
+    check_positive("reorth_window", reorth_window)
+    check_positive("reorth_period", reorth_period)
+    _check_basis_size(basis_size, k, reorth_mode)
+    _check_initial_vectors(initial_vectors, operator)
+    start = time.perf_counter()
+    budget = max(100, 2 * k + 20) if max_matvecs is None else max_matvecs
+    mode, capacity = _basis(operator, k, budget, reorth_mode, basis_size)
+    krylov = Krylov(
+        operator,
+        capacity,
+        seed=seed,
+        start=_start(initial_vectors, operator, seed),
+        policy=_policy(mode, operator, window=reorth_window, period=reorth_period),
+    )
+    run = Iteration(
+        krylov=krylov,
+        wanted=wanted(k, which).at_most(krylov.dimension),
+        tol=tol,
+        max_matvecs=budget,
+        deadline=None if max_seconds is None else start + max_seconds,
+        patience=LOOK_EVERY,
+        hurried=initial_vectors is not None and k == 1,
+        sweeping=tol <= _SWEEP,
+    )
+    ritz = run.result()
+    vectors = krylov.vectors(ritz.coordinates) if return_eigenvectors or true_residuals else None
+    if true_residuals and vectors is not None:
+        ritz.residuals = _true_residuals(operator, vectors, ritz)
+        krylov.num_matvecs += vectors.shape[1]
+    return Eigenpairs(
+        eigenvalues=ritz.values,
+        residuals=ritz.residuals,
+        converged=ritz.converged(tol),
+        eigenvectors=vectors if return_eigenvectors else None,
+        num_matvecs=krylov.num_matvecs,
+        which=which,
+        reorth_mode=mode,
+        is_psd=operator.is_psd,
+        tol=tol,
+        lambda_abs_max=ritz.scale,
+        asymmetry=krylov.asymmetry / ritz.scale if ritz.scale > 0 else 0.0,
+        seconds=time.perf_counter() - start,
+        warnings=_warnings(ritz, k, krylov, tol),
+    )
+
+
+def check_options(
+    *,
+    k: int,
+    which: str,
+    tol: float,
+    max_matvecs: int | None,
+    max_seconds: float | None = None,
+    reorth_mode: str = "auto",
+) -> None:
+    """Raise a `ConfigurationError` unless a run can have these."""
+    check_positive("k", k)
+    check_choice("which", which, get_args(Which))
+    check_choice("reorth_mode", reorth_mode, get_args(ReorthMode))
+    if max_matvecs is not None and max_matvecs < k:
+        raise ConfigurationError(f"`max_matvecs` must be at least `k`={k}, got {max_matvecs}.")
+    if not tol > 0:
+        raise ConfigurationError(f"`tol` must be positive, got {tol!r}.")
+    if max_seconds is not None and not max_seconds > 0:
+        raise ConfigurationError(f"`max_seconds` must be positive, got {max_seconds!r}.")
+
+
+def _check_basis_size(basis_size: int | None, k: int, reorth_mode: ReorthMode) -> None:
+    if basis_size is None:
+        return
+    if reorth_mode != "thick_restart":
+        raise ConfigurationError(f"`basis_size` needs `reorth_mode`='thick_restart', got {reorth_mode!r}.")
+    if basis_size < k + _LEAST_ROOM:
+        raise ConfigurationError(f"`basis_size` must be at least `k` + {_LEAST_ROOM} = {k + _LEAST_ROOM}, got {basis_size}.")
+
+
+def _check_initial_vectors(vectors: Tensor | None, operator: Operator) -> None:
+    if vectors is not None and (vectors.ndim != 2 or vectors.shape[0] != operator.shape[0] or vectors.shape[1] == 0):
+        raise ConfigurationError(
+            f"`initial_vectors` must have shape ({operator.shape[0]}, j), one vector a column, got {tuple(vectors.shape)}."
+        )
+
+
+def _basis(operator: Operator, k: int, budget: int, mode: ReorthMode, size: int | None) -> tuple[ReorthMode, int]:
+    """The mode that runs and the basis vectors it has."""
+    if mode == "thick_restart":
+        return mode, size or max(2 * k + 20, _DEFAULT_BASIS)
+    if mode != "auto":
+        return mode, budget
+    vector = operator.shape[0] * operator.dtype.itemsize
+    products = InnerProducts(operator)
+    fitting = int(products.average(device_budget(operator.device) // max(vector, 1) - 1))
+    if min(budget, products.dimension(operator.shape[0])) <= fitting:
+        return ("partial" if products.reads_are_free else "full"), budget
+    return "thick_restart", max(k + _LEAST_ROOM, fitting)
+
+
+def _policy(mode: ReorthMode, operator: Operator, *, window: int, period: int) -> Reorthogonalisation:
+    if mode == "partial":
+        ahead = 1 if InnerProducts(operator).reads_are_free else LOOK_EVERY
+        return Partial(eps=torch.finfo(operator.dtype).eps, ahead=ahead)
+    if mode == "selective":
+        return Selective(eps=torch.finfo(operator.dtype).eps, window=window, period=period)
+    return Off() if mode == "off" else Full()
+
+
+def _start(vectors: Tensor | None, operator: Operator, seed: int) -> Tensor | None:
+    """Their sum, of unit length, plus noise: what they lack must still be found."""
+    if vectors is None:
+        return None
+    products = InnerProducts(operator)
+    norm = products.norm
+    together = vectors.to(operator.device, operator.dtype).sum(1)
+    noise = torch.randn(len(together), generator=products.random(seed), dtype=operator.dtype).to(operator.device)
+    return together / norm(together).to(together.dtype) + _NOISE_SHARE * noise / norm(noise).to(noise.dtype)
+
+
+def _true_residuals(operator: Operator, vectors: Tensor, ritz: Ritz) -> Tensor:
+    norm = InnerProducts(operator).norm
+    differences = operator.matmat(vectors) - vectors * ritz.values.to(vectors)
+    return torch.stack([norm(column.contiguous()).cpu() for column in differences.T]).clamp_min(ritz.floor)
+
+
+def _warnings(ritz: Ritz, k: int, krylov: Krylov, tol: float) -> tuple[str, ...]:
+    messages = []
+    if k > krylov.dimension:
+        messages.append(f"`k`={k} exceeds the dimension {krylov.dimension}: {krylov.dimension} pairs are returned.")
+    missing = int((~ritz.converged(tol)).sum())
+    if missing:
+        messages.append(f"{missing} of {len(ritz.values)} pairs did not reach `tol`={tol:g}: raise `max_matvecs` or `tol`.")
+    absent = min(k, krylov.dimension) - len(ritz.values)
+    if absent:
+        messages.append(f"{absent} further pairs were only ghosts of these: raise `max_matvecs` or use `reorth_mode`='full'.")
+    return tuple(messages)

@@ -1,0 +1,174 @@
+"""Losses of single samples: whatever the run's loss is, as a sum over rows with its count of valid targets."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, Literal, TypeGuard, final, get_args
+
+import torch
+from torch import Tensor, nn
+
+from curvature_callbacks.batches import batch_size
+from curvature_callbacks.errors import ConfigurationError, check_choice
+from curvature_callbacks.model.loss.own import OwnLoss
+from curvature_callbacks.model.loss.sample_losses import (
+    IGNORED,
+    Predictive,
+    SampleLosses,
+    binary_cross_entropies,
+    cross_entropy,
+    squared_errors,
+)
+
+__all__ = [
+    "Criterion",
+    "Loss",
+    "LossCallable",
+    "LossFunction",
+    "Predictive",
+    "SampleLosses",
+    "TargetLossName",
+    "is_function",
+    "resolve_loss",
+]
+
+TargetLossName = Literal["cross_entropy", "mse", "bce"]
+Criterion = nn.CrossEntropyLoss | nn.MSELoss | nn.BCEWithLogitsLoss
+LossCallable = Callable[[nn.Module, Any], Tensor | SampleLosses]  # the latter from the package itself
+Loss = TargetLossName | Criterion | LossCallable | None
+LossFunction = Callable[[nn.Module, Any], SampleLosses]
+
+_CRITERIA: Final = {nn.CrossEntropyLoss: "cross_entropy", nn.MSELoss: "mse", nn.BCEWithLogitsLoss: "bce"}
+
+
+def is_function(loss: Loss) -> TypeGuard[LossCallable]:
+    """Whether it is a function of the user's, and no criterion of torch (which all derive from one class)."""
+    return callable(loss) and not isinstance(loss, nn.modules.loss._Loss)
+
+
+def resolve_loss(loss: Loss, batch: Any) -> LossFunction:
+    """The function that gives the `SampleLosses` of any batch shaped like `batch`.
+
+    Args:
+        loss: None for the model's own `.loss` (mapping batches), `cross_entropy`, `mse` or `bce` for `(inputs, targets)`
+            batches, or `(model, batch) -> scalar mean | (N,) losses`. PyTorch's `CrossEntropyLoss`, `MSELoss` and
+            `BCEWithLogitsLoss` with `reduction="mean"` and without weights mean the same as these names, the first with its
+            `label_smoothing` and `ignore_index`. It may also come with mapping batches: then it takes the positions and
+            the shift of the model's own cross-entropy and smooths its labels.
+        batch: an example.
+
+    Raises:
+        ConfigurationError: the loss cannot be determined from these; for None at the first call, when the model gives none.
+    """
+    if isinstance(loss, nn.modules.loss._Loss):
+        return _criterion_loss(loss, batch)
+    if callable(loss):
+        return _CallableLoss(loss)
+    if loss is not None:
+        check_choice("loss", loss, get_args(TargetLossName))
+        return _target_loss(loss, loss, batch)
+    if not isinstance(batch, Mapping):
+        raise ConfigurationError(
+            f"the loss of a {type(batch).__name__} batch cannot be determined: pass a loss function "
+            "`(model, batch) -> scalar mean or (N,) losses`, or the name of one "
+            f"({', '.join(get_args(TargetLossName))}) for `(inputs, targets)` batches."
+        )
+    return OwnLoss()
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _CallableLoss:
+    """A function: of a user's the value is all that is known, neither single targets nor the likelihood."""
+
+    function: LossCallable
+
+    def __call__(self, model: nn.Module, batch: Any) -> SampleLosses:
+        value = self.function(model, batch)
+        if isinstance(value, SampleLosses):
+            return value
+        if not isinstance(value, Tensor):
+            raise ConfigurationError(
+                f"the loss function returned {type(value).__name__} instead of a tensor: return the mean loss of the batch "
+                "or one loss per row."
+            )
+        size = batch_size(batch)
+        ones = torch.ones(size, dtype=torch.int64, device=value.device)
+        if value.ndim == 0:
+            return SampleLosses(value * size, ones, None)
+        if value.shape == (size,):
+            return SampleLosses(value.sum(), ones, value)
+        raise ConfigurationError(
+            f"the loss function returned shape {tuple(value.shape)} for a batch of {size} rows: return a scalar mean or "
+            f"({size},) losses."
+        )
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _TargetLoss:
+    """A standard loss on `(inputs, targets)`: mean over rows, for cross-entropy over the targets that are not ignored."""
+
+    form: Callable[[Tensor, Tensor], SampleLosses]
+    has_classes: bool  # on axis 1 of the logits, and of targets that are probabilities
+
+    def __call__(self, model: nn.Module, batch: Any) -> SampleLosses:
+        inputs, targets = batch[0], batch[1]
+        output = model(inputs)
+        logits = getattr(output, "logits", output)
+        if self.has_classes:
+            return self.form(_classes_last(logits), _classes_last(targets) if targets.is_floating_point() else targets)
+        return self.form(logits, targets)
+
+
+def _classes_last(tensor: Tensor) -> Tensor:
+    return tensor.movedim(1, -1) if tensor.ndim > 2 else tensor
+
+
+def _criterion_loss(criterion: nn.Module, batch: Any) -> LossFunction:
+    """The loss a criterion of PyTorch stands for, where it is a mean over targets that all weigh the same."""
+    name = _CRITERIA.get(type(criterion))
+    if name is None:
+        raise ConfigurationError(
+            f"`loss` must be CrossEntropyLoss, MSELoss or BCEWithLogitsLoss where it is a criterion of PyTorch, got "
+            f"{criterion!r}: wrap it in a function `(model, batch) -> scalar mean or (N,) losses`."
+        )
+    _require_plain_mean(criterion)
+    if not isinstance(criterion, nn.CrossEntropyLoss):
+        return _target_loss(name, criterion, batch)
+    smoothing, ignored = criterion.label_smoothing, criterion.ignore_index
+    if not 0 <= smoothing <= 1:
+        raise ConfigurationError(f"`label_smoothing` of `loss` must lie between 0 and 1, got {smoothing}.")
+    if not isinstance(batch, Mapping):
+        return _target_loss(name, criterion, batch, label_smoothing=smoothing, ignore_index=ignored)
+    if ignored != IGNORED:
+        raise ConfigurationError(
+            f"`ignore_index` of `loss` must be {IGNORED} on mapping batches, as in the model's own loss, got {ignored}: let "
+            f"the collator mark ignored labels by {IGNORED}, or pass a loss function."
+        )
+    return OwnLoss(label_smoothing=smoothing)
+
+
+def _require_plain_mean(criterion: nn.Module) -> None:
+    weights = [name for name in ("weight", "pos_weight") if getattr(criterion, name, None) is not None]
+    if weights:
+        raise ConfigurationError(
+            f"`loss`={criterion!r} has `{weights[0]}`: single targets would not weigh the same, and the number of targets "
+            "would not be what the mean divides by. Pass a function `(model, batch) -> scalar mean or (N,) losses`."
+        )
+    if criterion.reduction != "mean":
+        raise ConfigurationError(
+            f"`reduction` of `loss`={criterion!r} must be 'mean', got {criterion.reduction!r}: curvature is that of the mean "
+            "loss, so that it does not grow with the batch."
+        )
+
+
+def _target_loss(name: str, loss: Any, batch: Any, **options: Any) -> _TargetLoss:
+    if not isinstance(batch, list | tuple) or len(batch) != 2:
+        raise ConfigurationError(f"`loss`={loss!r} needs `(inputs, targets)` batches, got {type(batch).__name__}.")
+    forms: dict[str, Callable[[Tensor, Tensor], SampleLosses]] = {
+        "cross_entropy": partial(cross_entropy, **options),
+        "mse": squared_errors,
+        "bce": binary_cross_entropies,
+    }
+    return _TargetLoss(forms[name], has_classes=name == "cross_entropy")

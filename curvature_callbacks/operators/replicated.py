@@ -1,0 +1,109 @@
+"""Operators of a run on many processes: each has its own rows, and holds its own part of every vector."""
+
+from collections.abc import Callable, Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+from curvature_callbacks.errors import ProbeError
+from curvature_callbacks.linalg.operator import Operator
+from curvature_callbacks.operators.fisher import FisherOperator
+from curvature_callbacks.processes.world import World
+
+
+class ReplicatedOperator:
+    """`A = sum_r (n_r / n) A_r` over the processes r, A_r the mean over its own n_r targets or rows, `n = sum_r n_r`.
+
+    A vector lies in parts of equal length over the processes, so a basis takes each of them 1 / W of its memory and of its
+    arithmetic, and there is one copy of every entry: processes cannot drift apart. For a product the vector is put together,
+    multiplied on each with its own rows, and the sum is taken apart again.
+
+    Args:
+        local: A_r, on whole vectors.
+        count: n_r.
+        world: the processes.
+
+    Attributes:
+        shape: of the part held here.
+        space: how inner products of parts become those of vectors.
+        local: A_r.
+        num_targets: n.
+
+    Cost: a product of each process's own rows, and two exchanges of a vector. Memory: two vectors.
+    """
+
+    def __init__(self, local: Operator, count: int, world: World) -> None:
+        self.local = local
+        self.space = world
+        self._world = world
+        counts = world.gathered(count)
+        self.num_targets = sum(counts)
+        if self.num_targets == 0:
+            raise ProbeError("no sample of this probe has a valid target on any process: the loss is undefined.")
+        self._weight = count / self.num_targets
+        self._length = local.shape[0]
+        part = world.part(self._length)
+        held = part.stop - part.start
+        self.shape = (held, held)
+        self.dtype = local.dtype
+        self.device = local.device
+        self.is_psd = local.is_psd
+
+    def matmat(self, V: Tensor) -> Tensor:
+        """`A V` for `V` (held here, K)."""
+        whole = self._world.assembled(V.T.contiguous(), self._length)  # (K, P)
+        with self._world.together():
+            product = self.local.matmat(whole.T) * self._weight
+        return self._world.reduced(product.T.contiguous()).T
+
+    def checked(self, check: Callable[[Operator], tuple[float, int]]) -> tuple[float, int]:
+        """The worst of what `check` finds on each process's own operator (nan before all), and the products it spends."""
+        with self._world.together():
+            found = check(self.local)
+        worst: tuple[float, int] = max(self._world.gathered(found), key=lambda one: (one[0] != one[0], one))
+        return worst
+
+
+@final
+class ShardedFisherOperator(ReplicatedOperator):
+    """A Fisher `J' J / normaliser`, J with the rows of all processes, by rank.
+
+    Attributes:
+        rows: (N,) rows used, counted over all microbatches of all processes.
+        num_targets: valid targets of these.
+        normaliser: of all processes.
+        sample_unit: `sequence` or `token`.
+    """
+
+    def __init__(self, local: FisherOperator, num_rows: int, world: World) -> None:
+        super().__init__(local, local.normaliser, world)
+        self._fisher = local
+        self.sample_unit = local.sample_unit
+        self.normaliser = self.num_targets  # until here what is averaged over
+        found = world.gathered((local.rows.tolist(), num_rows, local.num_targets, local.num_losses))
+        self.rows = _numbered([rows for rows, *_ in found], [size for _, size, *_ in found])
+        self.num_samples = len(self.rows)
+        self.num_targets = sum(targets for _, _, targets, _ in found)
+        self._counts = [losses for *_, losses in found]
+
+    def jvp(self, v: Tensor) -> Tensor:
+        """`J v` (S,) for `v` (held here,)."""
+        whole = self._world.assembled(v[None], self._length)[0]
+        with self._world.together():
+            own = self._fisher.jvp(whole)
+        pieces = [torch.zeros(count, dtype=own.dtype, device=own.device) for count in self._counts]
+        pieces[self._world.rank] = own
+        return self._world.total(torch.cat(pieces))
+
+    def vjp(self, u: Tensor) -> Tensor:
+        """`J' u` (held here,) for `u` (S,), the same on every process."""
+        with self._world.together():
+            own = self._fisher.vjp(torch.split(u, self._counts)[self._world.rank])
+        return self._world.reduced(own[None])[0]
+
+
+def _numbered(rows: Sequence[Sequence[int]], sizes: Sequence[int]) -> Tensor:
+    """Row numbers of each process behind those of the ones before."""
+    starts = torch.tensor([0, *sizes]).cumsum(0)
+    return torch.cat([torch.tensor(found, dtype=torch.int64) + start for found, start in zip(rows, starts, strict=False)])

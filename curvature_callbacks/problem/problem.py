@@ -1,0 +1,312 @@
+"""Problem: model, blocks, loss and microbatches of one probe; what measurements share is built once."""
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property, partial
+from typing import Any, Final, TypeVar, final
+
+import torch
+from torch import Tensor, nn
+
+from curvature_callbacks.batches import batch_size, to_device
+from curvature_callbacks.device import synchronise
+from curvature_callbacks.errors import ConfigurationError, ProbeError, RefusedError
+from curvature_callbacks.gram.block_grams import BlockGrams
+from curvature_callbacks.gram.kronecker.factors import LayerKronecker
+from curvature_callbacks.gram.memory import Trust
+from curvature_callbacks.gram.probe_grams import SharedGrams
+from curvature_callbacks.linalg.inner_products import InnerProducts
+from curvature_callbacks.linalg.operator import Operator
+from curvature_callbacks.model.blocks import Blocks, BlockStructure, group_blocks
+from curvature_callbacks.model.checks import check_model, second_order_obstacle
+from curvature_callbacks.model.loss.fisher_type import EMPIRICAL, FisherType, SampleUnit
+from curvature_callbacks.model.loss.resolve import Loss, resolve_loss
+from curvature_callbacks.model.loss.sharing import Sharing
+from curvature_callbacks.model.loss.surrogates import surrogates
+from curvature_callbacks.model.objective import Objective, ParamsFilter, gradients
+from curvature_callbacks.model.stability import Optimizers, Stability, read_stability
+from curvature_callbacks.operators.difference import FiniteDifferenceHessianOperator
+from curvature_callbacks.operators.fisher import EmpiricalFisherOperator, FisherOperator, SampledFisherOperator
+from curvature_callbacks.operators.ggn import GGNOperator
+from curvature_callbacks.operators.hessian import HessianOperator
+from curvature_callbacks.operators.kfac import KFACOperator, KroneckerLayer
+from curvature_callbacks.operators.preconditioned import PreconditionedOperator
+from curvature_callbacks.operators.replicated import ReplicatedOperator, ShardedFisherOperator
+from curvature_callbacks.processes.fsdp import shard, unsharded
+from curvature_callbacks.processes.gathering import in_step, on_use_parameters
+from curvature_callbacks.processes.world import SINGLE, World
+
+A = TypeVar("A", bound=Operator)
+AnyFisher = FisherOperator | ShardedFisherOperator
+Names = Iterable[str] | None  # of parameters to differentiate by, default all
+
+_TRANSPOSED: Final = ("transposed linear", "embedding")  # operations whose weight is stored as (d_in, d_out)
+
+
+@final
+class Problem:
+    """What one probe measures. Build and use it inside `isolated(model)`; it must not outlive its probe.
+
+    Args:
+        model: the module training runs, unwrapped.
+        microbatches: moved to the model's device.
+        loss: see `resolve_loss`.
+        params_filter: `(name, parameter) -> bool`, which trainable parameters to measure; default all.
+        block_structure: see `group_blocks`.
+        seed: seeds every random choice of the measurements.
+        step: optimizer steps completed.
+        trust: what earlier probes of the run, with the same loss and block structure, found out; updated.
+        sharing: types of Fisher whose Grams are to come with Kronecker factors, and how positions enter these.
+        optimizer: what trains the model, or several of them; only read.
+        world: the processes whose microbatches make up the problem; each has the model, and calls every method that computes,
+            in the same order.
+        join: whether passes may take small microbatches together; not where memory has run out.
+
+    Raises:
+        ConfigurationError: no trainable parameter, an undeterminable loss, no microbatch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        microbatches: Sequence[Any],
+        *,
+        loss: Loss = None,
+        params_filter: ParamsFilter | None = None,
+        block_structure: BlockStructure = "layer",
+        seed: int = 0,
+        step: int = 0,
+        trust: Trust | None = None,
+        sharing: Mapping[FisherType, Sharing] | None = None,
+        optimizer: Optimizers | None = None,
+        world: World = SINGLE,
+        join: bool = True,
+    ) -> None:
+        if not microbatches:
+            raise ConfigurationError("`batches` must hold at least one microbatch, got none.")
+        check_model(model)
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        self.model = model
+        self.microbatches = [to_device(batch, device) for batch in microbatches]
+        self.seed = seed
+        self.step = step
+        self.optimizer = optimizer
+        self.world = world
+        self._trust = Trust() if trust is None else trust
+        if self._trust.loss is None:
+            self._trust.loss = resolve_loss(loss, self.microbatches[0])
+        on_use = on_use_parameters(model, world, device)
+        if on_use is not None:
+            self.microbatches = in_step(self.microbatches, world)
+        self.objective = Objective(
+            model, self._trust.loss, params_filter=params_filter, on_use=on_use, world=world, rewritten=self._trust.rewritten
+        )
+        names = tuple(self.objective.parameters)
+        if self._trust.blocks is None or self._trust.blocks[0] != names:
+            self._trust.blocks = names, group_blocks(model, names, block_structure)
+        self.blocks: Blocks = self._trust.blocks[1]
+        self.deadline: float | None = None  # of `time.perf_counter`, for iterative measurements
+        self.gradient_seconds = 0.0  # wall time of one gradient, once `gradients` was asked for
+        self._shared = SharedGrams(
+            self.objective,
+            self.microbatches,
+            self.blocks,
+            trust=self._trust,
+            seed=seed,
+            sharing=sharing or {},
+            world=world,
+            join=join,
+        )
+
+    def check(self, kinds: Sequence[FisherType] = ()) -> None:
+        """Raise a `ConfigurationError` when no sample has a valid target, or the loss has not one of these types of Fisher.
+
+        Cost: one forward pass.
+        """
+        valid = 0
+        with torch.no_grad():
+            for batch in self.microbatches:
+                losses = self.objective(batch)
+                valid += int(losses.num_targets.sum())
+                for kind in [kind for kind in kinds if kind != EMPIRICAL]:  # which every loss has
+                    surrogates(kind, losses, seed=self.seed)
+        if self.world.total(torch.tensor(valid)) == 0:
+            raise ConfigurationError(
+                "every label of the drawn microbatches is ignored (-100): the loss is undefined. Check the collator and the "
+                "labels, or give probe data of its own."
+            )
+
+    def grams(
+        self, kind: FisherType = EMPIRICAL, *, max_params_per_block: int | None = None, memory_budget: int | None = None
+    ) -> BlockGrams:
+        """Grams of all blocks for a type of Fisher; see `SharedGrams.grams`."""
+        return self._shared.grams(kind, max_params_per_block=max_params_per_block, memory_budget=memory_budget)
+
+    def kronecker(self, kind: FisherType, *, sharing: Sharing) -> Mapping[str, LayerKronecker]:
+        """Weight to the Kronecker factors of its layer; see `SharedGrams.kronecker`."""
+        return self._shared.kronecker(kind, sharing=sharing)
+
+    @property
+    def block_grams(self) -> BlockGrams:
+        """`grams()`: of the empirical Fisher over sequences."""
+        return self.grams()
+
+    @cached_property
+    def operations(self) -> Mapping[str, list[str]]:
+        """Parameter to the operations that use it."""
+        return self._shared.operations
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all processes."""
+        return int(self.world.total(torch.tensor(self._own_rows)))
+
+    @property
+    def _own_rows(self) -> int:
+        return sum(map(batch_size, self.microbatches))
+
+    @cached_property
+    def gradients(self) -> Mapping[str, Tensor]:
+        """Name to the gradient of the mean loss; of sharded parameters that nobody can hold, to its shards here.
+
+        Cost: one gradient, whose time is kept as the unit of all others.
+        """
+        with self.world.together():
+            synchronise(self.objective.device)
+            start = time.perf_counter()
+            leaves = self.objective.leaves()
+            with self.objective.saving():
+                mean = self.objective.mean(self.microbatches, leaves)
+            found = gradients(mean, leaves)
+            synchronise(self.objective.device)
+            self.gradient_seconds = time.perf_counter() - start
+        if self._is_whole_world:
+            return found
+        return {name: self.world.total(gradient) for name, gradient in found.items()}
+
+    @cached_property
+    def _num_targets(self) -> int:
+        """Valid targets of this process. Cost: one forward pass."""
+        with self.world.together(), torch.no_grad():
+            return sum(int(self.objective(batch).num_targets.sum()) for batch in self.microbatches)
+
+    def hessian(self, names: Names = None) -> HessianOperator | ReplicatedOperator:
+        """The Hessian of the mean loss, restricted to the named parameters.
+
+        Raises:
+            RefusedError: the model's attention has no second derivative.
+        """
+        self._refuse_single_derivatives()
+        with self.world.together():
+            local = HessianOperator(self.objective, self.microbatches, names)
+        return self._over_processes(local, local.num_targets)
+
+    def finite_difference_hessian(self, names: Names = None) -> FiniteDifferenceHessianOperator | ReplicatedOperator:
+        """The same by differences of the gradient, for models without a second derivative."""
+        with self.world.together():
+            local = FiniteDifferenceHessianOperator(self.objective, self.microbatches, names)
+        return self._over_processes(local, self._num_targets)
+
+    def ggn(self, names: Names = None) -> GGNOperator | ReplicatedOperator:
+        """The generalised Gauss-Newton matrix of the mean loss, restricted to the named parameters.
+
+        Raises:
+            ConfigurationError: the likelihood of the loss is not known.
+            RefusedError: the model's attention has no second derivative, which products with J take as well.
+        """
+        self._refuse_single_derivatives()
+        with self.world.together():
+            local = GGNOperator(self.objective, self.microbatches, names)
+        return self._over_processes(local, local.num_targets)
+
+    def stability(self, names: Names = None) -> Stability:
+        """Where the optimizer's next step of the named parameters is stable; see `read_stability`.
+
+        Raises:
+            ConfigurationError: the problem has no optimizer, or one of other parameters.
+            RefusedError: the optimizer's update is not known.
+        """
+        if self.optimizer is None:
+            raise ConfigurationError(
+                "`optimizer` is needed for its preconditioner, got None: pass the one that trains the model."
+            )
+        named = dict(self.model.named_parameters())
+        wanted = self.objective.parameters if names is None else names
+        read = shard if self.objective.is_sharded else partial(unsharded, world=self.world)
+        return read_stability(self.optimizer, {name: named[name] for name in wanted}, dtype=self.objective.dtype, read=read)
+
+    def preconditioned_hessian(self, names: Names = None) -> PreconditionedOperator:
+        """`P^-1/2 H P^-1/2`, P the preconditioner of the optimizer's latest step; of those named parameters that it moves.
+
+        Raises:
+            ConfigurationError, RefusedError: as `stability` and `hessian`.
+            ProbeError: none of them moves yet.
+        """
+        stability = self.stability(names)
+        if stability.preconditioner is None:
+            raise ProbeError(f"there is no preconditioned Hessian: {stability.reason}")
+        hessian = self.hessian(stability.names)
+        return PreconditionedOperator(hessian, InnerProducts(hessian).part(1 / stability.preconditioner))
+
+    def empirical_fisher(self, names: Names = None, *, sample_unit: SampleUnit = "sequence") -> AnyFisher:
+        """The empirical Fisher of all microbatches, restricted to the named parameters.
+
+        Raises:
+            ConfigurationError: the losses of single rows (`token`: of single targets) are not known.
+            RefusedError: as `ggn`.
+        """
+        self._refuse_single_derivatives()
+        with self.world.together():
+            local = EmpiricalFisherOperator(self.objective, self.microbatches, names, sample_unit=sample_unit)
+        return local if self._is_whole_world else ShardedFisherOperator(local, self._own_rows, self.world)
+
+    def sampled_fisher(self, names: Names = None, *, sample_unit: SampleUnit = "sequence", num_draws: int = 1) -> AnyFisher:
+        """The Fisher of labels drawn from the predictive with the probe's seed, restricted to the named parameters.
+
+        Raises:
+            ConfigurationError: the likelihood of the loss is not known.
+            RefusedError: as `ggn`.
+        """
+        self._refuse_single_derivatives()
+        seed = self.world.seed(self.seed)
+        with self.world.together():
+            local = SampledFisherOperator(
+                self.objective, self.microbatches, names, sample_unit=sample_unit, num_draws=num_draws, seed=seed
+            )
+        return local if self._is_whole_world else ShardedFisherOperator(local, self._own_rows, self.world)
+
+    def kfac(self, names: Names = None, *, kind: FisherType = EMPIRICAL, sharing: Sharing, corrected: bool) -> KFACOperator:
+        """K-FAC's approximation of a Fisher (EKFAC's where `corrected`), of those named parameters that are covered.
+
+        Raises:
+            RefusedError: none of them is.
+            ConfigurationError: a weight is named without its bias, or the reverse.
+        """
+        if self.objective.is_sharded:
+            raise RefusedError(
+                "K-FAC's matrix needs whole parameters on every process, and they do not fit: use `KFACQuality`."
+            )
+        layers = self.kronecker(kind, sharing=sharing)
+        found = [
+            KroneckerLayer(
+                factors=layer.factors,
+                weight=layer.weight,
+                bias=layer.bias,
+                transposed=self.operations[layer.weight][0] in _TRANSPOSED,
+            )
+            for layer in layers.values()
+        ]
+        return KFACOperator(found, self.objective.leaves(names), corrected=corrected)
+
+    def _over_processes(self, local: A, num_targets: int) -> A | ReplicatedOperator:
+        return local if self._is_whole_world else ReplicatedOperator(local, num_targets, self.world)
+
+    @property
+    def _is_whole_world(self) -> bool:
+        """Whether an operator of the objective has the rows of all processes."""
+        return self.world.size == 1 or self.objective.is_sharded
+
+    def _refuse_single_derivatives(self) -> None:
+        obstacle = second_order_obstacle(self.model)
+        if obstacle:
+            raise RefusedError(obstacle)

@@ -1,0 +1,1 @@
+"""Many processes: exchange between them, one failure for all, sharded parameters."""

@@ -1,0 +1,150 @@
+"""Sharding: how a model lies over processes, as a whole on each (DDP) or in parts (FSDP2), and what cannot be measured."""
+
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from curvature_callbacks.errors import ConfigurationError
+from curvature_callbacks.library_internals import sharded_parameters
+from curvature_callbacks.processes.world import World
+
+
+def check_model_over_processes(model: nn.Module, world: World) -> None:
+    """Raise a `ConfigurationError` for a model that cannot be measured over these processes.
+
+    Supported are one process, replicas (DDP) and FSDP2 (`fully_shard`), whose parameters are put together inside a probe.
+
+    Cost: with replicas one pass over the parameters.
+    """
+    obstacle = _obstacle(model)
+    if obstacle is not None:
+        raise ConfigurationError(
+            f"{obstacle}: that is not supported. Supported are one process, DDP and FSDP2 (`fully_shard` over one mesh "
+            "dimension or two); or measure offline on a checkpoint."
+        )
+    if world.size == 1:
+        return
+    with world.together():
+        own = [(name, tuple(value.shape), value.requires_grad, _checksum(value)) for name, value in model.named_parameters()]
+    digests = world.gathered(own)
+    for rank, digest in enumerate(digests):
+        if digest != digests[0]:
+            names = [ours[0] for theirs, ours in zip(digest, digests[0], strict=False) if theirs != ours]
+            raise ConfigurationError(
+                f"processes 0 and {rank} train different models (parameter `{(names or ['?'])[0]}` differs): curvature is "
+                "reduced over replicas of one model. Measure in a process group of one, or before `init_process_group`."
+            )
+
+
+def take_buffers(model: nn.Module, world: World) -> None:
+    """Put rank zero's buffers (running statistics) into `model`, as DDP does at its next pass and checkpoints have them.
+
+    Call it inside `isolated`, which puts the own ones back. Cost: one broadcast of them.
+    """
+    own = {name: buffer for name, buffer in model.named_buffers() if _can_be_sent(buffer)}
+    kinds = world.gathered({name: (tuple(buffer.shape), buffer.dtype) for name, buffer in own.items()})
+    common = [name for name, kind in kinds[0].items() if all(other.get(name) == kind for other in kinds)]  # no caches by length
+    found = world.broadcast([own[name] for name in common], source=0)
+    if world.rank == 0:
+        return
+    with torch.no_grad():
+        for name, content in zip(common, found, strict=True):
+            _fill(model, own[name], content)
+
+
+def _can_be_sent(buffer: Tensor) -> bool:
+    """Whether it is numbers in memory: no shard, and neither sparse, quantized nor without values."""
+    return not hasattr(buffer, "full_tensor") and buffer.layout is torch.strided and not (buffer.is_quantized or buffer.is_meta)
+
+
+def _fill(model: nn.Module, buffer: Tensor, content: Tensor) -> None:
+    """Copy `content` there, or put it in the place of a buffer that cannot be written to."""
+    if not buffer.is_inference() and 0 not in buffer.stride():  # neither made in inference mode nor expanded
+        buffer.copy_(content)
+        return
+    for module in model.modules():
+        for name in [name for name, value in module._buffers.items() if value is buffer]:
+            module._buffers[name] = content
+
+
+def _obstacle(model: nn.Module) -> str | None:
+    sharded = {id(parameter) for module in model.modules() for parameter, _ in sharded_parameters(module)}
+    for path, module in model.named_modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            return f"`{path or type(module).__name__}` is wrapped by FSDP1"
+    for name, parameter in model.named_parameters():
+        if type(parameter).__name__ == "FlatParameter":
+            return f"parameter `{name}` is flattened by FSDP1"
+        if hasattr(parameter, "ds_id"):
+            return f"parameter `{name}` is partitioned by DeepSpeed ZeRO-3"
+        if hasattr(parameter, "full_tensor") and id(parameter) not in sharded:
+            return f"parameter `{name}` is a DTensor outside FSDP2 (tensor parallelism)"
+    return None
+
+
+def passes_are_collective(model: nn.Module) -> bool:
+    """Whether all processes must make the same passes of the model of an `Objective`, none of their own.
+
+    Parameters that are still shards there are gathered by all at every pass (`OnUse`).
+    """
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+
+
+def _checksum(value: Tensor) -> str:
+    """Of the bits, which replicas share, by integer sums; of a shard nothing, they differ."""
+    if hasattr(value, "full_tensor"):
+        return ""
+    return str(int(value.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64)))
+
+
+def is_split_evenly(value: Any, world: World) -> bool:
+    """Whether a sharded tensor lies in parts of its first axis on all processes; True for one that is not sharded."""
+    placements = getattr(value, "placements", None)
+    if placements is None:
+        return True
+    return len(placements) == 1 and placements[0].is_shard(0) and value.device_mesh.size() == world.size
+
+
+def unsharded(value: Any, world: World) -> Any:
+    """`value` itself, detached, or the whole tensor of which it is a shard (FSDP2); then every process must ask."""
+    if not isinstance(value, Tensor) or not hasattr(value, "full_tensor"):
+        return value.detach() if isinstance(value, Tensor) else value
+    if is_split_evenly(value, world):
+        return world.concatenated(shard(value), value.shape[0], label=str(value.shape))
+    with world.together():  # room for it: nobody may be alone in what follows
+        torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    gathered: Tensor = value.detach().full_tensor()  # type: ignore[attr-defined]
+    return gathered
+
+
+def shard(value: Any) -> Any:
+    """`value` itself, detached, or what this process holds of it where it is sharded (FSDP2)."""
+    if not isinstance(value, Tensor):
+        return value
+    local = getattr(value.detach(), "to_local", None)
+    return value.detach() if local is None else local()
+
+
+@final
+class ShardSpace:
+    """Vectors of which every process holds its shards, and that nobody may hold as a whole."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def total(self, partial: Tensor) -> Tensor:
+        """Over processes."""
+        return self._world.total(partial)
+
+    def seed(self, seed: int) -> int:
+        """Of the part held here."""
+        return self._world.seed(seed)
+
+    def part(self, length: int) -> slice:
+        """All: vectors are handed on as the parts they are."""
+        return slice(0, length)
+
+    def assembled(self, part: Tensor, length: int) -> Tensor:
+        """`part` itself."""
+        return part

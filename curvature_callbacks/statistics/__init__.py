@@ -1,0 +1,1 @@
+"""Numbers read off Gram matrices and Kronecker factors."""

@@ -1,0 +1,193 @@
+"""FisherSpectra: per-block, full and block-diagonal spectra of weighted gradients, from their Grams."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, final, get_args
+
+import torch
+from torch import Tensor
+
+from curvature_callbacks.errors import CERTIFICATE_FAILED, ConfigurationError, check_choice, check_positive
+from curvature_callbacks.linalg.accumulate import finite_samples
+from curvature_callbacks.model.loss.fisher_type import FisherType
+from curvature_callbacks.statistics.spectrum import Spectrum, spectrum_of_gram, union
+
+EigensolveDevice = Literal["auto", "cpu", "cuda"]
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class FisherSpectra:
+    """Spectra of a Fisher `F = sum_s g_s g_s' / normaliser`; of the empirical one of rows `F = (1/N) sum_i g_i g_i'`.
+
+    Attributes:
+        blocks: block to the spectrum of its diagonal block of F.
+        full: spectrum of all of F: its Gram is the *sum* of the block Grams.
+        block_diagonal: spectrum of F's block-diagonal approximation: the *union* of the block spectra. It can differ from
+            `full` by O(1).
+        metadata: Fisher type, sample unit, N (rows) requested and used, valid targets, dtype, seed, fallbacks, certificate.
+    """
+
+    blocks: Mapping[str, Spectrum]
+    full: Spectrum
+    block_diagonal: Spectrum
+    metadata: Mapping[str, Any]
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpectrumOptions:
+    """What `FisherSpectrum` and `compute_fisher_spectrum` have in common; checked here, explained there."""
+
+    kind: FisherType = field(default_factory=FisherType)
+    center_gradients: bool = False
+    max_params_per_block: int | None = None
+    max_sample_grad_norm: float | None = None
+    memory_budget: int | None = None
+    eigensolve_device: EigensolveDevice = "auto"
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("eigensolve_device", self.eigensolve_device, get_args(EigensolveDevice))
+        if self.eigensolve_device == "cuda" and not torch.cuda.is_available():
+            raise ConfigurationError("`eigensolve_device`='cuda' but no CUDA device is available: use 'auto' or 'cpu'.")
+        if self.max_params_per_block is not None:
+            check_positive("max_params_per_block", self.max_params_per_block)
+        if self.memory_budget is not None:
+            check_positive("memory_budget", self.memory_budget)
+        if self.max_sample_grad_norm is not None:
+            self._check_clipping(self.max_sample_grad_norm)
+
+    def _check_clipping(self, norm: float) -> None:
+        if not norm > 0:
+            raise ConfigurationError(f"`max_sample_grad_norm` must be positive, got {norm!r}.")
+        if self.kind.fisher == "exact":
+            raise ConfigurationError(
+                "`max_sample_grad_norm` clips gradients of labels, and an exact Fisher has none: use 'sampled'."
+            )
+
+    def metadata(self) -> dict[str, Any]:
+        """What of it belongs in the metadata of a result: that which had an effect."""
+        kind = self.kind
+        drawn = {"num_draws": kind.num_draws} if kind.fisher == "sampled" else {}
+        if kind.sample_unit == "token" and kind.fisher != "exact":
+            drawn["num_targets_per_row"] = kind.num_targets
+        limits = {"max_params_per_block": self.max_params_per_block, "max_sample_grad_norm": self.max_sample_grad_norm}
+        return {
+            "fisher": kind.fisher,
+            "sample_unit": kind.sample_unit,
+            **drawn,
+            "centered": self.center_gradients,
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            **{name: value for name, value in limits.items() if value is not None},
+        }
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class WeightedGradients:
+    """S gradients `sqrt(w_s) g_s` of N rows, by their block Grams.
+
+    Attributes:
+        grams: block to (S, S), unscaled.
+        sizes: block to its number of parameters.
+        rows: (S,) the row, 0 to N - 1, each belongs to.
+        weights: (S,) `w_s`.
+        num_targets: (N,) valid targets of each row.
+        dtype: dtype they were computed in.
+    """
+
+    grams: Mapping[str, Tensor]
+    sizes: Mapping[str, int]
+    rows: Tensor
+    weights: Tensor
+    num_targets: Tensor
+    dtype: torch.dtype
+
+
+def fisher_spectra(gradients: WeightedGradients, options: SpectrumOptions, metadata: Mapping[str, Any]) -> FisherSpectra:
+    """Spectra over the rows with a valid target and finite gradients only; empty ones of fewer than two gradients."""
+    usable = _usable_rows(gradients)
+    kept = usable[gradients.rows.cpu()].nonzero()[:, 0]
+    metadata = {
+        **metadata,
+        "num_samples_requested": len(usable),
+        "num_samples": int(usable.sum()),
+        "num_gradients": len(kept),
+        "num_targets": int(gradients.num_targets.cpu()[usable].sum()),
+    }
+    if len(kept) < 2:
+        empty = spectrum_of_gram(torch.zeros(0, 0), num_params=0, dtype=gradients.dtype)
+        return FisherSpectra(blocks={}, full=empty, block_diagonal=empty, metadata=metadata)
+    grams = {block: K[kept.to(K.device)][:, kept.to(K.device)] for block, K in gradients.grams.items()}
+    weights = gradients.weights.cpu()[kept]
+    if options.max_sample_grad_norm is not None:
+        grams, metadata["num_clipped"] = _clipped(grams, weights, options.max_sample_grad_norm)
+    solve: dict[str, Any] = {
+        "dtype": gradients.dtype,
+        "normaliser": options.kind.normaliser(gradients.num_targets.cpu()[usable]),
+        "weights": weights,
+        "samples": gradients.rows.cpu()[kept],
+        "center": options.center_gradients,
+        "device": None if options.eigensolve_device == "auto" else torch.device(options.eigensolve_device),
+    }
+    blocks = {block: spectrum_of_gram(K, num_params=gradients.sizes[block], **solve) for block, K in grams.items()}
+    full = spectrum_of_gram(_total(grams), num_params=sum(gradients.sizes.values()), **solve)
+    return FisherSpectra(blocks=blocks, full=full, block_diagonal=union(blocks, dtype=gradients.dtype), metadata=metadata)
+
+
+def failed_certificates(spectra: FisherSpectra) -> list[str]:
+    """Parameters whose fast Gram was proven wrong, so that their gradients were taken row by row."""
+    fallback: Mapping[str, str] = spectra.metadata.get("fallback", {})
+    return [name for name, reason in fallback.items() if reason.startswith(CERTIFICATE_FAILED)]
+
+
+def warning_of(failed: Sequence[str]) -> str:
+    """What to tell about `failed_certificates`."""
+    return (
+        f"the fast Gram of {', '.join(f'`{name}`' for name in failed)} failed its certificate: the gradients of these "
+        "parameters are taken row by row, which is exact and slow."
+    )
+
+
+def warned(spectra: FisherSpectra) -> FisherSpectra:
+    """`spectra`, with a warning when samples were left out or a certificate failed."""
+    failed = failed_certificates(spectra)
+    if failed:
+        warnings.warn(warning_of(failed), stacklevel=3)
+    used, requested = spectra.metadata["num_samples"], spectra.metadata["num_samples_requested"]
+    if spectra.full.num_samples < 2:
+        warnings.warn(
+            f"{used} of {requested} samples are usable (finite gradient, valid target) and a spectrum needs two: the result "
+            "is empty.",
+            stacklevel=3,
+        )
+    elif used < requested:
+        warnings.warn(f"{requested - used} of {requested} samples were left out: no valid target or not finite.", stacklevel=3)
+    return spectra
+
+
+def _usable_rows(gradients: WeightedGradients) -> Tensor:
+    """(N,) on CPU: rows with a valid target and gradients, none of them infinite or NaN in any block."""
+    rows = gradients.rows.cpu()
+    usable = torch.zeros(len(gradients.num_targets), dtype=torch.bool)
+    usable[rows] = True
+    if gradients.grams:
+        usable[rows[~finite_samples(gradients.grams)]] = False
+    return usable & (gradients.num_targets.cpu() > 0)
+
+
+def _clipped(grams: Mapping[str, Tensor], weights: Tensor, norm: float) -> tuple[dict[str, Tensor], int]:
+    """The Grams of `g_s min(1, norm / ||g_s||)`, the norm over all blocks, and how many gradients that shortens."""
+    total = _total(grams).diagonal()
+    factors = (norm * (weights.to(total) / total).sqrt()).clamp(max=1.0)
+    return {block: K * torch.outer(factors, factors) for block, K in grams.items()}, int((factors < 1.0).sum())
+
+
+def _total(grams: Mapping[str, Tensor]) -> Tensor:
+    first, *others = grams.values()
+    total = first.clone()
+    for K in others:
+        total += K
+    return total

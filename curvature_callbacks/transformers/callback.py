@@ -1,0 +1,294 @@
+"""The callback for the Hugging Face Trainer."""
+
+import logging
+from pathlib import Path
+from typing import Any, Literal, final
+
+from torch import nn
+from torch.optim import Optimizer
+
+from curvature_callbacks._optional import require
+from curvature_callbacks.errors import ConfigurationError
+from curvature_callbacks.measurements import Measurement
+from curvature_callbacks.model.blocks import BlockStructure
+from curvature_callbacks.model.loss.resolve import Loss
+from curvature_callbacks.model.objective import ParamsFilter
+from curvature_callbacks.probes import Draw, Probes, stable_seed
+from curvature_callbacks.record import Record
+from curvature_callbacks.run.fingerprint import DESCRIPTION, warn_of_change
+from curvature_callbacks.run.monitor import CurvatureMonitor
+from curvature_callbacks.run.schedules import LossSpike, Schedule
+from curvature_callbacks.run.settings import Settings
+from curvature_callbacks.run.states import load_with_tensors, save_with_tensors
+from curvature_callbacks.sinks import JSONLinesSink, MemorySink, Sink
+
+require("transformers", extra="transformers")
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments  # noqa: E402
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR  # noqa: E402
+
+from curvature_callbacks.transformers.frames import calling_trainer, resumed_from  # noqa: E402
+from curvature_callbacks.transformers.loss import ComputeLossWatch, departures, loss_of  # noqa: E402
+from curvature_callbacks.transformers.sinks import TrainerLog, TrainerTensorBoard  # noqa: E402
+
+_STATES = "curvature_callbacks: "  # what our keys among the Trainer's callback states begin with
+
+_logger = logging.getLogger("curvature_callbacks")
+
+
+@final
+class CurvatureCallback(TrainerCallback):
+    """Measures the curvature of the training loss every `every_n_steps` optimizer steps, and changes nothing else.
+
+    After an optimizer step that is due it draws `num_microbatches * microbatch_size` rows of the training data (indexing
+    the dataset, never iterating the loader; copies of the latest training batches where the data is a stream), measures in
+    float32 without the Trainer's autocast, and logs. The loss is the model's own `.loss` unless `loss_fn` is given. Where
+    label smoothing, `compute_loss_func` or an overridden `compute_loss` make training minimise something else, a warning says
+    so, and `loss_fn="trainer"` measures that.
+
+    Tags: see the measurements; of the probe itself `curvature/probe_seconds`, `curvature/failed`,
+    `curvature_probe/sink_seconds` (of the probe before), `curvature_probe/matvecs`, `curvature_probe/rows`,
+    `curvature_probe/microbatch_size`, `curvature_probe/overhead`, `curvature_probe/skipped`,
+    `curvature_probe/gradient_equivalents`, `curvature_probe/non_finite`. TensorBoard gets them under these names through the
+    Trainer's own writer, with heat maps, histograms and a table; the other reporters, `log_history` and the progress bar get
+    the headline numbers; `curvature.jsonl` in `output_dir` holds everything. The Trainer is found when training begins;
+    `attach(trainer)` names it where that is not possible.
+
+    Args:
+        every_n_steps: optimizer steps between probes; the start of training always measures.
+        measure: measurements; default `[FisherSpectrum(), TopEigenpairs(), KFACCoverage()]`.
+        num_microbatches: microbatches a probe.
+        microbatch_size: rows of each.
+        draw: `fresh` rows at every probe or `fixed` ones.
+        loss_fn: `(model, batch) -> scalar mean | (N,) per-sample losses`, or `cross_entropy`, `mse` or `bce` where batches are
+            `(inputs, targets)`: types of Fisher that need single targets or the likelihood have them from a named loss.
+            `trainer` is what the Trainer minimises: the smoothed cross-entropy, with all its types of Fisher, or what
+            `compute_loss_func` or an overridden `compute_loss` return for `num_items_in_batch=None`: the mean over rows or over
+            labels that are not ignored, or one loss per row. Nothing is logged and no attribute of the Trainer changed by
+            calling them; that a function collects elsewhere (in a global) is not known.
+        params_filter: `(name, parameter) -> bool`, which trainable parameters to measure.
+        block_structure: `layer`, `component`, `module`, `parameter`, `none`, `{block: [names]}` or a function: `group_blocks`.
+        seed: with the step it determines every draw.
+        schedule: `AtSteps`, `LogSpaced` or one of your own, in place of `every_n_steps`.
+        max_overhead: share of the run's wall time that probes may take; where they would take more the interval is stretched.
+        max_seconds: of a probe, after which no measurement is begun and eigensolvers end at their next look.
+        spike: `LossSpike()` probes out of turn when the training loss leaves its range.
+        probe_dataset: map-style, what to measure on in place of the training data; collated like it.
+        probe_dataloader: a DataLoader with a dataset and a collator of its own to measure on.
+        max_sequence_length: cut token sequences of probes to so many positions.
+
+    Attributes:
+        history: every record so far.
+
+    Raises:
+        ConfigurationError: before step 1, for what can never be measured.
+
+    Cost: of a probe with the default measurements: about 75 gradients of its rows, mostly Hessian products.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 200,
+        measure: list[Measurement] | None = None,
+        num_microbatches: int = 4,
+        microbatch_size: int = 8,
+        draw: Draw = "fresh",
+        loss_fn: Loss | Literal["trainer"] = None,
+        params_filter: ParamsFilter | None = None,
+        block_structure: BlockStructure = "layer",
+        seed: int = 0,
+        schedule: Schedule | None = None,
+        max_overhead: float | None = None,
+        max_seconds: float | None = None,
+        spike: LossSpike | None = None,
+        probe_dataset: Any = None,
+        probe_dataloader: Any = None,
+        max_sequence_length: int | None = None,
+    ) -> None:
+        self._settings = Settings(
+            every_n_steps=every_n_steps,
+            measure=measure,
+            num_microbatches=num_microbatches,
+            microbatch_size=microbatch_size,
+            draw=draw,
+            loss_fn=None if loss_fn == "trainer" else loss_fn,
+            params_filter=params_filter,
+            block_structure=block_structure,
+            seed=seed,
+            schedule=schedule,
+            max_overhead=max_overhead,
+            max_seconds=max_seconds,
+            spike=spike,
+            probe_dataset=probe_dataset,
+            probe_dataloader=probe_dataloader,
+            max_sequence_length=max_sequence_length,
+        )
+        self._follows_trainer = loss_fn == "trainer"
+        self._memory = MemorySink()
+        self._attached: Trainer | None = None
+        self._trainer: Trainer | None = None
+        self._monitor: CurvatureMonitor | None = None
+        self._watch: Any = None
+        self._logged_loss: float | None = None
+
+    @property
+    def history(self) -> list[Record]:
+        """Every record so far, in order."""
+        return self._memory.records
+
+    def attach(self, trainer: Trainer) -> "CurvatureCallback":
+        """Name the Trainer, where it cannot be found by itself. Returns the callback."""
+        self._attached = trainer
+        return self
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        train_dataloader: Any = None,
+        optimizer: Optimizer | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Build the monitor, check everything, measure step 0."""
+        assert model is not None
+        self._stop_watching()  # left by a run that ended with an exception, of which callbacks are told nothing
+        self._logged_loss = None
+        self._trainer = self._attached or calling_trainer(self)
+        try:
+            self._begin(args, state, model, train_dataloader, optimizer)
+        except BaseException:
+            self._stop_watching()
+            self._monitor = self._trainer = None
+            raise
+
+    def _begin(
+        self, args: TrainingArguments, state: TrainerState, model: nn.Module, loader: Any, optimizer: Optimizer | None
+    ) -> None:
+        loss = self._loss(args)
+        probes = self._probes(args, model, loader)
+        sinks: list[Sink] = [
+            self._memory,
+            JSONLinesSink(Path(args.output_dir or ".") / "curvature.jsonl"),
+            TrainerTensorBoard(lambda: self.tensorboard_writer),
+            TrainerLog(self._trainer, state),
+        ]
+        self._monitor = self._settings.monitor(model, probes=probes, sinks=sinks, loss=loss, optimizer=optimizer)
+        self._resume(args, state)
+        self._monitor.check(state.global_step)
+        self._step(state)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Probe if due: gradients are freed, the parameters are those after `global_step` steps."""
+        self._step(state)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Keep the training loss, which the Trainer tells every `logging_steps`, for the coming step."""
+        self._logged_loss = (logs or {}).get("loss", self._logged_loss)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Put the vectors that eigensolvers start from beside the Trainer's state, which is JSON."""
+        path = self._tensor_file(args, state)
+        if self._monitor is not None and state.is_world_process_zero and path.parent.is_dir():
+            saved: Any = state.stateful_callbacks  # what the Trainer has just written: clocks have gone on since
+            save_with_tensors(path, whole=self._monitor.state_dict(), plain=saved[self._state_key])
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Let go of the model, the captured batches and the Trainer, which would be freed late in a cycle with its callback."""
+        self._stop_watching()
+        self._monitor = self._trainer = None
+
+    @property
+    def tensorboard_writer(self) -> Any:
+        """The writer of the Trainer's own TensorBoard callback, None while there is none."""
+        callbacks = self._trainer.callback_handler.callbacks if self._trainer is not None else []
+        writers = (getattr(callback, "tb_writer", None) for callback in callbacks)
+        return next((writer for writer in writers if writer is not None), None)
+
+    @property
+    def _state_key(self) -> str:
+        return f"{_STATES}{self._settings.key}{' trainer' if self._follows_trainer else ''}"
+
+    @property
+    def _description(self) -> dict[str, str]:
+        return self._settings.description | ({"loss_fn": "trainer"} if self._follows_trainer else {})
+
+    def _step(self, state: TrainerState) -> None:
+        if self._monitor is None:
+            return
+        self._monitor.step(state.global_step, self._logged_loss)
+        self._logged_loss = None
+        saved: Any = state.stateful_callbacks
+        plain = self._monitor.state_dict(tensors=False)  # this checkpoint is JSON
+        saved[self._state_key] = plain | {DESCRIPTION: self._description}
+
+    def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
+        """From the file beside the Trainer's own state, or without its tensors from that."""
+        assert self._monitor is not None
+        saved: Any = state.stateful_callbacks
+        if state.global_step == 0:
+            return
+        if self._state_key not in saved:
+            callbacks = self._trainer.callback_handler.callbacks if self._trainer is not None else []
+            taken = {getattr(callback, "_state_key", None) for callback in callbacks}
+            others = [value for key, value in saved.items() if key.startswith(_STATES) and key not in taken]
+            warn_of_change(self._description, others)
+            return
+        plain, own = saved[self._state_key], self._tensor_file(args, state)
+        folders = [resumed_from(self._trainer), args.resume_from_checkpoint]
+        places = [*(Path(folder) / own.name for folder in folders if isinstance(folder, str)), own]
+        self._monitor.load_state_dict(load_with_tensors(places, plain) or plain)
+
+    def _tensor_file(self, args: TrainingArguments, state: TrainerState) -> Path:
+        folder = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        return folder / f"curvature_{stable_seed(0, self._state_key):08x}.pt"
+
+    def _loss(self, args: TrainingArguments) -> Loss:
+        """The loss to measure, after saying so where training minimises something else than the model's own."""
+        if self._follows_trainer:
+            return loss_of(self._trainer)
+        found = departures(args, self._trainer)
+        if found and self._settings.loss_fn is None:
+            _logger.warning(
+                "curvature is measured for the model's own `.loss`, without %s: pass `loss_fn`='trainer' to measure the loss "
+                "you train.",
+                " and ".join(found),
+            )
+        return self._settings.loss_fn
+
+    def _probes(self, args: TrainingArguments, model: nn.Module, loader: Any) -> Probes:
+        probes = self._settings.probes(loader)
+        if probes is not None:
+            return probes
+        if departures(args, self._trainer) and self._trainer is not None:
+            self._watch = ComputeLossWatch(self._trainer, self._offer)
+            return self._settings.captured_probes()
+        if args.label_smoothing_factor and self._settings.loss_fn is None:
+            raise ConfigurationError(
+                "the training data is a stream, label smoothing takes the labels away before the model sees them, and the "
+                "Trainer was not found, so the loss of a captured batch cannot be determined: call `callback.attach(trainer)`."
+            )
+        self._watch = model.register_forward_pre_hook(self._offer_arguments, with_kwargs=True)
+        return self._settings.captured_probes()
+
+    def _offer_arguments(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook that keeps training batches; a probe runs in evaluation mode and is not one."""
+        if module.training:
+            self._offer({name: value for name, value in kwargs.items() if name != "num_items_in_batch"})
+
+    def _offer(self, batch: Any) -> None:
+        if self._monitor is not None:
+            self._monitor.offer(batch)
+
+    def _stop_watching(self) -> None:
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None

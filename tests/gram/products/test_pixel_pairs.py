@@ -1,0 +1,157 @@
+"""Grams of convolution kernels from products of pixels, against kernel gradients written out one sample at a time."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from curvature_callbacks.gram.capture.derived import Placed, View
+from curvature_callbacks.gram.products import pixel_pairs
+from curvature_callbacks.gram.products.parameter_gram import parameter_gram
+from curvature_callbacks.gram.products.pixel_pairs import pair_gram
+from curvature_callbacks.gram.products.scratch import Scratch
+from curvature_callbacks.gram.uses.convolution import Convolution, Geometry
+from curvature_callbacks.gram.uses.sample_axis import Layout
+
+CONVOLVE: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+WIDE = (24, 20)  # channels in and out, on few positions: there pairs are cheaper
+
+
+def geometry(n: int = 2, *, kernel: int = 3, stride: int = 1, padding: int = 1, dilation: int = 1, groups: int = 1) -> Geometry:
+    return Geometry(kernel=(kernel,) * n, stride=(stride,) * n, padding=(padding,) * n, dilation=(dilation,) * n, groups=groups)
+
+
+def drawn(N: int, size: tuple[int, ...], form: Geometry, *, seed: int = 0, channels: tuple[int, int] = WIDE) -> Convolution:
+    """A use with random input and output gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(N, channels[0], *size, generator=generator, dtype=torch.float64)
+    weight = torch.zeros(channels[1], channels[0] // form.groups, *form.kernel, dtype=torch.float64)
+    output = CONVOLVE[len(size)](inputs, weight, None, form.stride, form.padding, form.dilation, form.groups)
+    use = Convolution("conv", N, inputs, form)
+    use.complete(torch.randn(output.shape, generator=generator, dtype=torch.float64))
+    return use
+
+
+def written_out(use: Convolution) -> Tensor:
+    """(N, P) kernel gradients by autograd, one sample at a time."""
+    form, rows = use.geometry, []
+    for inputs, outputs in zip(use.inputs, use.output_gradients, strict=True):
+        weight = torch.zeros(len(outputs), len(inputs), *form.kernel, dtype=torch.float64, requires_grad=True)
+        made = CONVOLVE[len(form.kernel)](inputs[None], weight, None, form.stride, form.padding, form.dilation)
+        rows.append(torch.autograd.grad((made[0] * outputs).sum(), weight)[0].flatten())
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [
+        ((3, 2), {}),
+        ((4,), {}),
+        ((2, 2, 2), {}),
+        ((5, 4), {"stride": 2}),
+        ((4, 4), {"stride": 3, "padding": 2}),
+        ((3, 3), {"padding": 0}),
+        ((3, 3), {"kernel": 2, "dilation": 2, "padding": 2}),
+        ((2, 3), {"kernel": 5, "padding": 2}),
+        ((1, 1), {"padding": 3}),
+    ],
+    ids=str,
+)
+def test_every_geometry(size: tuple[int, ...], options: dict[str, int]):
+    use = drawn(5, size, geometry(len(size), **options))
+    G = written_out(use)
+    found = pixel_pairs._Pairs([use]).gram()
+    assert found.dtype == torch.float64
+    assert torch.allclose(found, G @ G.T, rtol=1e-12, atol=1e-9)
+
+
+@pytest.mark.parametrize("block_bytes", [pixel_pairs._BLOCK_BYTES, 37 * 16 * 8 * 3], ids=["by quarters", "three samples"])
+def test_blocks_of_samples_are_mirrored(block_bytes: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pixel_pairs, "_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(pixel_pairs, "_FEWEST_SAMPLES", 4)
+    use = drawn(37, (2, 2), geometry())
+    G = written_out(use)
+    found = pair_gram([use])
+    assert found is not None
+    assert torch.equal(found[12:, :3], found[:3, 12:].T)
+    assert torch.allclose(found, G @ G.T)
+
+
+def test_passes_have_cross_terms():
+    uses = [drawn(2, (2, 2), geometry()), drawn(3, (2, 2), geometry(), seed=1)]
+    G = torch.cat([written_out(use) for use in uses])
+    found = pair_gram(uses)
+    assert found is not None
+    assert torch.allclose(found, G @ G.T)
+
+
+def test_some_output_channels():
+    use = drawn(4, (2, 2), geometry()).restricted(torch.tensor([1, 4, 5]))
+    G = written_out(use)
+    assert torch.allclose(pixel_pairs._Pairs([use]).gram(), G @ G.T)
+
+
+def test_cheaper_only_for_many_channels_on_few_positions():
+    assert pair_gram([drawn(4, (2, 2), geometry())]) is not None
+    assert pair_gram([drawn(4, (9, 9), geometry())]) is None
+    assert pair_gram([drawn(4, (3, 3), geometry(), channels=(2, 3))]) is None
+
+
+def test_memory_bounds_the_form(monkeypatch: pytest.MonkeyPatch):
+    use = drawn(4, (2, 2), geometry())
+    monkeypatch.setattr(pixel_pairs, "_BLOCK_BYTES", 4 * 16 * 8)
+    assert pair_gram([use]) is not None
+    monkeypatch.setattr(pixel_pairs, "_BLOCK_BYTES", 4 * 16 * 8 - 1)
+    assert pair_gram([use]) is None
+
+
+def test_memory_counts_a_grid_of_outputs_larger_than_that_of_pixels(monkeypatch: pytest.MonkeyPatch):
+    use = drawn(4, (2,), geometry(1, padding=2), channels=(90, 80))  # four outputs
+    monkeypatch.setattr(pixel_pairs, "_BLOCK_BYTES", 4 * 16 * 8)
+    assert pair_gram([use]) is not None
+    monkeypatch.setattr(pixel_pairs, "_BLOCK_BYTES", 4 * 16 * 8 - 1)
+    assert pair_gram([use]) is None
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        drawn(3, (3, 2), geometry()),
+        drawn(3, (2, 2), geometry(kernel=2)),
+        drawn(3, (2, 2), geometry(groups=2)),
+    ],
+    ids=["another size", "another kernel", "groups"],
+)
+def test_passes_that_do_not_fit_together_are_left_alone(other: Convolution):
+    assert pair_gram([drawn(3, (2, 2), geometry()), other]) is None
+    assert pair_gram([other, drawn(3, (2, 2), geometry())]) is None
+
+
+@pytest.mark.parametrize("layout", [Layout(2), Layout(4, rows=torch.tensor([3, 2, 1, 0]))], ids=["positions", "routed"])
+def test_several_images_of_a_sample_are_left_alone(layout: Layout):
+    one = drawn(4, (2, 2), geometry())
+    use = Convolution("conv", layout, one.inputs, one.geometry)
+    use.complete(one.output_gradients)
+    assert pair_gram([use]) is None
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_the_parameter_takes_this_form_by_itself(passes: int, monkeypatch: pytest.MonkeyPatch):
+    taken = []
+    original = pixel_pairs._Pairs.gram
+    monkeypatch.setattr(pixel_pairs._Pairs, "gram", lambda self: taken.append(1) or original(self))
+    uses = [drawn(3, (2, 2), geometry(), seed=seed) for seed in range(passes)]
+    shape = (WIDE[1], WIDE[0], 3, 3)
+    view = View("weight", 0, ((torch.Size(shape).numel(), 1),), shape, True)
+    G = torch.cat([written_out(use) for use in uses])
+    found = parameter_gram([[Placed(view, use)] for use in uses], [3] * passes, Scratch())
+    assert found is not None
+    assert torch.allclose(found, G @ G.T)
+    assert taken == [1]
+    empty = parameter_gram([[Placed(view, use)] for use in uses] + [[]], [3] * passes + [1], Scratch())
+    assert empty is not None
+    assert torch.allclose(empty[:-1, :-1], G @ G.T)
+    assert not empty[-1].any()
+    assert taken == [1]

@@ -1,0 +1,187 @@
+"""Vectors in shards: the same eigenpairs as with whole ones."""
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from curvature_callbacks.linalg.eigenpairs import Eigenpairs
+from curvature_callbacks.linalg.inner_products import InnerProducts
+from curvature_callbacks.linalg.lanczos.solver import lanczos
+from curvature_callbacks.linalg.operator import MatrixOperator
+from tests.linalg.lanczos.lanczos_cases import Counted, outliers_and_bulk, symmetric, true_errors, wanted_values
+
+VALUES = outliers_and_bulk(90)
+PARTS = (slice(0, 55), slice(55, 90))
+
+
+class Meeting:
+    """Two threads that exchange what they bring, like two ranks; one that does not come breaks it."""
+
+    def __init__(self) -> None:
+        self._barrier = threading.Barrier(2, timeout=20)
+        self._brought: list[Tensor] = [torch.empty(0), torch.empty(0)]
+
+    def exchange(self, rank: int, tensor: Tensor) -> list[Tensor]:
+        self._brought[rank] = tensor.clone()
+        self._barrier.wait()
+        found = list(self._brought)
+        self._barrier.wait()
+        return found
+
+
+class Shard:
+    """Half of the vectors of a matrix operator; also their space."""
+
+    is_psd = False
+
+    def __init__(self, A: Tensor, rank: int, meeting: Meeting) -> None:
+        self._A, self._rank, self._meeting = A, rank, meeting
+        self.rows = PARTS[rank]
+        length = self.rows.stop - self.rows.start
+        self.shape, self.dtype, self.device = (length, length), A.dtype, A.device
+        self.space = self
+
+    def total(self, partial: Tensor) -> Tensor:
+        first, second = self._meeting.exchange(self._rank, partial)
+        return first + second
+
+    def seed(self, seed: int) -> int:
+        return 2 * seed + self._rank
+
+    def part(self, length: int) -> slice:
+        return self.rows
+
+    def assembled(self, part: Tensor, length: int) -> Tensor:
+        return torch.cat(self._meeting.exchange(self._rank, part), 1)
+
+    def matmat(self, V: Tensor) -> Tensor:
+        return self._A[self.rows] @ torch.cat(self._meeting.exchange(self._rank, V))
+
+
+def on_both(A: Tensor, work: Callable[[int, Shard], Any]) -> list[Any]:
+    """What `work` returns on each of two shards that run in step."""
+    meeting = Meeting()
+    results: list[Any] = [None, None]
+
+    def run(rank: int) -> None:
+        results[rank] = work(rank, Shard(A, rank, meeting))
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def test_inner_products_add_up_over_the_shards():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(4, 90, generator=generator, dtype=torch.float64)
+    whole = InnerProducts(MatrixOperator(torch.eye(90, dtype=torch.float64)))
+
+    def work(rank: int, shard: Shard) -> dict[str, Any]:
+        products, part = InnerProducts(shard), rows[:, PARTS[rank]].contiguous()
+        return {
+            "dot": products.dot(part[0], part[1]),
+            "norm": products.norm(part[2]),
+            "coefficients": products.coefficients(part, part[3]),
+            "gram": products.gram(part),
+            "dimension": products.dimension(part.shape[1]),
+            "anywhere": (products.anywhere(rank == 1), products.anywhere(False)),
+            "average": products.average(10.0 * rank),
+            "whole": products.assembled(part[0]),
+            "own": products.part(rows[0]),
+            "random": torch.randn(5, generator=products.random(3)),
+        }
+
+    first, second = on_both(torch.eye(90, dtype=torch.float64), work)
+    assert first["dimension"] == second["dimension"] == whole.dimension(rows.shape[1]) == 90
+    assert first["anywhere"] == second["anywhere"] == (True, False)
+    assert first["average"] == second["average"] == 5.0
+    assert torch.equal(first["whole"], rows[0])
+    assert torch.equal(second["whole"], rows[0])
+    assert torch.equal(torch.cat([first["own"], second["own"]]), rows[0])
+    assert not torch.equal(first["random"], second["random"]), "parts of a random vector must not repeat"
+    expected = {
+        "dot": whole.dot(rows[0], rows[1]),
+        "norm": whole.norm(rows[2]),
+        "coefficients": whole.coefficients(rows, rows[3]),
+        "gram": whole.gram(rows),
+    }
+    for name, value in expected.items():
+        assert torch.equal(first[name], second[name])
+        assert torch.allclose(first[name], value, rtol=1e-13, atol=1e-13), name
+
+
+@pytest.mark.parametrize("mode", ["full", "partial", "selective", "off", "thick_restart", "auto"])
+def test_shards_give_the_pairs_of_the_whole(mode: str):
+    A = symmetric(VALUES)
+    options: dict[str, Any] = {"k": 6, "which": "BE", "tol": 1e-6, "reorth_mode": mode, "max_matvecs": 89}
+
+    def work(rank: int, shard: Shard) -> Eigenpairs:
+        return lanczos(shard, **options, seed=rank, return_eigenvectors=True, true_residuals=True)
+
+    first, second = on_both(A, work)
+    whole = lanczos(Counted(A), **options)
+    assert whole.converged.all()
+    assert torch.equal(first.eigenvalues, second.eigenvalues)
+    assert torch.equal(first.residuals, second.residuals)
+    assert first.converged.all()
+    assert torch.allclose(first.eigenvalues, whole.eigenvalues, rtol=1e-8)
+    assert torch.allclose(first.eigenvalues, wanted_values(VALUES, 6, "BE"), rtol=1e-8)
+    vectors = torch.cat([first.eigenvectors, second.eigenvectors])
+    assert (A @ vectors - vectors * first.eigenvalues).norm(dim=0).max() <= 1e-4
+
+
+def test_multiplicities_over_shards():
+    values = torch.tensor([5.0] * 3 + [1.0] * 87, dtype=torch.float64)
+    first, second = on_both(symmetric(values), lambda rank, shard: lanczos(shard, k=5, tol=1e-8, seed=rank))
+    assert torch.allclose(first.eigenvalues, values[:5])
+    assert torch.equal(first.eigenvalues, second.eigenvalues)
+
+
+def test_shards_with_different_clocks_stop_together(monkeypatch: pytest.MonkeyPatch):
+    """One that went on alone would wait for the other forever."""
+
+    def work(rank: int, shard: Shard) -> Eigenpairs:
+        matmat = shard.matmat
+        shard.matmat = lambda V: time.sleep(0.01) or matmat(V)  # type: ignore[func-returns-value, method-assign]
+        return lanczos(shard, k=6, tol=1e-12, max_seconds=(0.04, 1e6)[rank], seed=rank)
+
+    first, second = on_both(symmetric(VALUES), work)
+    assert first.num_matvecs == second.num_matvecs < 40
+
+
+def test_shards_with_different_memory_choose_the_same_mode(monkeypatch: pytest.MonkeyPatch):
+    room = {"Thread-A": 14, "Thread-B": 28}
+    monkeypatch.setattr(
+        sys.modules["curvature_callbacks.linalg.lanczos.solver"],
+        "device_budget",
+        lambda device: room[threading.current_thread().name] * 8 * 55,
+    )
+
+    def work(rank: int, shard: Shard) -> Eigenpairs:
+        threading.current_thread().name = ("Thread-A", "Thread-B")[rank]
+        return lanczos(shard, k=4, tol=1e-6, seed=rank, max_matvecs=80, return_eigenvectors=True)
+
+    first, second = on_both(symmetric(VALUES), work)
+    assert first.reorth_mode == second.reorth_mode == "thick_restart"
+    assert first.num_matvecs == second.num_matvecs
+    assert torch.allclose(first.eigenvalues, wanted_values(VALUES, 4, "LA"))
+
+
+def test_true_residuals_are_over_whole_vectors():
+    A = symmetric(VALUES)
+    asked = {"k": 4, "max_matvecs": 12, "tol": 1e-12}
+    first, _ = on_both(A, lambda rank, shard: lanczos(shard, **asked, seed=rank, true_residuals=True))
+    whole = lanczos(Counted(A), **asked, return_eigenvectors=True, true_residuals=True)
+    assert torch.allclose(whole.residuals, true_errors(A, whole), rtol=1e-9)
+    assert first.residuals.shape == (4,)
+    nearest = (first.eigenvalues[:, None] - VALUES).abs().min(1).values
+    assert (nearest <= first.residuals * (1 + 1e-9)).all()
