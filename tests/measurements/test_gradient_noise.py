@@ -285,9 +285,8 @@ def test_rows_of_any_layout_are_told_apart_by_their_content() -> None:
 
     mask = torch.tensor([True, False, True, True])
     _, state = measured(model, [batch(mask, 1.0)], loss=loss)
-    assert (
-        whole(model, [batch(mask, 1.0) | {"x": x.contiguous(), "labels": y}], state, loss=loss).scalars["kernel_drift"] == 0.0
-    )
+    as_dense = batch(mask, 1.0) | {"x": x.contiguous(), "labels": y}  # other strides may be multiplied in another order
+    assert whole(model, [as_dense], state, loss=loss).scalars["kernel_drift"] < 1e-28
     same = batch(mask, 1.0)
     for other in (
         batch(~mask, 1.0),

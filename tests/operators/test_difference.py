@@ -180,7 +180,9 @@ def test_narrow_models_are_measured_in_float32_and_say_so(dtype: torch.dtype):
     truth = dense_hessian(model, case_loss(case, microbatches), names_of(model, ("",)))
     with difference(model, microbatches, loss=case.loss) as operator:
         assert operator.dtype == torch.float32
-        assert relative_error(dense(operator), truth) < 1e-3
+        assert (
+            relative_error(dense(operator), truth) < 3e-3
+        )  # the class's figure for columns of single parameters; 9e-4 to 1.5e-3 here, by processor
 
 
 def test_a_single_narrow_parameter_makes_negative_eigenvalues_unreliable():
