@@ -25,7 +25,7 @@ from torch.utils.data import (
 
 from curvature_callbacks.batches import batch_size, detached_copy, take_rows
 from curvature_callbacks.errors import ConfigurationError, ProbeError
-from curvature_callbacks.isolation.objects import undisturbed
+from curvature_callbacks.isolation.snapshot import undisturbed
 from curvature_callbacks.processes.group import current_world
 
 Draw = Literal["fresh", "fixed"]

@@ -14,7 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.isolation.precision import full_precision
-from curvature_callbacks.isolation.replicas import attributes_set_aside, refill
+from curvature_callbacks.isolation.replicas import attributes_set_aside
+from curvature_callbacks.isolation.snapshot import put_back
 from curvature_callbacks.library_internals import is_fully_sharded, reshard
 
 _DETERMINISTIC_CUBLAS: Final = (":4096:8", ":16:8")  # the two settings PyTorch accepts
@@ -94,48 +95,23 @@ def seeded(model: nn.Module, *, seed: int) -> Iterator[None]:
 
 @contextmanager
 def _generators(device: torch.device, seed: int) -> Iterator[None]:
-    restores = [_save_torch_cpu(seed), _save_python(seed)]
-    if "numpy" in sys.modules:
-        restores.append(_save_numpy(seed))
-    if device.type == "cuda":
-        restores.append(_save_cuda(device, seed))
-    try:
+    numpy: Any = sys.modules.get("numpy")
+    # One by one: `torch.manual_seed` would also move the generators of every accelerator on the machine.
+    of_torch = [torch.default_generator, *_accelerator_generators(device)]
+    of_numpy = [] if numpy is None else [numpy.random]
+    with put_back([*of_torch, random, *of_numpy]):
+        for generator in of_torch:
+            generator.manual_seed(seed)
+        random.seed(seed)
+        for generator in of_numpy:
+            generator.seed(seed % 2**32)
         yield
-    finally:
-        for restore in restores:
-            restore()
 
 
-def _save_torch_cpu(seed: int) -> Callable[[], None]:
-    # `torch.manual_seed` would also move the generators of every accelerator on the machine.
-    generator = torch.default_generator
-    state = generator.get_state()
-    generator.manual_seed(seed)
-    return lambda: _discard(generator.set_state(state))
-
-
-def _save_cuda(device: torch.device, seed: int) -> Callable[[], None]:
-    state = torch.cuda.get_rng_state(device)
-    with torch.cuda.device(device):
-        torch.cuda.manual_seed(seed)
-    return lambda: torch.cuda.set_rng_state(state, device)
-
-
-def _save_python(seed: int) -> Callable[[], None]:
-    state = random.getstate()
-    random.seed(seed)
-    return lambda: random.setstate(state)
-
-
-def _save_numpy(seed: int) -> Callable[[], None]:
-    generator: Any = sys.modules["numpy"].random
-    state = generator.get_state()
-    generator.seed(seed % 2**32)
-    return lambda: _discard(generator.set_state(state))
-
-
-def _discard(_: object) -> None:
-    return None
+def _accelerator_generators(device: torch.device) -> list[torch.Generator]:
+    if device.type != "cuda":
+        return []
+    return [torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]]
 
 
 @contextmanager
@@ -153,25 +129,25 @@ def _training_flags(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def _buffers(modules: Sequence[nn.Module]) -> Iterator[None]:
-    saved = [(module, dict(module._buffers), _copies(module._buffers)) for module in modules]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for module, buffers, contents in saved:
-                _restore_buffers(module, buffers, contents)
+    saved = [(dict(module._buffers), _copies(module._buffers)) for module in modules]
+    with put_back([module._buffers for module in modules]):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffers, contents in saved:
+                    _restore_contents(buffers, contents)
 
 
 def _copies(buffers: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
     return {name: buffer.detach().clone() for name, buffer in buffers.items() if buffer is not None}
 
 
-def _restore_buffers(module: nn.Module, buffers: dict[str, Tensor | None], contents: dict[str, Tensor]) -> None:
+def _restore_contents(buffers: Mapping[str, Tensor | None], contents: Mapping[str, Tensor]) -> None:
     for name, content in contents.items():
         buffer = buffers[name]
         if buffer is not None and not _same(buffer, content):
             buffer.copy_(content)
-    refill(module._buffers, buffers)
 
 
 def _same(buffer: Tensor, content: Tensor) -> bool:
@@ -206,16 +182,11 @@ def _no_sharding_hooks(modules: Sequence[nn.Module]) -> Iterator[None]:
     hooked: list[Any] = [
         hooks for module in modules if is_fully_sharded(module) for hooks in (module._forward_pre_hooks, module._forward_hooks)
     ]
-    saved = [dict(hooks) for hooks in hooked]
-    try:
+    with put_back(hooked):
         for hooks in hooked:
             for key in [key for key, hook in hooks.items() if _is_sharding_hook(hook)]:
                 del hooks[key]
         yield
-    finally:
-        for hooks, found in zip(hooked, saved, strict=True):
-            hooks.clear()
-            hooks.update(found)
 
 
 def _is_sharding_hook(hook: Any) -> bool:

@@ -1,9 +1,8 @@
-"""Undisturbed: objects that user code may change while it is called for a probe, put back as they were."""
+"""Objects that user code may change: what they are made of, and which of them can be reached."""
 
-import copy
 import random
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from types import FunctionType, MethodType, ModuleType
@@ -12,56 +11,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from curvature_callbacks.isolation.replicas import DICTS, is_array, is_generator, refill
-
+DICTS: Final = (dict, defaultdict, OrderedDict, Counter)
+CONTAINERS: Final = (list, set, deque, *DICTS)
 _SEARCH_OBJECTS: Final = 5000  # objects looked at
 _SEARCH_WIDTH: Final = 64  # containers with more entries hold data: they are put back, what lies in them is not looked at
 _LEAVES: Final = (str, bytes, int, float, type, ModuleType, type(None))
 _OF_THREADS: Final = frozenset({"queue", "threading", "multiprocessing", "concurrent", "asyncio"})  # which go on meanwhile
-_CONTAINERS: Final = (list, set, deque, *DICTS)
-_ENTRIES: Final = 1 << 20  # copied of containers; 8 MB of pointers
-_ELEMENTS: Final = 1 << 20  # copied of tensors and arrays; counts and running values are small, data are not
-
-
-class undisturbed:  # noqa: N801 - reads as a verb in `with`
-    """Puts everything that can be reached from the given objects back as it was.
-
-    Generators, attributes, the content of lists, dicts, sets and deques, and that of tensors and NumPy arrays; of containers
-    and of tensors the smallest ones, up to about a million entries in all. A data set may open its file at the first access,
-    count or cache: what a probe opened in this process must not be inherited by workers forked later, which would then share
-    one file offset, and what it counted must not be known to training.
-
-    Left alone: what is written to while a gradient flows, memory that other processes or files may share, what belongs to
-    threads, subclasses of the containers, and what lies in a container of more than 64 entries.
-
-    Cost: of a data set that is a list of 1e5 rows 3 ms, a copy of its pointers and their comparison; of a million floats 1.4 ms
-    and their copy; 10 us where there is nothing to copy (one core of a server CPU).
-    """
-
-    def __init__(self, *owners: Any) -> None:
-        self._objects = list(reachable(owners))
-
-    def __enter__(self) -> None:
-        generators = [value for value in self._objects if is_generator(type(value))]
-        self._states = [(generator, copy.deepcopy(_get_state(generator))) for generator in generators]
-        self._attributes = [(found, dict(found)) for value in self._objects if (found := _attributes(value)) is not None]
-        containers = [value for value in self._objects if type(value) in _CONTAINERS]
-        self._contents = [(value, _content(value)) for value in _smallest(containers, len, _ENTRIES)]
-        arrays = [value for value in self._objects if _is_own_tensor(value) or _is_own_array(value)]
-        self._values = [
-            (value, value.clone(), value._version) if isinstance(value, Tensor) else (value, value.copy(), 0)
-            for value in _smallest(arrays, _num_elements, _ELEMENTS)
-        ]
-
-    def __exit__(self, *_: object) -> None:
-        for generator, state in self._states:
-            _set_state(generator, state)
-        for found, attributes in self._attributes:
-            refill(found, attributes)
-        for container, content in self._contents:
-            refill(container, content)
-        for value, saved, version in self._values:
-            _put_back(value, saved, version)
 
 
 def reachable(owners: tuple[Any, ...]) -> Iterator[Any]:
@@ -89,26 +44,7 @@ def _children(value: Any) -> list[Any]:
         return [value.__self__]
     if isinstance(value, FunctionType):
         return [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
-    return [*(_attributes(value) or {}).values(), *_slots(value)]
-
-
-def _attributes(value: Any) -> dict[str, Any] | None:
-    if isinstance(value, Tensor):
-        return None
-    try:
-        found = object.__getattribute__(value, "__dict__")
-    except AttributeError:
-        return None
-    return found if type(found) is dict else None
-
-
-def _slots(value: Any) -> list[Any]:
-    found = []
-    for kind in type(value).__mro__:
-        for name in vars(kind).get("__slots__", ()):
-            with suppress(AttributeError):  # declared and not set
-                found.append(object.__getattribute__(value, name))
-    return found
+    return [*(attributes(value) or {}).values(), *slots(value).values()]
 
 
 def _is_filled(cell: Any) -> bool:
@@ -119,73 +55,35 @@ def _is_filled(cell: Any) -> bool:
     return True
 
 
-def _content(container: Any) -> Any:
-    return dict(container) if isinstance(container, dict) else list(container)
+def attributes(value: Any) -> dict[str, Any] | None:
+    """The dict in which an object keeps its attributes, itself; None for one without, and for tensors."""
+    if isinstance(value, Tensor):
+        return None
+    try:
+        own = object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return None
+    return own if type(own) is dict else None
 
 
-def _smallest(values: list[Any], size: Callable[[Any], int], limit: int) -> list[Any]:
-    """Of `values` the smallest, `limit` in all: what is counted in is smaller than the data."""
-    chosen, total = [], 0
-    for value in sorted(values, key=size):
-        total += size(value)
-        if total > limit:
-            break
-        chosen.append(value)
-    return chosen
+def slots(value: Any) -> dict[str, Any]:
+    """Name to content of the `__slots__` of an object that are set."""
+    contents: dict[str, Any] = {}
+    for cls in type(value).__mro__:
+        declared = vars(cls).get("__slots__", ())
+        for name in [declared] if isinstance(declared, str) else declared:
+            if name not in ("__dict__", "__weakref__"):
+                with suppress(AttributeError):  # declared and not set
+                    contents[name] = object.__getattribute__(value, name)
+    return contents
 
 
-def _num_elements(value: Any) -> int:
-    return int(value.numel() if isinstance(value, Tensor) else value.size)
+def is_generator(cls: type) -> bool:
+    """Whether it is a class of generators of torch, NumPy or Python with a state: the system's has none."""
+    of_numpy = cls.__module__.startswith("numpy.random") and cls.__name__ in ("Generator", "RandomState")
+    return of_numpy or (issubclass(cls, torch.Generator | random.Random) and not issubclass(cls, random.SystemRandom))
 
 
-def _is_own_tensor(value: Any) -> bool:
-    """Whether it may be written to: not while a gradient flows, nor where memory is shared with processes, files or NumPy."""
-    if type(value) is not Tensor or value.device.type not in ("cpu", "cuda") or value.layout is not torch.strided:
-        return False
-    if value.requires_grad or value.is_inference() or value.is_quantized or value.is_conj() or value.is_neg():
-        return False
-    memory = value.untyped_storage()
-    is_shared = value.is_cpu and memory.is_shared()  # which memory of a GPU always is
-    return not is_shared and memory.resizable() and 0 not in value.stride()  # an expanded tensor cannot be copied to
-
-
-def _is_own_array(value: Any) -> bool:
-    """Whether it is a NumPy array in NumPy's own memory."""
-    if not is_array(type(value)) or not value.flags.writeable:
-        return False
-    while is_array(type(value.base)):
-        value = value.base
-    return bool(value.flags.owndata)
-
-
-def _put_back(value: Any, saved: Any, version: int) -> None:
-    """Written to only where it changed; one whose shape was changed in place is left alone."""
-    if value.shape != saved.shape:
-        return
-    if not isinstance(value, Tensor):
-        if value.tobytes() != saved.tobytes():  # of an array of objects these are their identities
-            value[...] = saved
-    elif value._version != version or (value.is_cpu and not torch.equal(_bits(value), _bits(saved))):  # through a view of NumPy
-        with torch.no_grad():
-            value.copy_(saved)
-
-
-def _bits(value: Tensor) -> Tensor:
-    return value.reshape(-1).view(torch.uint8)
-
-
-def _get_state(generator: Any) -> Any:
-    if isinstance(generator, random.Random):
-        return generator.getstate()
-    if isinstance(generator, torch.Generator) or type(generator).__name__ == "RandomState":
-        return generator.get_state()
-    return generator.bit_generator.state
-
-
-def _set_state(generator: Any, state: Any) -> None:
-    if isinstance(generator, random.Random):
-        generator.setstate(state)
-    elif isinstance(generator, torch.Generator) or type(generator).__name__ == "RandomState":
-        generator.set_state(state)
-    else:
-        generator.bit_generator.state = state
+def is_array(cls: type) -> bool:
+    """Whether it is the class of NumPy's arrays."""
+    return cls.__module__ == "numpy" and cls.__name__ == "ndarray"

@@ -7,7 +7,7 @@ from typing import Any, final
 from torch import Tensor, tensor
 
 from curvature_callbacks.errors import ConfigurationError
-from curvature_callbacks.isolation.objects import undisturbed
+from curvature_callbacks.isolation.snapshot import undisturbed
 from curvature_callbacks.lightning.framework import Callback, LightningModule, Trainer
 from curvature_callbacks.lightning.loss import loss_of
 from curvature_callbacks.lightning.sinks import logger_sinks

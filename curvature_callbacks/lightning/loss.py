@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from curvature_callbacks._optional import is_available
 from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.isolation.model import seeded
-from curvature_callbacks.isolation.replicas import attributes_set_aside, refill
+from curvature_callbacks.isolation.replicas import attributes_set_aside
+from curvature_callbacks.isolation.snapshot import put_back
 from curvature_callbacks.model.loss.resolve import Loss, is_function
 
 _ADVICE = (
@@ -59,7 +60,7 @@ def _training_step_loss(module: nn.Module, batch: Any) -> Tensor:
 
 
 def _traceless(module: nn.Module, function: Any, *args: Any) -> Any:
-    with _without_trace(module):
+    with _module_without_trace(module):
         return function(*args)
 
 
@@ -73,7 +74,7 @@ def _num_indices(step: Any) -> int:
 
 
 @contextmanager
-def _without_trace(module: nn.Module) -> Iterator[None]:
+def _module_without_trace(module: nn.Module) -> Iterator[None]:
     """A probe is no training batch: nothing is logged, metrics and collected outputs are as before.
 
     What it draws is the same in every call, so that a probe measures one function.
@@ -127,11 +128,9 @@ def _trainer_unchanged(module: Any) -> Iterator[None]:
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     owners = [*(config.scheduler for config in trainer.lr_scheduler_configs), getattr(trainer, "datamodule", None)]
     held = [*groups, *(vars(owner) for owner in owners if owner is not None), getattr(module, "_hparams", {})]
-    saved = [(found, dict(found)) for found in held]
     should_stop = trainer.should_stop
-    try:
-        yield
-    finally:
-        trainer.should_stop = should_stop
-        for found, before in saved:
-            refill(found, before)
+    with put_back(held):
+        try:
+            yield
+        finally:
+            trainer.should_stop = should_stop

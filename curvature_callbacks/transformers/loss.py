@@ -1,6 +1,5 @@
 """The loss that a Hugging Face Trainer minimises, evaluated for a probe without leaving a trace in the Trainer."""
 
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from curvature_callbacks.batches import take_rows
 from curvature_callbacks.errors import ConfigurationError
-from curvature_callbacks.isolation.objects import reachable, undisturbed
-from curvature_callbacks.isolation.replicas import refill, replica
+from curvature_callbacks.isolation.objects import CONTAINERS, reachable
+from curvature_callbacks.isolation.replicas import replica
+from curvature_callbacks.isolation.snapshot import put_back, undisturbed
 from curvature_callbacks.model.loss.own import OwnLoss
 from curvature_callbacks.model.loss.resolve import Loss
 from curvature_callbacks.model.loss.sample_losses import IGNORED, SampleLosses, cross_entropy, shifted_cross_entropy
@@ -26,7 +26,6 @@ from curvature_callbacks.processes.group import current_world
 
 _LIBRARIES: Final = frozenset({"transformers", "accelerate", "datasets"})
 _SHARED: Final = (nn.Module, Optimizer, LRScheduler, Dataset)  # which a loss does not change, and large
-_CONTAINERS: Final = (list, dict, set, deque)
 _MATCH: Final = 1e-5  # relative; float32 means of a few rows differ by 1e-7, those with other weights seldom by less than 1e-4
 _APART: Final = frozenset(  # data (lists are data sets too), functions that no loss calls, and our own watch
     {"train_dataset", "eval_dataset", "model_init", "compute_metrics", "preprocess_logits_for_metrics", "compute_loss"}
@@ -175,7 +174,7 @@ class _ComputedLoss:
         inputs = dict(batch) if isinstance(batch, Mapping) else batch  # its labels are popped
         device = next(model.parameters()).device
         generators = torch.random.fork_rng([device] if device.type == "cuda" else [])
-        with _without_trace(self._trainer), generators:  # noise of its own is the same at every evaluation of a probe
+        with _trainer_without_trace(self._trainer), generators:  # noise of its own is the same at every evaluation of a probe
             return self._compute_loss(model, inputs)
 
     def _settle(self, found: str | None) -> None:
@@ -221,27 +220,20 @@ _COUNTS: Final[Mapping[str, _Count]] = {"rows": _rows, "labels that follow": _fo
 
 
 @contextmanager
-def _without_trace(trainer: Trainer) -> Iterator[None]:
+def _trainer_without_trace(trainer: Trainer) -> Iterator[None]:
     """`trainer.log` does nothing; attributes of the Trainer, its arguments, its state and its control flags, learning rates,
     generators, and what its `compute_loss_func` collects are as before."""
     attributes = vars(trainer)
     groups = trainer.optimizer.param_groups if trainer.optimizer is not None else []
     scheduler = vars(trainer.lr_scheduler) if trainer.lr_scheduler is not None else {}
     held = (attributes, vars(trainer.state), vars(trainer.control), vars(trainer.args), scheduler, *groups)
-    saved = [(found, dict(found)) for found in held]
     own = {name: value for name, value in attributes.items() if name not in _APART and not _is_shared(value)}
-    collected = [(value, value.copy()) for value in reachable((trainer.compute_loss_func,)) if type(value) in _CONTAINERS]
+    collected = [value for value in reachable((trainer.compute_loss_func,)) if type(value) in CONTAINERS]
     memo: dict[int, Any] = {}
-    try:
-        with undisturbed(*own.values()):
-            attributes.update({name: replica(value, memo) for name, value in own.items()})
-            attributes["log"] = lambda *args, **kwargs: None
-            yield
-    finally:
-        for value, content in collected:
-            refill(value, content)
-        for found, before in saved:
-            refill(found, before)
+    with put_back([*collected, *held]), undisturbed(*own.values()):
+        attributes.update({name: replica(value, memo) for name, value in own.items()})
+        attributes["log"] = lambda *args, **kwargs: None
+        yield
 
 
 def _is_shared(value: Any) -> bool:
