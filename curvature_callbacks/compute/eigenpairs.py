@@ -7,7 +7,7 @@ from torch import nn
 from curvature_callbacks.compute.offline import offline_problem
 from curvature_callbacks.isolation.model import isolated
 from curvature_callbacks.linalg.eigenpairs import Eigenpairs
-from curvature_callbacks.linalg.lanczos.solver import ReorthMode
+from curvature_callbacks.linalg.lanczos.options import LanczosOptions, ReorthMode
 from curvature_callbacks.linalg.lanczos.wanted import Which
 from curvature_callbacks.linalg.operator import Operator
 from curvature_callbacks.model.loss.fisher_type import Fisher, SampleUnit
@@ -15,7 +15,7 @@ from curvature_callbacks.model.loss.resolve import Loss
 from curvature_callbacks.model.loss.sharing import Sharing
 from curvature_callbacks.model.objective import ParamsFilter
 from curvature_callbacks.model.stability import Optimizers
-from curvature_callbacks.problem.eigenproblem import Eigenproblem, Wish, eigenproblem
+from curvature_callbacks.problem.eigenproblem import Eigenproblem, eigenproblem
 from curvature_callbacks.problem.matrix import MatrixChoice, OperatorName
 
 
@@ -111,7 +111,7 @@ def compute_spectrum(
         >>> torch.allclose(pairs.eigenvalues[0], torch.linalg.eigvalsh(2 * x.T @ x / 16)[-1])
         True
     """
-    wish = Wish(
+    options = LanczosOptions(
         k=k,
         which=which,
         tol=tol,
@@ -128,11 +128,10 @@ def compute_spectrum(
         task = Eigenproblem(operator=operator)
         with isolated(model, seed=seed):
             task.check(seed=seed)
-            return task.solve(wish)
+            return task.solve(options)
     curvature = MatrixChoice(operator=operator, sample_unit=sample_unit, fisher=fisher, num_draws=num_draws, sharing=sharing)
-    options: dict[str, Any] = {"loss": loss, "params_filter": params_filter, "seed": seed, "optimizer": optimizer}
-    with offline_problem(model, batches, **options) as problem:
-        curvature.check(problem, negative=wish.negative)
+    with offline_problem(model, batches, loss=loss, params_filter=params_filter, seed=seed, optimizer=optimizer) as problem:
+        curvature.check(problem, negative=options.asks_for_negative)
         task = eigenproblem(problem, curvature)
         task.check(seed=seed)
-        return task.solve(wish)
+        return task.solve(options)

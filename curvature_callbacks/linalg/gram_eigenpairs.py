@@ -9,6 +9,7 @@ from torch import Tensor
 from curvature_callbacks.linalg.accumulate import subtract_combination
 from curvature_callbacks.linalg.eigenpairs import Eigenpairs, shortfalls
 from curvature_callbacks.linalg.inner_products import InnerProducts
+from curvature_callbacks.linalg.lanczos.options import LanczosOptions
 from curvature_callbacks.linalg.lanczos.wanted import Which
 from curvature_callbacks.linalg.operator import Operator
 
@@ -33,16 +34,7 @@ class FactoredOperator(Operator, Protocol):
         ...
 
 
-def eigenpairs_of_gram(
-    gram: Tensor,
-    operator: FactoredOperator,
-    *,
-    k: int,
-    which: Which = "LA",
-    tol: float = 1e-3,
-    seed: int = 0,
-    return_eigenvectors: bool = False,
-) -> Eigenpairs:
+def eigenpairs_of_gram(gram: Tensor, operator: FactoredOperator, options: LanczosOptions) -> Eigenpairs:
     """The `k` outer eigenpairs of `A = J' J / c`, with true residuals.
 
     From `J J' w = s w` follow `A u = (s / c) u` with `u = J' w / sqrt(s)`: one backward pass each. Beyond the rank r of J all
@@ -56,12 +48,8 @@ def eigenpairs_of_gram(
     Args:
         gram: (S, S) `J J'`, finite.
         operator: A.
-        k: wanted pairs, at least one; at most P are returned.
-        which: `LA` largest, `SA` smallest, `LM` largest magnitude (here the largest), `BE` half from each end (the odd one
-            from the top).
-        tol: a pair has converged when its residual is at most `max(tol theta, 10 eps lambda_max)`.
-        seed: seed of the start vectors in the null space.
-        return_eigenvectors: also return the vectors (P, k).
+        options: at most P of `k` pairs are returned; of the ends `LM` is the largest here; a pair has converged when its
+            residual is at most `max(tol theta, 10 eps lambda_max)`; `seed` is that of the start vectors in the null space.
 
     Returns:
         The pairs, eigenvalues descending; `reorth_mode` is `gram` and `asymmetry` the Gram's.
@@ -76,13 +64,13 @@ def eigenpairs_of_gram(
         >>> A = SimpleNamespace(
         ...     shape=(3, 3), dtype=J.dtype, device=J.device, normaliser=2, jvp=lambda v: J @ v, vjp=lambda u: J.T @ u
         ... )
-        >>> eigenpairs_of_gram(J @ J.T, A, k=3).eigenvalues.tolist()
+        >>> eigenpairs_of_gram(J @ J.T, A, LanczosOptions(k=3)).eigenvalues.tolist()
         [4.5, 0.5, 0.0]
     """
-    start = time.perf_counter()
-    search = _Search(gram, operator, tol, seed)
+    start, k, tol = time.perf_counter(), options.k, options.tol
+    search = _Search(gram, operator, tol, options.seed)
     P = search.dimension
-    chosen = _choose(min(k, P), P, which)
+    chosen = _choose(min(k, P), P, options.which)
     vectors = torch.empty(len(chosen), operator.shape[0], dtype=operator.dtype, device=operator.device)  # (k, P)
     residuals = torch.stack([search.find(index, vectors, place) for place, index in enumerate(chosen)])
     values = torch.stack([search.value(index) for index in chosen])
@@ -91,9 +79,9 @@ def eigenpairs_of_gram(
         eigenvalues=values,
         residuals=residuals.clamp_min(search.floor),
         converged=converged,
-        eigenvectors=vectors.T if return_eigenvectors else None,
+        eigenvectors=vectors.T if options.return_eigenvectors else None,
         num_matvecs=search.num_matvecs,
-        which=which,
+        which=options.which,
         reorth_mode="gram",
         is_psd=True,
         tol=tol,

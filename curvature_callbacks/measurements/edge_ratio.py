@@ -1,13 +1,14 @@
 """How close the optimizer is to the edge of stability."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, final
 
 from torch import Tensor
 
 from curvature_callbacks.linalg.eigenpairs import Eigenpairs
 from curvature_callbacks.linalg.inner_products import InnerProducts
-from curvature_callbacks.linalg.lanczos.solver import check_options, lanczos
+from curvature_callbacks.linalg.lanczos.options import LanczosOptions
+from curvature_callbacks.linalg.lanczos.solver import solve
 from curvature_callbacks.linalg.operator import Operator
 from curvature_callbacks.model.stability import Stability
 from curvature_callbacks.operators.preconditioned import PreconditionedOperator
@@ -75,12 +76,17 @@ class EdgeRatio:
     max_matvecs: int = 25
 
     def __post_init__(self) -> None:
-        check_options(k=1, which="LA", tol=self.tol, max_matvecs=self.max_matvecs)
+        _ = self.solver  # which checks its options
 
     @property
     def name(self) -> str:
         """`edge`."""
         return "edge"
+
+    @property
+    def solver(self) -> LanczosOptions:
+        """Options of every run; those of one probe add its seed and the time that is left."""
+        return LanczosOptions(k=1, which="LA", tol=self.tol, max_matvecs=self.max_matvecs, return_eigenvectors=True)
 
     @property
     def needs_optimizer(self) -> bool:
@@ -125,16 +131,10 @@ class EdgeRatio:
         assert stability.scale is not None
         part = InnerProducts(hessian).part
         decay = None if stability.decay is None else part(stability.decay)
-        return lanczos(
+        return solve(
             PreconditionedOperator(hessian, part(stability.scale), shift=decay),
-            k=1,
-            which="LA",
-            tol=self.tol,
-            max_matvecs=self.max_matvecs,
-            max_seconds=seconds_left(problem.deadline),
-            seed=problem.seed,
+            replace(self.solver, seed=problem.seed, max_seconds=seconds_left(problem.deadline)),
             initial_vectors=None if previous is None else previous[:, None].to(hessian.device, hessian.dtype),
-            return_eigenvectors=True,
         )
 
 

@@ -6,10 +6,11 @@ from typing import Any, Final, final
 from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.linalg.density import Density
 from curvature_callbacks.linalg.eigenpairs import Eigenpairs
+from curvature_callbacks.linalg.lanczos.options import LanczosOptions
 from curvature_callbacks.linalg.quadrature import check_quadrature, spectral_density
 from curvature_callbacks.model.loss.fisher_type import Fisher, SampleUnit
 from curvature_callbacks.model.loss.sharing import Sharing
-from curvature_callbacks.problem.eigenproblem import Eigenproblem, Wish, eigenproblem
+from curvature_callbacks.problem.eigenproblem import Eigenproblem, eigenproblem
 from curvature_callbacks.problem.matrix import MatrixChoice, OperatorFunction, OperatorName
 from curvature_callbacks.problem.problem import Problem
 from curvature_callbacks.record import Record
@@ -136,8 +137,11 @@ class SpectralDensity:
         if self.deflate == 0:
             return None
         most = max(_DEFLATION_PRODUCTS, 4 * self.deflate)
-        wish = Wish(k=self.deflate, which="LM", tol=_DEFLATION_TOL, max_matvecs=most, seed=seed, return_eigenvectors=True)
-        return task.solve(wish)
+        return task.solve(
+            LanczosOptions(
+                k=self.deflate, which="LM", tol=_DEFLATION_TOL, max_matvecs=most, seed=seed, return_eigenvectors=True
+            )
+        )
 
     def _metadata(self, problem: Problem, task: Eigenproblem, found: Density, asymmetry: float) -> dict[str, Any]:
         return {

@@ -1,18 +1,18 @@
 """Outer eigenpairs of a curvature matrix, with residuals and negative curvature."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, final
 
 from torch import Tensor
 
 from curvature_callbacks.linalg.eigenpairs import Eigenpairs
-from curvature_callbacks.linalg.lanczos.solver import ReorthMode
+from curvature_callbacks.linalg.lanczos.options import LanczosOptions, ReorthMode
 from curvature_callbacks.linalg.lanczos.wanted import Which
 from curvature_callbacks.model.loss.fisher_type import Fisher, SampleUnit
 from curvature_callbacks.model.loss.sharing import Sharing
 from curvature_callbacks.problem.deadline import seconds_left
-from curvature_callbacks.problem.eigenproblem import Eigenproblem, Wish, eigenproblem, measured_blocks
+from curvature_callbacks.problem.eigenproblem import Eigenproblem, eigenproblem, measured_blocks
 from curvature_callbacks.problem.matrix import MatrixChoice, OperatorFunction, OperatorName
 from curvature_callbacks.problem.problem import Problem
 from curvature_callbacks.record import Record
@@ -105,7 +105,7 @@ class TopEigenpairs:
     per_block: bool = False
 
     def __post_init__(self) -> None:
-        _ = self.curvature, self._wish()  # which check their options
+        _ = self.curvature, self.solver  # which check their options
 
     @property
     def name(self) -> str:
@@ -124,13 +124,26 @@ class TopEigenpairs:
         )
 
     @property
+    def solver(self) -> LanczosOptions:
+        """Options of every run; those of one probe add its seed and the time that is left."""
+        return LanczosOptions(
+            k=self.k,
+            which=self.which,
+            tol=self.tol,
+            max_matvecs=self.max_matvecs,
+            max_seconds=self.max_seconds,
+            reorth_mode=self.reorth_mode,
+            return_eigenvectors=self.warm_start,
+        )
+
+    @property
     def needs_optimizer(self) -> bool:
         """Whether the matrix is read from the optimizer's state."""
         return self.curvature.needs_optimizer
 
     def check(self, problem: Problem) -> None:
         """Raise a `ConfigurationError` where the matrix cannot be had in this run."""
-        self.curvature.check(problem, negative=self._wish().negative)
+        self.curvature.check(problem, negative=self.solver.asks_for_negative)
 
     def init(self, problem: Problem) -> State | None:
         """None: the self-check has not run."""
@@ -146,19 +159,6 @@ class TopEigenpairs:
         if self.per_block:
             records += [run.record(block) for block in measured_blocks(problem, self.curvature)]
         return records, run.state()
-
-    def _wish(self, *, seed: int = 0, start: Tensor | None = None, max_seconds: float | None = None) -> Wish:
-        return Wish(
-            k=self.k,
-            which=self.which,
-            tol=self.tol,
-            max_matvecs=self.max_matvecs,
-            max_seconds=max_seconds or self.max_seconds,
-            reorth_mode=self.reorth_mode,
-            seed=seed,
-            initial_vectors=None if start is None else start[:, None],
-            return_eigenvectors=self.warm_start,
-        )
 
     def _absent(self, problem: Problem, reason: str) -> Record:
         metadata = {**self.curvature.metadata(), "reason": reason}
@@ -185,7 +185,8 @@ class _Run:
         if self.error is None:
             self.error, spent = task.check(seed=problem.seed)
         left = seconds_left(problem.deadline, measurement.max_seconds)
-        pairs = task.solve(measurement._wish(seed=problem.seed, start=self._start(task, block), max_seconds=left))
+        options = replace(measurement.solver, seed=problem.seed, max_seconds=left)
+        pairs = task.solve(options, initial_vectors=self._start(task, block))
         if measurement.warm_start and task.is_iterative:
             self.starts[block or _WHOLE] = task.assembled(pairs.starting_vector())
         return Record(
@@ -208,8 +209,9 @@ class _Run:
         return {"error": self.error, "starts": self.starts}
 
     def _start(self, task: Eigenproblem, block: str | None) -> Tensor | None:
-        """The previous probe's, unless it is of other parameters."""
-        return task.start((self.previous.get("starts") or {}).get(block or _WHOLE))
+        """(P, 1) the start vector that the previous probe left, None where it left none or one of other parameters."""
+        start = task.start((self.previous.get("starts") or {}).get(block or _WHOLE))
+        return None if start is None else start[:, None]
 
     def _metadata(self, task: Eigenproblem, pairs: Eigenpairs, asymmetry: float) -> dict[str, Any]:
         return {

@@ -3,15 +3,16 @@
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final, final, get_args
+from typing import Final, final
 
 import torch
 from torch import Tensor
 
-from curvature_callbacks.errors import ConfigurationError, ProbeError, RefusedError, check_choice, check_positive
+from curvature_callbacks.errors import ConfigurationError, ProbeError, RefusedError
 from curvature_callbacks.linalg.accumulate import coefficients, norm, subtract_combination
 from curvature_callbacks.linalg.eigenpairs import Eigenpairs, shortfalls
 from curvature_callbacks.linalg.kronecker import KroneckerFactors, outer_pairs
+from curvature_callbacks.linalg.lanczos.options import LanczosOptions
 from curvature_callbacks.linalg.lanczos.wanted import Which
 
 _NOISE: Final = 10.0  # noise floor of a residual, in units of eps lambda_max, as in `lanczos`
@@ -100,9 +101,7 @@ class KFACOperator:
             layer.write(layer.restored(coordinates * layer.spectrum if scaled else coordinates), result)
         return result
 
-    def top(
-        self, *, k: int, which: Which = "LA", tol: float = 1e-3, seed: int = 0, return_eigenvectors: bool = False
-    ) -> Eigenpairs:
+    def eigenpairs(self, options: LanczosOptions, *, initial_vectors: Tensor | None = None) -> Eigenpairs:
         """The `k` outer eigenpairs, exact up to the factors' own eigensolves, with true residuals; no Krylov space.
 
         Eigenvalues by a search over the products of those of the factors, eigenvectors `u_G x u_A`. All other directions have
@@ -110,28 +109,18 @@ class KFACOperator:
         of the P x P matrix, as from `lanczos`: ask for `LA` to spend all k on the top.
 
         Args:
-            k: wanted pairs, at least one; at most P are returned.
-            which: `LA` largest, `SA` smallest, `LM` largest magnitude (here the largest), `BE` half from each end (the odd one
-                from the top).
-            tol: a pair has converged when its residual is at most `max(tol theta, 10 eps lambda_max)`.
-            seed: seed of the start vectors in the null space.
-            return_eigenvectors: also return the vectors (P, k).
+            options: at most P of `k` pairs are returned; of the ends `LM` is the largest here; a pair has converged when its
+                residual is at most `max(tol theta, 10 eps lambda_max)`; `seed` is that of the start vectors in the null space.
+            initial_vectors: not needed.
 
         Returns:
             The pairs, eigenvalues descending; `reorth_mode` is `kronecker`, `asymmetry` zero by construction.
 
-        Raises:
-            ConfigurationError: a bad option.
-
         Cost: one product a pair, two more for a zero. Memory: k vectors of size P.
         """
-        check_positive("k", k)
-        check_choice("which", which, get_args(Which))
-        if not tol > 0:
-            raise ConfigurationError(f"`tol` must be positive, got {tol!r}.")
-        start = time.perf_counter()
-        search = _Search(self._layers, self, seed)
-        chosen = search.choose(min(k, self.shape[0]), which)
+        start, k, tol = time.perf_counter(), options.k, options.tol
+        search = _Search(self._layers, self, options.seed)
+        chosen = search.choose(min(k, self.shape[0]), options.which)
         vectors, residuals = search.solve(chosen)
         values = torch.tensor([pair.value for pair in chosen], dtype=torch.float64)
         converged = residuals <= (tol * values).clamp_min(search.floor)
@@ -139,9 +128,9 @@ class KFACOperator:
             eigenvalues=values,
             residuals=residuals.clamp_min(search.floor),
             converged=converged,
-            eigenvectors=vectors.T if return_eigenvectors else None,
+            eigenvectors=vectors.T if options.return_eigenvectors else None,
             num_matvecs=search.num_matvecs,
-            which=which,
+            which=options.which,
             reorth_mode="kronecker",
             is_psd=True,
             tol=tol,

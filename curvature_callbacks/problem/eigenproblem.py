@@ -1,19 +1,19 @@
 """Eigenproblem: an operator of one probe, how it is checked and which eigensolver takes it."""
 
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any, Final, final
 
 import torch
 from torch import Tensor
 
-from curvature_callbacks.errors import ConfigurationError, ProbeError, check_positive
+from curvature_callbacks.errors import ConfigurationError, ProbeError
 from curvature_callbacks.linalg.eigenpairs import Eigenpairs
 from curvature_callbacks.linalg.gram_eigenpairs import eigenpairs_of_gram
 from curvature_callbacks.linalg.inner_products import InnerProducts
-from curvature_callbacks.linalg.lanczos.solver import ReorthMode, check_options, lanczos
-from curvature_callbacks.linalg.lanczos.wanted import Which
+from curvature_callbacks.linalg.lanczos.options import LanczosOptions
+from curvature_callbacks.linalg.lanczos.solver import solve
 from curvature_callbacks.linalg.operator import Operator
 from curvature_callbacks.model.checks import refusing_single_derivatives
 from curvature_callbacks.operators.difference import FiniteDifferenceHessianOperator, check_differences
@@ -32,50 +32,6 @@ from curvature_callbacks.problem.problem import Problem
 _MAX_GRAM_SAMPLES: Final = 1000
 _SYMMETRY_PRODUCTS: Final = 3  # what `check_symmetric` spends, and `check_second_order` without custom operations
 _DIFFERENCE_PRODUCTS: Final = 2
-
-
-@final
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
-    """What is asked of an eigensolver; see `lanczos` for every one.
-
-    Raises:
-        ConfigurationError: a bad option.
-    """
-
-    k: int
-    which: Which
-    tol: float
-    max_matvecs: int | None
-    max_seconds: float | None = None
-    reorth_mode: ReorthMode = "auto"
-    reorth_window: int = 8
-    reorth_period: int = 5
-    seed: int = 0
-    initial_vectors: Tensor | None = None
-    return_eigenvectors: bool = False
-    true_residuals: bool = False
-
-    def __post_init__(self) -> None:
-        check_options(
-            k=self.k,
-            which=self.which,
-            tol=self.tol,
-            max_matvecs=self.max_matvecs,
-            max_seconds=self.max_seconds,
-            reorth_mode=self.reorth_mode,
-        )
-        check_positive("reorth_window", self.reorth_window)
-        check_positive("reorth_period", self.reorth_period)
-
-    @property
-    def negative(self) -> bool:
-        """Whether it may bring negative eigenvalues."""
-        return self.which != "LA"
-
-    def options(self) -> dict[str, Any]:
-        """Keyword arguments of `lanczos`."""
-        return {option.name: getattr(self, option.name) for option in fields(self)}
 
 
 @final
@@ -136,22 +92,15 @@ class Eigenproblem:
                 return check_second_order(operator, seed=seed), _SYMMETRY_PRODUCTS
         return check_symmetric(operator, seed=seed), _SYMMETRY_PRODUCTS
 
-    def solve(self, wish: Wish) -> Eigenpairs:
+    def solve(self, options: LanczosOptions, *, initial_vectors: Tensor | None = None) -> Eigenpairs:
         """The pairs: from the Gram or the factors where these give them, with true residuals, else by `lanczos`."""
-        options: dict[str, Any] = {
-            "k": wish.k,
-            "which": wish.which,
-            "tol": wish.tol,
-            "seed": wish.seed,
-            "return_eigenvectors": wish.return_eigenvectors,
-        }
         if self.gram is not None and isinstance(self.operator, EmpiricalFisherOperator | ShardedFisherOperator):
-            return eigenpairs_of_gram(self.gram, self.operator, **options)
+            return eigenpairs_of_gram(self.gram, self.operator, options)
         if isinstance(self.operator, KFACOperator):
-            return self.operator.top(**options)
+            return self.operator.eigenpairs(options)
         if isinstance(getattr(self.operator, "local", self.operator), FiniteDifferenceHessianOperator):
-            return _with_product_error(self, wish)
-        return lanczos(self.operator, **wish.options())
+            return _with_product_error(self, options, initial_vectors)
+        return solve(self.operator, options, initial_vectors=initial_vectors)
 
 
 def eigenproblem(problem: Problem, curvature: MatrixChoice, block: str | None = None) -> Eigenproblem:
@@ -245,13 +194,13 @@ def _rows_of(operator: FisherOperator | ShardedFisherOperator, fisher: str) -> d
     }
 
 
-def _with_product_error(task: Eigenproblem, wish: Wish) -> Eigenpairs:
+def _with_product_error(task: Eigenproblem, options: LanczosOptions, initial_vectors: Tensor | None) -> Eigenpairs:
     """The pairs, and how far two steps of the differences are apart along the outermost of them."""
-    pairs = lanczos(task.operator, **replace(wish, return_eigenvectors=True).options())
+    pairs = solve(task.operator, replace(options, return_eigenvectors=True), initial_vectors=initial_vectors)
     assert pairs.eigenvectors is not None
     outermost = {0, pairs.eigenvectors.shape[1] - 1}
-    error = max(_product_error(task.operator, pairs.eigenvectors[:, place].contiguous()) for place in outermost)
-    vectors = pairs.eigenvectors if wish.return_eigenvectors else None
+    error = max(_product_error(task.operator, pairs.eigenvectors[:, column].contiguous()) for column in outermost)
+    vectors = pairs.eigenvectors if options.return_eigenvectors else None
     spent = _DIFFERENCE_PRODUCTS * len(outermost)
     return replace(pairs, eigenvectors=vectors, product_error=error, num_matvecs=pairs.num_matvecs + spent)
 

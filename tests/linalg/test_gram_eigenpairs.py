@@ -6,6 +6,7 @@ from torch import Tensor
 
 from curvature_callbacks.linalg import gram_eigenpairs
 from curvature_callbacks.linalg.gram_eigenpairs import eigenpairs_of_gram
+from curvature_callbacks.linalg.lanczos.options import LanczosOptions
 
 SHAPES = [(4, 9), (9, 4), (5, 5), (1, 6), (6, 1)]
 
@@ -47,7 +48,7 @@ def with_singular_values(values: Tensor, P: int) -> Tensor:
 
 def solved(J: Tensor, **options: Any) -> Any:
     double = J.double()
-    return eigenpairs_of_gram(double @ double.T, Factored(J), return_eigenvectors=True, **options)
+    return eigenpairs_of_gram(double @ double.T, Factored(J), LanczosOptions(return_eigenvectors=True, **options))
 
 
 def dense(J: Tensor) -> Tensor:
@@ -139,17 +140,17 @@ def noisy(J: Tensor, scale: float) -> Factored:
 
 
 def test_errors_along_the_top_are_projected_out(monkeypatch: pytest.MonkeyPatch):
-    J = with_singular_values(SINGULAR_VALUES, 40)
-    pairs = eigenpairs_of_gram(J @ J.T, noisy(J, 1e-4), k=6, tol=1e-3, return_eigenvectors=True)
+    J, options = with_singular_values(SINGULAR_VALUES, 40), LanczosOptions(k=6, tol=1e-3, return_eigenvectors=True)
+    pairs = eigenpairs_of_gram(J @ J.T, noisy(J, 1e-4), options)
     monkeypatch.setattr(gram_eigenpairs, "_LOOKS", 1)
-    raw = eigenpairs_of_gram(J @ J.T, noisy(J, 1e-4), k=6, tol=1e-3, return_eigenvectors=True)
+    raw = eigenpairs_of_gram(J @ J.T, noisy(J, 1e-4), options)
     assert true_residuals(J, raw)[-1] > 100 * true_residuals(J, pairs)[-1]
     assert pairs.num_matvecs > raw.num_matvecs
 
 
 def test_a_gram_that_is_not_the_operators_does_not_converge():
     J = jacobian(4, 9)
-    pairs = eigenpairs_of_gram(1.01 * J @ J.T, Factored(J), k=3, tol=1e-3)
+    pairs = eigenpairs_of_gram(1.01 * J @ J.T, Factored(J), LanczosOptions(k=3, tol=1e-3))
     assert not pairs.converged.any()
     assert "3 of 3 pairs" in pairs.warnings[0]
     assert pairs.residuals[0].item() == pytest.approx(0.01 / 1.01 * pairs.eigenvalues[0].item(), rel=1e-6)
@@ -160,7 +161,7 @@ def test_products_are_counted(k: int, which: str, half_products: int):
     """Three halves for a pair; four for a zero, whose first look comes after a projection."""
     J = jacobian(4, 9)
     operator = Factored(J)
-    pairs = eigenpairs_of_gram(J @ J.T, operator, k=k, which=which)
+    pairs = eigenpairs_of_gram(J @ J.T, operator, LanczosOptions(k=k, which=which))
     assert operator.half_products == half_products
     assert pairs.num_matvecs == (half_products + 1) // 2
     assert pairs.eigenvectors is None

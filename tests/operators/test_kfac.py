@@ -11,6 +11,7 @@ from torch import Tensor
 from curvature_callbacks import ConfigurationError, KFACQuality, ProbeError, RefusedError
 from curvature_callbacks.compute.offline import offline_problem
 from curvature_callbacks.linalg.kronecker import Factor, KroneckerFactors, factor_of_diagonal, factor_of_matrix
+from curvature_callbacks.linalg.lanczos.options import LanczosOptions
 from curvature_callbacks.linalg.lanczos.solver import lanczos
 from curvature_callbacks.linalg.operator import Operator
 from curvature_callbacks.model.loss.fisher_type import FisherType
@@ -166,7 +167,7 @@ def test_the_pairs_are_those_of_the_dense_matrix(k: int, which: str, corrected: 
     operator, matrix = built(corrected)
     P = len(matrix)
     assert P == 74
-    pairs = operator.top(k=k, which=which, tol=1e-10, return_eigenvectors=True)
+    pairs = operator.eigenpairs(LanczosOptions(k=k, which=which, tol=1e-10, return_eigenvectors=True))
     values, V = pairs.eigenvalues, pairs.eigenvectors
     assert torch.allclose(values, ends(torch.linalg.eigvalsh(matrix).flip(0), k, which), atol=1e-12)
     assert (values.diff() <= 0).all()
@@ -182,7 +183,7 @@ def test_the_pairs_are_those_of_the_dense_matrix(k: int, which: str, corrected: 
 
 def test_more_pairs_than_dimensions_are_those_there_are():
     operator, matrix = built(False)
-    pairs = operator.top(k=200)
+    pairs = operator.eigenpairs(LanczosOptions(k=200))
     assert len(pairs.eigenvalues) == len(matrix)
     assert "`k`=200 exceeds the dimension 74" in pairs.warnings[0]
     assert pairs.eigenvectors is None
@@ -196,7 +197,7 @@ def test_equal_eigenvalues_are_not_reported_twice(k: int, corrected: bool):
     factors = KroneckerFactors(A=eye[0], G=eye[1], corrected=torch.ones(4, 2, dtype=D))
     layers = [KroneckerLayer(factors=factors, weight=name, bias=None, transposed=False) for name in "ab"]
     operator = KFACOperator(layers, {name: torch.zeros(4, 2, dtype=D) for name in "ab"}, corrected=corrected)
-    pairs = operator.top(k=k, which="BE", return_eigenvectors=True)
+    pairs = operator.eigenpairs(LanczosOptions(k=k, which="BE", return_eigenvectors=True))
     assert pairs.eigenvalues.tolist() == [1.0] * k
     assert torch.allclose(pairs.eigenvectors.T @ pairs.eigenvectors, torch.eye(k, dtype=D), atol=1e-12)
 
@@ -208,7 +209,7 @@ def test_residuals_tell_a_wrong_basis():
     bent[0] += 0.1
     layer = replace(layer, factors=replace(layer.factors, A=replace(layer.factors.A, basis=bent)))
     operator = KFACOperator([layer], {"w.weight": torch.zeros(3, 4, dtype=D)})
-    pairs = operator.top(k=2, return_eigenvectors=True)
+    pairs = operator.eigenpairs(LanczosOptions(k=2, return_eigenvectors=True))
     true = (dense(operator) @ pairs.eigenvectors - pairs.eigenvectors * pairs.eigenvalues).norm(dim=0)
     assert torch.allclose(pairs.residuals, true)
     assert not pairs.converged.any()
@@ -218,7 +219,7 @@ def test_residuals_tell_a_wrong_basis():
 def test_lanczos_finds_the_same_top():
     operator, matrix = built(False)
     found = lanczos(operator, k=4, tol=1e-9, max_matvecs=len(matrix))
-    assert torch.allclose(found.eigenvalues, operator.top(k=4).eigenvalues)
+    assert torch.allclose(found.eigenvalues, operator.eigenpairs(LanczosOptions(k=4)).eigenvalues)
 
 
 def test_a_zero_factor_is_a_zero_block():
@@ -232,7 +233,7 @@ def test_a_zero_factor_is_a_zero_block():
     for corrected in (False, True):
         operator = KFACOperator([layer], {"w": torch.ones(3, 4, dtype=D)}, corrected=corrected)
         assert torch.equal(dense(operator), torch.zeros(12, 12, dtype=D))
-        pairs = operator.top(k=3, which="BE", return_eigenvectors=True)
+        pairs = operator.eigenpairs(LanczosOptions(k=3, which="BE", return_eigenvectors=True))
         assert pairs.eigenvalues.tolist() == [0.0, 0.0, 0.0]
         assert torch.allclose(pairs.eigenvectors.T @ pairs.eigenvectors, torch.eye(3, dtype=D), atol=1e-12)
 
@@ -260,7 +261,7 @@ def test_what_cannot_be_measured_is_refused():
     operator = KFACOperator(named, parameters)
     for options, name in (({"k": 0}, "k"), ({"k": 1, "which": "XX"}, "which"), ({"k": 1, "tol": 0.0}, "tol")):
         with pytest.raises(ConfigurationError, match=f"`{name}` must be"):
-            operator.top(**options)
+            operator.eigenpairs(LanczosOptions(**options))
 
 
 def test_single_precision_meets_its_own_floor():
@@ -269,15 +270,17 @@ def test_single_precision_meets_its_own_floor():
     exact, _ = built(False)
     assert operator.dtype == torch.float32
     assert relative_error(dense(operator), dense(exact)) < 1e-6
-    pairs = operator.top(k=10, which="BE", tol=1e-5)
+    pairs = operator.eigenpairs(LanczosOptions(k=10, which="BE", tol=1e-5))
     assert pairs.converged.all()
-    assert torch.allclose(pairs.eigenvalues, exact.top(k=10, which="BE").eigenvalues)
+    assert torch.allclose(pairs.eigenvalues, exact.eigenpairs(LanczosOptions(k=10, which="BE")).eigenvalues)
 
 
 def test_no_global_random_numbers():
     state = torch.random.get_rng_state()
     operator, _ = built(False)
-    found = [operator.top(k=3, which="SA", seed=1, return_eigenvectors=True).eigenvectors for _ in range(2)]
+    found = [
+        operator.eigenpairs(LanczosOptions(k=3, which="SA", seed=1, return_eigenvectors=True)).eigenvectors for _ in range(2)
+    ]
     assert torch.equal(found[0], found[1])
     assert torch.equal(torch.random.get_rng_state(), state)
 
@@ -295,8 +298,10 @@ def of_model(name: str, corrected: bool) -> Any:
 @pytest.mark.parametrize("name", ["mlp", "gpt2", "convnet", "bert_classifier"])
 def test_trace_and_largest_eigenvalue_are_those_of_the_quality_measurement(name: str):
     operator, layers, (total, *records) = of_model(name, False)
-    assert operator.top(k=1).eigenvalues[0].item() == pytest.approx(total.scalars["product_lambda_max"])
-    assert operator.top(k=5).eigenvalues.tolist() == pytest.approx(total.arrays["product_eigenvalues"][:5])
+    assert operator.eigenpairs(LanczosOptions(k=1)).eigenvalues[0].item() == pytest.approx(total.scalars["product_lambda_max"])
+    assert operator.eigenpairs(LanczosOptions(k=5)).eigenvalues.tolist() == pytest.approx(
+        total.arrays["product_eigenvalues"][:5]
+    )
     whole_trace, P = 0.0, operator.shape[0]
     for start in range(0, P, 256):
         columns = torch.eye(P, dtype=D)[:, start : start + 256]
@@ -313,7 +318,7 @@ def test_ekfac_has_the_fisher_on_its_diagonal(name: str):
     gradients = sample_gradients(case.model(), case.microbatches(), case.kind)
     g = torch.cat([gradients[member] for member in operator.names], dim=1)  # (N, P)
     N = round(next(iter(layers.values())).normaliser)
-    pairs = operator.top(k=12, return_eigenvectors=True)
+    pairs = operator.eigenpairs(LanczosOptions(k=12, return_eigenvectors=True))
     expected = (g @ pairs.eigenvectors).square().sum(0) / N
     assert torch.allclose(pairs.eigenvalues, expected, rtol=1e-4)
     # Every gradient lies in the span of the eigenvectors: `expand` leaves nothing of the Fisher out.

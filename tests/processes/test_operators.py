@@ -15,6 +15,7 @@ from curvature_callbacks.isolation.model import isolated
 from curvature_callbacks.linalg.gram_eigenpairs import eigenpairs_of_gram
 from curvature_callbacks.linalg.inner_products import InnerProducts
 from curvature_callbacks.linalg.lanczos.krylov import Krylov
+from curvature_callbacks.linalg.lanczos.options import LanczosOptions
 from curvature_callbacks.model.loss.fisher_type import FisherType
 from curvature_callbacks.operators.replicated import ReplicatedOperator, ShardedFisherOperator
 from curvature_callbacks.problem.problem import Problem
@@ -132,7 +133,7 @@ def eigenpairs_from_the_gram() -> tuple[list[float], list[float]]:
         operator = problem.empirical_fisher()
         assert isinstance(operator, ShardedFisherOperator)
         assert isinstance(whole, Tensor)
-        pairs = eigenpairs_of_gram(whole[operator.rows][:, operator.rows], operator, k=4)
+        pairs = eigenpairs_of_gram(whole[operator.rows][:, operator.rows], operator, LanczosOptions(k=4))
         return pairs.eigenvalues.tolist(), pairs.residuals.tolist()
 
 

@@ -1,29 +1,27 @@
 """Lanczos for the outer eigenpairs of a symmetric operator: full basis or restarted, with a residual for every pair."""
 
 import time
-from typing import Final, Literal, get_args
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from curvature_callbacks.device import device_budget
-from curvature_callbacks.errors import ConfigurationError, check_choice, check_positive
+from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.linalg.eigenpairs import Eigenpairs
 from curvature_callbacks.linalg.inner_products import InnerProducts
 from curvature_callbacks.linalg.lanczos.iteration import LOOK_EVERY, Iteration
 from curvature_callbacks.linalg.lanczos.krylov import Krylov
+from curvature_callbacks.linalg.lanczos.options import LEAST_ROOM, LanczosOptions, ReorthMode
 from curvature_callbacks.linalg.lanczos.reorthogonalisation import Full, Off, Partial, Reorthogonalisation, Selective
 from curvature_callbacks.linalg.lanczos.ritz import Ritz
 from curvature_callbacks.linalg.lanczos.wanted import Which, wanted
 from curvature_callbacks.linalg.operator import Operator
 
-__all__ = ["ReorthMode", "Which", "check_options", "lanczos"]
-
-ReorthMode = Literal["auto", "full", "partial", "selective", "off", "thick_restart"]
+__all__ = ["LanczosOptions", "ReorthMode", "Which", "lanczos", "solve"]
 
 _SWEEP: Final = 1e-5  # a run to this accuracy or better also asks that no copy of a multiple eigenvalue is missing
 _DEFAULT_BASIS: Final = 40  # 10 + 5 pairs of a GPT-2: 168 products with 30 vectors, 145 with 40, 130 with 60
-_LEAST_ROOM: Final = 8  # basis vectors beyond the wanted ones that a restarted run needs at least
 _NOISE_SHARE: Final = 0.1  # of a warm start; between 0.003 and 1 products differed by one at most, so what lacks can be found
 
 
@@ -104,43 +102,63 @@ def lanczos(
         >>> [round(value, 6) for value in lanczos(MatrixOperator(A), k=3, which="BE").eigenvalues.tolist()]
         [7.0, 6.0, -2.0]
     """
-    check_options(k=k, which=which, tol=tol, max_matvecs=max_matvecs, max_seconds=max_seconds, reorth_mode=reorth_mode)
-    check_positive("reorth_window", reorth_window)
-    check_positive("reorth_period", reorth_period)
-    _check_basis_size(basis_size, k, reorth_mode)
+    options = LanczosOptions(
+        k=k,
+        which=which,
+        tol=tol,
+        max_matvecs=max_matvecs,
+        max_seconds=max_seconds,
+        reorth_mode=reorth_mode,
+        reorth_window=reorth_window,
+        reorth_period=reorth_period,
+        basis_size=basis_size,
+        seed=seed,
+        return_eigenvectors=return_eigenvectors,
+        true_residuals=true_residuals,
+    )
+    return solve(operator, options, initial_vectors=initial_vectors)
+
+
+def solve(operator: Operator, options: LanczosOptions, *, initial_vectors: Tensor | None = None) -> Eigenpairs:
+    """`lanczos` with its options as an object.
+
+    Raises:
+        ConfigurationError: `initial_vectors` of another shape.
+        ProbeError: a product is not finite.
+    """
     _check_initial_vectors(initial_vectors, operator)
     start = time.perf_counter()
-    budget = max(100, 2 * k + 20) if max_matvecs is None else max_matvecs
-    mode, capacity = _basis(operator, k, budget, reorth_mode, basis_size)
+    k, tol = options.k, options.tol
+    mode, capacity = _basis(operator, options)
     krylov = Krylov(
         operator,
         capacity,
-        seed=seed,
-        start=_start(initial_vectors, operator, seed),
-        policy=_policy(mode, operator, window=reorth_window, period=reorth_period),
+        seed=options.seed,
+        start=_start(initial_vectors, operator, options.seed),
+        policy=_policy(mode, operator, options),
     )
     run = Iteration(
         krylov=krylov,
-        wanted=wanted(k, which).at_most(krylov.dimension),
+        wanted=wanted(k, options.which).at_most(krylov.dimension),
         tol=tol,
-        max_matvecs=budget,
-        deadline=None if max_seconds is None else start + max_seconds,
+        max_matvecs=options.most_matvecs,
+        deadline=None if options.max_seconds is None else start + options.max_seconds,
         patience=LOOK_EVERY,
         hurried=initial_vectors is not None and k == 1,
         sweeping=tol <= _SWEEP,
     )
     ritz = run.result()
-    vectors = krylov.vectors(ritz.coordinates) if return_eigenvectors or true_residuals else None
-    if true_residuals and vectors is not None:
+    vectors = krylov.vectors(ritz.coordinates) if options.return_eigenvectors or options.true_residuals else None
+    if options.true_residuals and vectors is not None:
         ritz.residuals = _true_residuals(operator, vectors, ritz)
         krylov.num_matvecs += vectors.shape[1]
     return Eigenpairs(
         eigenvalues=ritz.values,
         residuals=ritz.residuals,
         converged=ritz.converged(tol),
-        eigenvectors=vectors if return_eigenvectors else None,
+        eigenvectors=vectors if options.return_eigenvectors else None,
         num_matvecs=krylov.num_matvecs,
-        which=which,
+        which=options.which,
         reorth_mode=mode,
         is_psd=operator.is_psd,
         tol=tol,
@@ -151,36 +169,6 @@ def lanczos(
     )
 
 
-def check_options(
-    *,
-    k: int,
-    which: str,
-    tol: float,
-    max_matvecs: int | None,
-    max_seconds: float | None = None,
-    reorth_mode: str = "auto",
-) -> None:
-    """Raise a `ConfigurationError` unless a run can have these."""
-    check_positive("k", k)
-    check_choice("which", which, get_args(Which))
-    check_choice("reorth_mode", reorth_mode, get_args(ReorthMode))
-    if max_matvecs is not None and max_matvecs < k:
-        raise ConfigurationError(f"`max_matvecs` must be at least `k`={k}, got {max_matvecs}.")
-    if not tol > 0:
-        raise ConfigurationError(f"`tol` must be positive, got {tol!r}.")
-    if max_seconds is not None and not max_seconds > 0:
-        raise ConfigurationError(f"`max_seconds` must be positive, got {max_seconds!r}.")
-
-
-def _check_basis_size(basis_size: int | None, k: int, reorth_mode: ReorthMode) -> None:
-    if basis_size is None:
-        return
-    if reorth_mode != "thick_restart":
-        raise ConfigurationError(f"`basis_size` needs `reorth_mode`='thick_restart', got {reorth_mode!r}.")
-    if basis_size < k + _LEAST_ROOM:
-        raise ConfigurationError(f"`basis_size` must be at least `k` + {_LEAST_ROOM} = {k + _LEAST_ROOM}, got {basis_size}.")
-
-
 def _check_initial_vectors(vectors: Tensor | None, operator: Operator) -> None:
     if vectors is not None and (vectors.ndim != 2 or vectors.shape[0] != operator.shape[0] or vectors.shape[1] == 0):
         raise ConfigurationError(
@@ -188,10 +176,11 @@ def _check_initial_vectors(vectors: Tensor | None, operator: Operator) -> None:
         )
 
 
-def _basis(operator: Operator, k: int, budget: int, mode: ReorthMode, size: int | None) -> tuple[ReorthMode, int]:
-    """The mode that runs and the basis vectors it has."""
+def _basis(operator: Operator, options: LanczosOptions) -> tuple[ReorthMode, int]:
+    """The mode that runs, and how many basis vectors it has."""
+    k, mode, budget = options.k, options.reorth_mode, options.most_matvecs
     if mode == "thick_restart":
-        return mode, size or max(2 * k + 20, _DEFAULT_BASIS)
+        return mode, options.basis_size or max(2 * k + 20, _DEFAULT_BASIS)
     if mode != "auto":
         return mode, budget
     vector = operator.shape[0] * operator.dtype.itemsize
@@ -199,20 +188,20 @@ def _basis(operator: Operator, k: int, budget: int, mode: ReorthMode, size: int 
     fitting = int(products.average(device_budget(operator.device) // max(vector, 1) - 1))
     if min(budget, products.dimension(operator.shape[0])) <= fitting:
         return ("partial" if products.reads_are_free else "full"), budget
-    return "thick_restart", max(k + _LEAST_ROOM, fitting)
+    return "thick_restart", max(k + LEAST_ROOM, fitting)
 
 
-def _policy(mode: ReorthMode, operator: Operator, *, window: int, period: int) -> Reorthogonalisation:
+def _policy(mode: ReorthMode, operator: Operator, options: LanczosOptions) -> Reorthogonalisation:
+    eps = torch.finfo(operator.dtype).eps
     if mode == "partial":
-        ahead = 1 if InnerProducts(operator).reads_are_free else LOOK_EVERY
-        return Partial(eps=torch.finfo(operator.dtype).eps, ahead=ahead)
+        return Partial(eps=eps, ahead=1 if InnerProducts(operator).reads_are_free else LOOK_EVERY)
     if mode == "selective":
-        return Selective(eps=torch.finfo(operator.dtype).eps, window=window, period=period)
+        return Selective(eps=eps, window=options.reorth_window, period=options.reorth_period)
     return Off() if mode == "off" else Full()
 
 
 def _start(vectors: Tensor | None, operator: Operator, seed: int) -> Tensor | None:
-    """Their sum, of unit length, plus noise: what they lack must still be found."""
+    """(P,) the sum of the vectors (P, j) at unit length, plus a tenth of noise: what they lack must still be found."""
     if vectors is None:
         return None
     products = InnerProducts(operator)
