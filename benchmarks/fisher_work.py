@@ -14,10 +14,10 @@ from fisher_peers import PEERS, block_sums, row_gradients
 from torch import Tensor
 
 from curvature_callbacks.gram.block_grams import BlockGrams
-from curvature_callbacks.gram.memory import Trust
 from curvature_callbacks.isolation.model import isolated
 from curvature_callbacks.linalg.accumulate import gram
 from curvature_callbacks.model.blocks import Blocks, BlockStructure, group_blocks
+from curvature_callbacks.problem.memory import ProbeMemory
 from curvature_callbacks.problem.problem import Problem
 
 PLAIN, OURS, PROBE = "plain", "fisher", "fisher_with_isolation"
@@ -76,13 +76,13 @@ def certified(
     memory_budget: int | None = None,
 ) -> Task:
     """The Grams as a callback takes them from its second probe on, the layout known and the model isolated beforehand."""
-    trust = Trust()
+    memory = ProbeMemory()
     batches = [workload.batch] if microbatches is None else list(microbatches)
 
     @contextmanager
     def ready() -> Iterator[tuple[Problem]]:
         with isolated(workload.model, seed=0):
-            yield (Problem(workload.model, batches, loss=workload.loss, block_structure=block_structure, trust=trust),)
+            yield (Problem(workload.model, batches, loss=workload.loss, block_structure=block_structure, memory=memory),)
 
     def run(problem: Problem) -> BlockGrams:
         return problem.grams(memory_budget=memory_budget)

@@ -21,8 +21,8 @@ from fisher_work import Task, timed
 from torch import nn
 
 import curvature_callbacks as cc
-from curvature_callbacks.gram.memory import Trust
 from curvature_callbacks.isolation.model import isolated
+from curvature_callbacks.problem.memory import ProbeMemory
 from curvature_callbacks.problem.problem import Problem
 
 
@@ -58,7 +58,7 @@ def cases(device: torch.device) -> dict[str, tuple[Any, Any, Any]]:
 
 def tasks(model: nn.Module, batch: Any, loss: Any) -> dict[str, Task]:
     parameters = list(model.parameters())
-    trust = Trust()
+    memory = ProbeMemory()
 
     def mean_loss(rows: Any = batch) -> torch.Tensor:
         return model(**rows).loss if loss is None else nn.functional.cross_entropy(model(rows[0]), rows[1])
@@ -66,9 +66,9 @@ def tasks(model: nn.Module, batch: Any, loss: Any) -> dict[str, Task]:
     def gradient() -> None:
         torch.autograd.grad(mean_loss(), parameters)
 
-    def grams(known: Trust) -> None:
+    def grams(known: ProbeMemory) -> None:
         with isolated(model, seed=0):
-            _ = Problem(model, [batch], loss=loss, trust=known).block_grams
+            _ = Problem(model, [batch], loss=loss, memory=known).block_grams
 
     def row_loop() -> None:
         size = len(batch["labels"]) if loss is None else len(batch[1])
@@ -81,11 +81,11 @@ def tasks(model: nn.Module, batch: Any, loss: Any) -> dict[str, Task]:
             hessian = Problem(model, [batch], loss=loss).hessian()
             cc.lanczos(hessian, k=4, which="BE", tol=1e-12, max_matvecs=steps)
 
-    grams(trust)
+    grams(memory)
     return {
         "gradient": Task(gradient),
-        "fisher_spectrum": Task(lambda: grams(trust)),
-        "fisher_spectrum_with_certificate": Task(lambda: grams(Trust())),
+        "fisher_spectrum": Task(lambda: grams(memory)),
+        "fisher_spectrum_with_certificate": Task(lambda: grams(ProbeMemory())),
         "row_loop": Task(row_loop),
         "lanczos_4": Task(lambda: lanczos(4)),
         "lanczos_8": Task(lambda: lanczos(8)),

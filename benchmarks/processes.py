@@ -26,8 +26,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from curvature_callbacks.gram.memory import Trust
 from curvature_callbacks.isolation.model import isolated
+from curvature_callbacks.problem.memory import ProbeMemory
 from curvature_callbacks.problem.problem import Problem
 from curvature_callbacks.processes import gathering as on_use
 from curvature_callbacks.processes.group import current_world
@@ -65,11 +65,11 @@ def measured(kind: str, batch: Any, rounds: int) -> dict[str, float]:
     wrapped = DistributedDataParallel(language_model()) if world.size > 1 else language_model()
     model = bare if kind == "ddp" else sharded(bare)
     on_use.device_budget = (lambda device: 0) if kind.endswith("on use") else (lambda device: 1 << 40)
-    trust = Trust()
+    memory = ProbeMemory()
     step = gradient(wrapped, batch)
 
     def problem() -> Problem:
-        return Problem(model, [batch], trust=trust, world=world)
+        return Problem(model, [batch], memory=memory, world=world)
 
     with isolated(model, seed=0):
         hessian, ggn = problem().hessian(), problem().ggn()

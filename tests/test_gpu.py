@@ -24,7 +24,7 @@ from curvature_callbacks import (
 )
 from curvature_callbacks.compute.offline import offline_problem
 from curvature_callbacks.gram.block_grams import BlockGrams, GramOptions, block_grams
-from curvature_callbacks.gram.memory import Trust
+from curvature_callbacks.gram.memory import GramMemory
 from curvature_callbacks.gram.storage import MemoryBudget
 from curvature_callbacks.model.loss.fisher_type import FisherType
 from curvature_callbacks.operators.ggn import GGNOperator
@@ -80,7 +80,7 @@ def test_every_type_of_fisher_draws_the_same_and_finds_the_same(name: str, optio
 def grams(model: nn.Module, case: Case, budget: MemoryBudget | None = None, **options: Any) -> BlockGrams:
     with offline_problem(model, case.microbatches((3, 1, 2)), loss=case.loss, params_filter=None) as found:
         parts = found.objective, found.microbatches, found.blocks
-        return block_grams(*parts, trust=Trust(), seed=0, options=GramOptions(budget=budget, **options))
+        return block_grams(*parts, memory=GramMemory(), seed=0, options=GramOptions(budget=budget, **options))
 
 
 MODES = {

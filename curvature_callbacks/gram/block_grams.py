@@ -15,7 +15,7 @@ from curvature_callbacks.gram.certificate import certificate_errors, signature
 from curvature_callbacks.gram.collector import Collector
 from curvature_callbacks.gram.exchange import Exchange
 from curvature_callbacks.gram.kronecker.factors import LayerKronecker
-from curvature_callbacks.gram.memory import Trust
+from curvature_callbacks.gram.memory import GramMemory
 from curvature_callbacks.gram.passes import Passed, pseudo_samples, run_passes
 from curvature_callbacks.gram.row_by_row import check_apart, finite_rows, row_grams
 from curvature_callbacks.gram.storage import MemoryBudget, Storage, memory_budget
@@ -37,14 +37,12 @@ class GramOptions:
         max_params_per_block: count a random part of each larger block only, its Gram scaled up to all of it.
         sharing: compute Kronecker factors too, with this treatment of positions.
         budget: bytes for the factors of earlier passes; default see `memory_budget`.
-        join: run small microbatches together, where the pass of a row shows that they take little memory.
     """
 
     kind: FisherType = EMPIRICAL
     max_params_per_block: int | None = None
     sharing: Sharing | None = None
     budget: MemoryBudget | None = None
-    join: bool = True
 
 
 @final
@@ -80,7 +78,7 @@ def block_grams(
     microbatches: Sequence[Any],
     blocks: Blocks,
     *,
-    trust: Trust,
+    memory: GramMemory,
     seed: int,
     options: GramOptions = GramOptions(),
     world: World = SINGLE,
@@ -95,7 +93,7 @@ def block_grams(
         objective: the loss of a microbatch.
         microbatches: what N spans; cross terms between them are exact.
         blocks: parameter groups.
-        trust: carried from probe to probe, updated here.
+        memory: carried from probe to probe, updated here.
         seed: seed of draws, of the certificate's weights and of subsampled parameters.
         options: what to compute.
         world: the processes whose microbatches N spans too, by rank.
@@ -112,7 +110,7 @@ def block_grams(
     if objective.is_sharded and options.max_params_per_block is not None:
         raise RefusedError("`max_params_per_block` needs whole parameters, and these take too much of the free memory.")
     rows = chosen_rows(objective.parameters, blocks, options.max_params_per_block, seed=seed)
-    local, passed, collector = _passed(objective, microbatches, rows, trust, seed, options, world)
+    local, passed, collector = _passed(objective, microbatches, rows, memory, seed, options, world)
     fallback = {name: reason for name, reason in passed.unruled.items() if name in objective.parameters}
     if objective.is_sharded and fallback:
         name, reason = next(iter(fallback.items()))
@@ -124,8 +122,8 @@ def block_grams(
     grams |= row_grams(objective, local.microbatches, sorted(fallback), local.surrogates, world=world)
     layout = signature(passed.kinds, passed.positions)
     errors: dict[str, float] = {}
-    if layout not in trust.certified:
-        again: dict[str, Any] = {"trust": trust, "seed": seed, "options": options, "world": world}
+    if layout not in memory.certified:
+        again: dict[str, Any] = {"memory": memory, "seed": seed, "options": options, "world": world}
         if not finite_samples(grams).all():
             if objective.is_sharded:
                 raise ProbeError("a row has no finite gradient, and single rows of sharded parameters cannot be looked at.")
@@ -135,10 +133,10 @@ def block_grams(
                 check_apart(objective, batch)
         rows = {name: found for name, found in collector.counted.items() if name not in fallback}
         errors = certificate_errors(objective, local.microbatches, grams, local.surrogates, rows, seed=seed, world=world)
-        if trust.judge(errors, fallback):
+        if memory.judge(errors, fallback):
             return block_grams(objective, microbatches, blocks, **again)
         if max(passed.sizes) > 1:  # with one row every axis passes for the sample
-            trust.certified.add(layout)
+            memory.certified.add(layout)
     samples, weights, active = pseudo_samples(local, world)
     found = {block: _sum(grams, names, objective.device) for block, names in blocks.items()}
     return BlockGrams(
@@ -160,26 +158,26 @@ def _passed(
     objective: Objective,
     microbatches: Sequence[Any],
     rows: Mapping[str, Tensor],
-    trust: Trust,
+    memory: GramMemory,
     seed: int,
     options: GramOptions,
     world: World,
 ) -> tuple[Passed, Passed, Collector]:
     """What the passes of this process and those of all found out, and what is kept of the parameters."""
-    local = Passed(dict(trust.refused))
-    whole = local if world.size == 1 else Passed(dict(trust.refused))
-    collector = Collector(whole, rows, options.kind, options.sharing, trust.scratch)
+    local = Passed(dict(memory.refused))
+    whole = local if world.size == 1 else Passed(dict(memory.refused))
+    collector = Collector(whole, rows, options.kind, options.sharing, memory.scratch)
     exchange = Exchange(world, local, whole, collector, sizes=objective.sizes, device=objective.device)
     storage = Storage(
         options.budget or memory_budget(objective.device), factors_wanted=options.sharing is not None, device=objective.device
     )
     finish = None if world.size == 1 else exchange.finish
-    run: dict[str, Any] = {"seed": world.seed(seed), "storage": storage, "join": options.join, "finish": finish}
+    run: dict[str, Any] = {"seed": world.seed(seed), "storage": storage, "finish": finish}
     try:
         with world.together():
-            run_passes(objective, microbatches, collector.consume, local, options.kind, trust, **run)
+            run_passes(objective, microbatches, collector.consume, local, options.kind, memory, **run)
     finally:
-        trust.scratch.forget()
+        memory.scratch.forget()
     exchange.record_storage_mode()
     return local, whole, collector
 
@@ -225,7 +223,7 @@ def _of_finite_rows(
     blocks: Blocks,
     fallback: Mapping[str, str],
     *,
-    trust: Trust,
+    memory: GramMemory,
     seed: int,
     options: GramOptions,
     world: World,
@@ -240,9 +238,9 @@ def _of_finite_rows(
     if usable.all() and len(fallback) == len(objective.parameters):
         raise ProbeError("the inner products of this probe's gradients are not finite, though the gradients are.")
     if usable.all():  # only the batch overflows: no rule can be relied on at this probe
-        refused = trust.refused | {name: "not finite in the batch" for name in objective.parameters if name not in fallback}
-        by_row = replace(trust, refused=refused)
-        return block_grams(objective, microbatches, blocks, trust=by_row, seed=seed, options=options, world=world)
+        refused = memory.refused | {name: "not finite in the batch" for name in objective.parameters if name not in fallback}
+        by_row = replace(memory, refused=refused)
+        return block_grams(objective, microbatches, blocks, memory=by_row, seed=seed, options=options, world=world)
     unknown = torch.full((len(usable), len(usable)), torch.nan, dtype=torch.float64, device=objective.device)
     kept = [take_rows(batch, piece.nonzero()[:, 0]) for batch, piece in zip(microbatches, own, strict=True) if piece.any()]
     place = usable.nonzero()[:, 0]
@@ -258,7 +256,7 @@ def _of_finite_rows(
             kronecker={},
             mode="one pass",
         )
-    inner = block_grams(objective, kept, blocks, trust=trust, seed=seed, options=options, world=world)
+    inner = block_grams(objective, kept, blocks, memory=memory, seed=seed, options=options, world=world)
     targets = torch.zeros(len(usable), dtype=torch.int64).index_put((place,), inner.num_targets)
     if options.kind != EMPIRICAL:
         return replace(inner, samples=place[inner.samples], num_targets=targets)

@@ -1,4 +1,4 @@
-"""Trust: what earlier probes of a run found out, so that later ones need not."""
+"""GramMemory: facts about Grams that earlier probes of a run established, so that later ones need not."""
 
 import math
 from collections.abc import Mapping
@@ -8,32 +8,26 @@ from typing import final
 from curvature_callbacks.errors import CERTIFICATE_FAILED, ProbeError, RefusedError
 from curvature_callbacks.gram.certificate import TOLERANCE, Signature
 from curvature_callbacks.gram.products.scratch import Scratch
-from curvature_callbacks.model.blocks import Blocks
-from curvature_callbacks.model.loss.resolve import LossFunction
 
 
 @final
 @dataclass(slots=True, kw_only=True)
-class Trust:
-    """What earlier probes of a run found out.
+class GramMemory:
+    """Facts established by earlier probes of a run.
 
     Attributes:
-        loss: the run's loss, which settles its form once.
         scratch: memory that the Grams work in.
-        blocks: of the parameters with these names.
         certified: layouts whose Grams were proved.
         refused: parameter to why its rule is not used any more.
         positions_first: parameters whose activations are sequence-first.
-        rewritten: parameters that the loss changes in place.
+        row_limit: most rows of a microbatch, once memory has run out; from then on none are put together.
     """
 
-    loss: LossFunction | None = None
     scratch: Scratch = field(default_factory=Scratch)
-    blocks: tuple[tuple[str, ...], Blocks] | None = None
     certified: set[Signature] = field(default_factory=set)
     refused: dict[str, str] = field(default_factory=dict)
     positions_first: set[str] = field(default_factory=set)
-    rewritten: set[str] = field(default_factory=set)
+    row_limit: int | None = None
 
     def judge(self, errors: Mapping[str, float], fallback: Mapping[str, str]) -> bool:
         """Note the parameters whose certificate failed; whether there are any, so that all has to be taken again.

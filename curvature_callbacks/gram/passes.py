@@ -13,7 +13,7 @@ from curvature_callbacks.batches import batch_size, joined, map_tensors
 from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.gram.capture.derived import Placed
 from curvature_callbacks.gram.capture.interception import Capture
-from curvature_callbacks.gram.memory import Trust
+from curvature_callbacks.gram.memory import GramMemory
 from curvature_callbacks.gram.row_by_row import check_rows
 from curvature_callbacks.gram.storage import Storage
 from curvature_callbacks.model.loss.fisher_type import EMPIRICAL, FisherType
@@ -87,11 +87,10 @@ def run_passes(
     consume: Consume,
     result: Passed,
     kind: FisherType,
-    trust: Trust,
+    memory: GramMemory,
     *,
     seed: int,
     storage: Storage,
-    join: bool,
     finish: Finish | None = None,
 ) -> None:
     """Every microbatch forward once and backward once a surrogate; `consume` gets a parameter with its uses in every pass.
@@ -101,18 +100,18 @@ def run_passes(
     passes are kept within the budget; what does not fit is captured in further rounds over the microbatches, by groups of
     parameters. All ways give the same numbers. With `finish` nothing is consumed on the way: at the end of a round it gets the
     uses of every parameter and the names that have to wait for another one, and gives back those that everybody lets wait.
-    With `join` microbatches that capture little are run together: the cost of a small pass is that of its launches. The first
-    one, alone, tells how much a row captures.
+    Microbatches that capture little are run together, unless memory has run out before: the cost of a small pass is that of
+    its launches. The first one, alone, tells how much a row captures.
 
     Cost: forward passes, and backward passes for activation gradients only; each further round the same again.
     """
     names = [name for name in objective.parameters if name not in result.unruled]
     result.microbatches = microbatches
-    join = join and kind == EMPIRICAL and finish is None  # other types draw by microbatch
-    names = _Round(objective, kind, trust, seed, names, result, storage, finish, join).run(consume)
+    join = memory.row_limit is None and kind == EMPIRICAL and finish is None  # other types draw by microbatch
+    names = _Round(objective, kind, memory, seed, names, result, storage, finish, join).run(consume)
     while names:
         storage.start_round()
-        names = _Round(objective, kind, trust, seed, names, result, storage, finish).run(consume)
+        names = _Round(objective, kind, memory, seed, names, result, storage, finish).run(consume)
     result.mode = storage.mode
 
 
@@ -123,7 +122,7 @@ class _Round:
 
     objective: Objective
     kind: FisherType
-    trust: Trust
+    memory: GramMemory
     seed: int
     names: list[str]
     result: Passed
@@ -193,7 +192,7 @@ class _Round:
             taken,
             batch_size(batch),
             unruled=self.result.unruled,
-            positions_first=self.trust.positions_first,
+            positions_first=self.memory.positions_first,
             constants=[*others, *self.objective.constants()],
             sharded={name for name in self.names if name not in here},
         )

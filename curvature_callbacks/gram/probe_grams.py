@@ -10,7 +10,7 @@ import torch
 from curvature_callbacks.errors import LinAlgError
 from curvature_callbacks.gram.block_grams import BlockGrams, GramOptions, block_grams, parameter_operations
 from curvature_callbacks.gram.kronecker.factors import LayerKronecker
-from curvature_callbacks.gram.memory import Trust
+from curvature_callbacks.gram.memory import GramMemory
 from curvature_callbacks.gram.storage import memory_budget
 from curvature_callbacks.model.blocks import Blocks
 from curvature_callbacks.model.loss.fisher_type import EMPIRICAL, FisherType
@@ -29,11 +29,10 @@ class SharedGrams:
         objective: the loss of a microbatch.
         microbatches: what N spans.
         blocks: name to parameters.
-        trust: what earlier probes of the run found out; updated.
+        memory: what earlier probes of the run found out; updated.
         seed: of every draw.
         sharing: types of Fisher whose Grams are to come with Kronecker factors, and how positions enter these.
         world: the processes whose microbatches N spans.
-        join: see `GramOptions`.
     """
 
     def __init__(
@@ -42,20 +41,18 @@ class SharedGrams:
         microbatches: Sequence[Any],
         blocks: Blocks,
         *,
-        trust: Trust,
+        memory: GramMemory,
         seed: int,
         sharing: Mapping[FisherType, Sharing],
         world: World = SINGLE,
-        join: bool = True,
     ) -> None:
         self._objective = objective
         self._microbatches = microbatches
         self._blocks = blocks
-        self._trust = trust
+        self._memory = memory
         self._seed = seed
         self._sharing = dict(sharing)
         self._world = world
-        self._join = join
         self._grams: dict[tuple[FisherType, int | None, bool], BlockGrams] = {}
         self._kronecker: dict[tuple[FisherType, Sharing], Mapping[str, LayerKronecker]] = {}
 
@@ -91,11 +88,11 @@ class SharedGrams:
             self._grams.setdefault(self._key(kind, None), grams)
         return self._kronecker[key]
 
-    def _with_factors(self, kind: FisherType, sharing: Sharing, memory: int | None) -> None:
+    def _with_factors(self, kind: FisherType, sharing: Sharing, device_bytes: int | None) -> None:
         """Grams and factors in one pass; neither where there can be no factors: who asks for them meets the cause then."""
         try:
             with self._world.together():
-                grams = self._block_grams(kind, None, sharing, memory)
+                grams = self._block_grams(kind, None, sharing, device_bytes)
         except (torch.OutOfMemoryError, LinAlgError) as error:
             _logger.debug("no Kronecker factors at this probe, its Grams are tried without: %s", error)
             return
@@ -111,20 +108,19 @@ class SharedGrams:
         return kind, max_params_per_block, torch.are_deterministic_algorithms_enabled()
 
     def _block_grams(
-        self, kind: FisherType, max_params_per_block: int | None, sharing: Sharing | None, memory: int | None
+        self, kind: FisherType, max_params_per_block: int | None, sharing: Sharing | None, device_bytes: int | None
     ) -> BlockGrams:
         options = GramOptions(
             kind=kind,
             max_params_per_block=max_params_per_block,
             sharing=sharing,
-            budget=memory_budget(self._objective.device, memory),
-            join=self._join,
+            budget=memory_budget(self._objective.device, device_bytes),
         )
         return block_grams(
             self._objective,
             self._microbatches,
             self._blocks,
-            trust=self._trust,
+            memory=self._memory,
             seed=self._seed,
             options=options,
             world=self._world,

@@ -13,7 +13,6 @@ from curvature_callbacks.device import synchronise
 from curvature_callbacks.errors import ConfigurationError, ProbeError, RefusedError
 from curvature_callbacks.gram.block_grams import BlockGrams
 from curvature_callbacks.gram.kronecker.factors import LayerKronecker
-from curvature_callbacks.gram.memory import Trust
 from curvature_callbacks.gram.probe_grams import SharedGrams
 from curvature_callbacks.linalg.inner_products import InnerProducts
 from curvature_callbacks.linalg.operator import Operator
@@ -32,6 +31,7 @@ from curvature_callbacks.operators.hessian import HessianOperator
 from curvature_callbacks.operators.kfac import KFACOperator, KroneckerLayer
 from curvature_callbacks.operators.preconditioned import PreconditionedOperator
 from curvature_callbacks.operators.replicated import ReplicatedOperator, ShardedFisherOperator
+from curvature_callbacks.problem.memory import ProbeMemory
 from curvature_callbacks.processes.fsdp import shard, unsharded
 from curvature_callbacks.processes.gathering import in_step, on_use_parameters
 from curvature_callbacks.processes.world import SINGLE, World
@@ -55,12 +55,11 @@ class Problem:
         block_structure: see `group_blocks`.
         seed: seeds every random choice of the measurements.
         step: optimizer steps completed.
-        trust: what earlier probes of the run, with the same loss and block structure, found out; updated.
+        memory: facts that earlier probes of the run established, with the same loss and block structure; updated.
         sharing: types of Fisher whose Grams are to come with Kronecker factors, and how positions enter these.
         optimizer: what trains the model, or several of them; only read.
         world: the processes whose microbatches make up the problem; each has the model, and calls every method that computes,
             in the same order.
-        join: whether passes may take small microbatches together; not where memory has run out.
 
     Raises:
         ConfigurationError: no trainable parameter, an undeterminable loss, no microbatch.
@@ -76,11 +75,10 @@ class Problem:
         block_structure: BlockStructure = "layer",
         seed: int = 0,
         step: int = 0,
-        trust: Trust | None = None,
+        memory: ProbeMemory | None = None,
         sharing: Mapping[FisherType, Sharing] | None = None,
         optimizer: Optimizers | None = None,
         world: World = SINGLE,
-        join: bool = True,
     ) -> None:
         if not microbatches:
             raise ConfigurationError("`batches` must hold at least one microbatch, got none.")
@@ -92,30 +90,29 @@ class Problem:
         self.step = step
         self.optimizer = optimizer
         self.world = world
-        self._trust = Trust() if trust is None else trust
-        if self._trust.loss is None:
-            self._trust.loss = resolve_loss(loss, self.microbatches[0])
+        memory = ProbeMemory() if memory is None else memory
+        if memory.loss is None:
+            memory.loss = resolve_loss(loss, self.microbatches[0])
         on_use = on_use_parameters(model, world, device)
         if on_use is not None:
             self.microbatches = in_step(self.microbatches, world)
         self.objective = Objective(
-            model, self._trust.loss, params_filter=params_filter, on_use=on_use, world=world, rewritten=self._trust.rewritten
+            model, memory.loss, params_filter=params_filter, on_use=on_use, world=world, rewritten=memory.rewritten
         )
         names = tuple(self.objective.parameters)
-        if self._trust.blocks is None or self._trust.blocks[0] != names:
-            self._trust.blocks = names, group_blocks(model, names, block_structure)
-        self.blocks: Blocks = self._trust.blocks[1]
+        if memory.blocks is None or memory.blocks[0] != names:
+            memory.blocks = names, group_blocks(model, names, block_structure)
+        self.blocks: Blocks = memory.blocks[1]
         self.deadline: float | None = None  # of `time.perf_counter`, for iterative measurements
         self.gradient_seconds = 0.0  # wall time of one gradient, once `gradients` was asked for
         self._shared = SharedGrams(
             self.objective,
             self.microbatches,
             self.blocks,
-            trust=self._trust,
+            memory=memory.grams,
             seed=seed,
             sharing=sharing or {},
             world=world,
-            join=join,
         )
 
     def check(self, kinds: Sequence[FisherType] = ()) -> None:

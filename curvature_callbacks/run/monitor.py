@@ -19,7 +19,6 @@ from curvature_callbacks.errors import (
     is_out_of_memory,
     named,
 )
-from curvature_callbacks.gram.memory import Trust
 from curvature_callbacks.isolation.model import isolated
 from curvature_callbacks.isolation.writes import WriteWatch
 from curvature_callbacks.library_internals import reshard
@@ -29,6 +28,7 @@ from curvature_callbacks.model.loss.resolve import Loss, is_function
 from curvature_callbacks.model.objective import ParamsFilter
 from curvature_callbacks.model.stability import Optimizers
 from curvature_callbacks.probes import CapturedProbes, Draw, Probes, as_probes, stable_seed
+from curvature_callbacks.problem.memory import ProbeMemory
 from curvature_callbacks.problem.problem import Problem
 from curvature_callbacks.processes.fsdp import check_model_over_processes, take_buffers
 from curvature_callbacks.processes.group import current_world
@@ -139,10 +139,10 @@ class CurvatureMonitor:
         self._draw = draw
         self._seed = seed
         self._optimizer = optimizer
-        self._trust = Trust()
+        self._known = ProbeMemory()
         self._states = States()
         self._failures = Failures()
-        self._measuring = Probing(self._measure, self._failures, self._states)
+        self._measuring = Probing(self._measure, self._failures, self._states, self._known.grams)
         self._sink_seconds = 0.0  # what the sinks took at the previous probe
         self._checked = False
 
@@ -304,11 +304,10 @@ class CurvatureMonitor:
             microbatches,
             seed=seed,
             step=step,
-            trust=self._trust,
+            memory=self._known,
             sharing=sharing,
             optimizer=self._optimizer,
             world=world,
-            join=self._measuring.row_limit is None,
             **self._problem_options,
         )
 

@@ -10,6 +10,7 @@ import torch
 
 from curvature_callbacks.batches import at_most, batch_size
 from curvature_callbacks.errors import is_out_of_memory
+from curvature_callbacks.gram.memory import GramMemory
 from curvature_callbacks.measurements import Measurement
 from curvature_callbacks.problem.problem import Problem
 from curvature_callbacks.record import Record
@@ -31,17 +32,17 @@ class Probing:
         measure: what to measure.
         failures: of the run.
         states: what measurements carry from probe to probe.
+        memory: of the run; holds the size that worked.
 
     Attributes:
-        row_limit: most rows of a microbatch, once memory has run out.
         skipped: names of those that the last probe had no time for.
     """
 
-    def __init__(self, measure: Sequence[Measurement], failures: Failures, states: States) -> None:
+    def __init__(self, measure: Sequence[Measurement], failures: Failures, states: States, memory: GramMemory) -> None:
         self._measure = measure
         self._failures = failures
         self._states = states
-        self.row_limit: int | None = None
+        self._memory = memory
         self.skipped: list[str] = []
 
     def run(self, microbatches: Sequence[Any], build: Build, *, max_seconds: float | None) -> tuple[Problem, list[Record]]:
@@ -52,7 +53,8 @@ class Probing:
             build: makes a problem of them.
             max_seconds: after which nothing is begun; None for no limit.
         """
-        problem = build(microbatches if self.row_limit is None else at_most(microbatches, self.row_limit))
+        limit = self._memory.row_limit
+        problem = build(microbatches if limit is None else at_most(microbatches, limit))
         deadline = None if max_seconds is None else time.perf_counter() + max_seconds
         problem.deadline = deadline
         waited, self.skipped = self.skipped, []
@@ -97,8 +99,9 @@ class Probing:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        self.row_limit = -(-max(map(batch_size, microbatches)) // 2)
-        return at_most(microbatches, self.row_limit)
+        limit = -(-max(map(batch_size, microbatches)) // 2)
+        self._memory.row_limit = limit
+        return at_most(microbatches, limit)
 
 
 def _place(name: str, waited: Sequence[str]) -> int:

@@ -11,7 +11,7 @@ from curvature_callbacks.compute.offline import offline_problem
 from curvature_callbacks.errors import CERTIFICATE_FAILED, RefusedError
 from curvature_callbacks.gram.block_grams import BlockGrams, GramOptions, block_grams
 from curvature_callbacks.gram.certificate import TOLERANCE, certificate_errors, signature
-from curvature_callbacks.gram.memory import Trust
+from curvature_callbacks.gram.memory import GramMemory
 from curvature_callbacks.gram.uses.convolution import Convolution
 from curvature_callbacks.gram.uses.elementwise import Elementwise
 from curvature_callbacks.gram.uses.uses import Lookup, OuterProduct
@@ -22,14 +22,14 @@ from tests.reference import sample_gradients
 
 
 def probe(
-    model: nn.Module, microbatches: list[Any], trust: Trust, *, loss: Any = "cross_entropy", seed: int = 0, **options: Any
+    model: nn.Module, microbatches: list[Any], memory: GramMemory, *, loss: Any = "cross_entropy", seed: int = 0, **options: Any
 ) -> BlockGrams:
     with offline_problem(model, microbatches, loss=loss, params_filter=None, block_structure="parameter") as problem:
         return block_grams(
             problem.objective,
             problem.microbatches,
             problem.blocks,
-            trust=trust,
+            memory=memory,
             seed=seed,
             options=GramOptions(**options),
         )
@@ -115,16 +115,16 @@ RULES = {
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("parameter", RULES)
 def test_a_wrong_rule_is_caught_and_its_parameter_goes_row_by_row(parameter: str, fault: str, monkeypatch: pytest.MonkeyPatch):
-    model, microbatches, trust = in_general_position(Everything).double(), ids(3, 2), Trust()
+    model, microbatches, memory = in_general_position(Everything).double(), ids(3, 2), GramMemory()
     truth = sample_gradients(model, microbatches, "pair")
     RULES[parameter](FAULTS[fault], monkeypatch)
-    found = probe(model, microbatches, trust)
+    found = probe(model, microbatches, memory)
     assert set(found.fallback) == {parameter}
     assert found.fallback[parameter].startswith(CERTIFICATE_FAILED)
     assert found.certificate_error is not None
     assert found.certificate_error < 1e-10
     assert_exact(found, truth, model, 1e-10)
-    again = probe(model, microbatches, trust)
+    again = probe(model, microbatches, memory)
     assert again.certificate_error is None  # proved already, without the parameter
     assert dict(again.fallback) == dict(found.fallback)
     assert_exact(again, truth, model, 1e-10)
@@ -133,9 +133,9 @@ def test_a_wrong_rule_is_caught_and_its_parameter_goes_row_by_row(parameter: str
 @pytest.mark.parametrize("fisher", ["sampled", "exact"])
 def test_a_wrong_rule_is_caught_in_other_types_of_fisher(fisher: Any, monkeypatch: pytest.MonkeyPatch):
     model, microbatches, kind = in_general_position(Everything).double(), ids(3, 2), FisherType(fisher=fisher)
-    expected = probe(model, microbatches, Trust(), kind=kind)
+    expected = probe(model, microbatches, GramMemory(), kind=kind)
     faulty_convolutions(FAULTS["samples in another order"], monkeypatch)
-    found = probe(model, microbatches, Trust(), kind=kind)
+    found = probe(model, microbatches, GramMemory(), kind=kind)
     assert set(found.fallback) == {"conv.weight"}
     for block, K in expected.grams.items():
         assert torch.allclose(found.grams[block], K, rtol=1e-10)
@@ -145,14 +145,14 @@ def test_no_seed_misses_samples_out_of_place(monkeypatch: pytest.MonkeyPatch):
     model, microbatches = in_general_position(Everything).double(), ids(2, 3)
     faulty_products(FAULTS["two samples exchanged"], monkeypatch)
     for seed in range(30):
-        assert set(probe(model, microbatches, Trust(), seed=seed).fallback) == {"head.weight"}
+        assert set(probe(model, microbatches, GramMemory(), seed=seed).fallback) == {"head.weight"}
 
 
 def test_right_rules_pass_for_every_seed_and_in_single_precision():
     for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         model = in_general_position(Everything).to(dtype)
         for seed in range(10):
-            found = probe(model, ids(3, 2), Trust(), seed=seed)
+            found = probe(model, ids(3, 2), GramMemory(), seed=seed)
             assert found.fallback == {}
             assert found.certificate_error is not None
             assert found.certificate_error < bound
@@ -168,9 +168,9 @@ def turned(m: Any, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("sizes", [(2,), (3,), (4,), (3, 2)], ids=str)
 def test_samples_permuted_inside_a_layer_are_caught(sizes: tuple[int, ...]):
-    case, trust = RuleCase(body=turned, parts=linear), Trust()
+    case, memory = RuleCase(body=turned, parts=linear), GramMemory()
     model, microbatches = case.model(stem=True), case.microbatches(sizes)
-    found = probe(model, microbatches, trust)
+    found = probe(model, microbatches, memory)
     assert set(found.fallback) == {"inner.weight", "inner.bias"}
     assert all(reason.startswith(CERTIFICATE_FAILED) for reason in found.fallback.values())
     assert_exact(found, sample_gradients(model, microbatches, "pair"), model, 1e-10)
@@ -189,10 +189,10 @@ COUPLED = {
 @pytest.mark.parametrize("stem", [False, True], ids=["input", "hidden"])
 @pytest.mark.parametrize("name", COUPLED)
 def test_coupled_samples_are_refused(name: str, stem: bool):
-    case, trust = RuleCase(body=COUPLED[name], parts=linear), Trust()
+    case, memory = RuleCase(body=COUPLED[name], parts=linear), GramMemory()
     for _ in range(2):  # also by a run that has tried before
         with pytest.raises(RefusedError):
-            probe(case.model(stem=stem), case.microbatches((3, 4)), trust)
+            probe(case.model(stem=stem), case.microbatches((3, 4)), memory)
 
 
 class _Count(torch.autograd.Function):
@@ -232,18 +232,18 @@ def test_what_a_probe_costs(sizes: tuple[int, ...], run: tuple[int, ...]):
 
     Small ones are run together, but for types that draw by microbatch.
     """
-    model, microbatches, trust = in_general_position(Counting).double(), CASES["mlp"].microbatches(sizes), Trust()
+    model, microbatches, memory = in_general_position(Counting).double(), CASES["mlp"].microbatches(sizes), GramMemory()
     pairs = len(run)
     with offline_problem(model, microbatches, loss="cross_entropy", params_filter=None) as problem:
         parts = problem.objective, problem.microbatches, problem.blocks
         model.count()
-        first = block_grams(*parts, trust=trust, seed=0)
+        first = block_grams(*parts, memory=memory, seed=0)
         apart = sum(3 if size > 1 else 1 for size in run)
         assert model.count() == (2 * pairs + apart, 2 * pairs)
-        second = block_grams(*parts, trust=trust, seed=0)
+        second = block_grams(*parts, memory=memory, seed=0)
         assert model.count() == (pairs, pairs)
         sampled = GramOptions(kind=FisherType(fisher="sampled", num_draws=3))
-        block_grams(*parts, trust=trust, seed=0, options=sampled)
+        block_grams(*parts, memory=memory, seed=0, options=sampled)
         assert model.count() == (len(sizes), 3 * len(sizes))  # the layout is the same
     assert (first.certificate_error, second.certificate_error) != (None, None)
     assert second.certificate_error is None
@@ -255,30 +255,30 @@ def test_a_layout_not_met_before_is_proved_anew():
     def body(m: Any, x: Tensor) -> Tensor:
         return x * m.scale if x.shape[1] > 4 else x + m.scale
 
-    case, trust = RuleCase(body=body, parts=lambda: {"scale": weight(4)}), Trust()
+    case, memory = RuleCase(body=body, parts=lambda: {"scale": weight(4)}), GramMemory()
     model = case.model(stem=True)
     long, short, _ = case.microbatches((2, 2, 2))
-    proved = [probe(model, [batch], trust).certificate_error is not None for batch in (long, long, short, long, short)]
+    proved = [probe(model, [batch], memory).certificate_error is not None for batch in (long, long, short, long, short)]
     assert proved == [True, False, True, False, False]
 
 
 @pytest.mark.parametrize("sizes", [(4, 6), (4, 3), (6, 4), (3, 6), (2, 4, 6, 3), (1, 3), (1, 4, 2)], ids=str)
 def test_trust_does_not_carry_a_wrong_sample_axis_over(sizes: tuple[int, ...]):
     """Sequence-first with T = 6: for some N the shape tells, for others axis 0 passes for samples."""
-    case, trust = CASES["sequence_first"], Trust()
+    case, memory = CASES["sequence_first"], GramMemory()
     model = case.model()
     for size in sizes:
         microbatches = case.microbatches((size,))
-        found = probe(model, microbatches, trust)
+        found = probe(model, microbatches, memory)
         assert_exact(found, sample_gradients(model, microbatches, "pair"), model, 1e-10)
 
 
 @pytest.mark.parametrize("sizes", [(1,), (1, 1)], ids=str)
 def test_a_row_by_itself_proves_nothing_about_the_sample_axis(sizes: tuple[int, ...]):
-    case, trust = RuleCase(body=turned, parts=linear), Trust()
+    case, memory = RuleCase(body=turned, parts=linear), GramMemory()
     model, microbatches = case.model(stem=True), case.microbatches((3,))
-    probe(model, case.microbatches(sizes), trust)
-    found = probe(model, microbatches, trust)
+    probe(model, case.microbatches(sizes), memory)
+    found = probe(model, microbatches, memory)
     assert_exact(found, sample_gradients(model, microbatches, "pair"), model, 1e-10)
 
 
@@ -294,15 +294,15 @@ def test_signatures_know_operations_and_sample_axes_but_not_lengths():
 
 
 def test_a_failure_is_read_the_other_way_then_row_by_row_then_refused():
-    trust = Trust()
-    assert trust.judge({"right": TOLERANCE, "wrong": 0.1, "nan": float("nan")}, {})
-    assert trust.positions_first == {"wrong", "nan"}
-    assert trust.refused == {}
-    assert trust.judge({"right": 0.0, "wrong": 0.1, "nan": 0.0}, {})
-    assert set(trust.refused) == {"wrong"}
-    assert not trust.judge({"right": 0.0, "wrong": 0.0}, trust.refused)
+    memory = GramMemory()
+    assert memory.judge({"right": TOLERANCE, "wrong": 0.1, "nan": float("nan")}, {})
+    assert memory.positions_first == {"wrong", "nan"}
+    assert memory.refused == {}
+    assert memory.judge({"right": 0.0, "wrong": 0.1, "nan": 0.0}, {})
+    assert set(memory.refused) == {"wrong"}
+    assert not memory.judge({"right": 0.0, "wrong": 0.0}, memory.refused)
     with pytest.raises(RefusedError, match="wrong"):
-        trust.judge({"wrong": 0.1}, trust.refused)
+        memory.judge({"wrong": 0.1}, memory.refused)
 
 
 def error_of(name: str, factor: float, shrink: float = 1.0) -> float:

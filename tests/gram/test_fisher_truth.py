@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from curvature_callbacks import compute_fisher_spectrum
 from curvature_callbacks.compute.offline import offline_problem
 from curvature_callbacks.gram.block_grams import BlockGrams, block_grams
-from curvature_callbacks.gram.memory import Trust
+from curvature_callbacks.gram.memory import GramMemory
 from curvature_callbacks.model.blocks import group_blocks
 from tests.cases import (
     CASES,
@@ -151,11 +151,11 @@ def test_what_has_no_rule_is_listed_with_its_reason():
 @pytest.mark.parametrize("sizes", [(3,), (2, 3, 6)])
 def test_a_sequence_first_layer_is_read_the_other_way(sizes: tuple[int, ...]):
     """T = 6 is a multiple of every N here: axis 0 passes for samples, and only the certificate can tell."""
-    case, trust = CASES["sequence_first"], Trust()
+    case, memory = CASES["sequence_first"], GramMemory()
     model, microbatches = case.model(), case.microbatches(sizes)
     with offline_problem(model, microbatches, loss=case.loss, params_filter=None) as problem:
-        found = block_grams(problem.objective, problem.microbatches, problem.blocks, trust=trust, seed=0)
-    assert trust.positions_first == {"inner.weight", "inner.bias"}
+        found = block_grams(problem.objective, problem.microbatches, problem.blocks, memory=memory, seed=0)
+    assert memory.positions_first == {"inner.weight", "inner.bias"}
     assert found.fallback == {}
     assert_grams(found, sample_gradients(model, microbatches, case.kind), model, "layer", 1e-10)
 
@@ -173,12 +173,12 @@ def test_a_sample_that_is_not_finite_does_not_blind_the_certificate():
 
 def test_a_probe_that_proves_nothing_is_not_trusted_later():
     """The first probe of a run has a bad sample; the second must not take its word for the layout."""
-    case, trust = CASES["sequence_first"], Trust()
+    case, memory = CASES["sequence_first"], GramMemory()
     model, (bad, good) = case.model(), case.microbatches((3, 3, 1))[:2]
     bad[0][0] = float("nan")
     for batch in (bad, good):
         with offline_problem(model, [batch], loss=case.loss, params_filter=None) as problem:
-            found = block_grams(problem.objective, problem.microbatches, problem.blocks, trust=trust, seed=0)
+            found = block_grams(problem.objective, problem.microbatches, problem.blocks, memory=memory, seed=0)
     assert_grams(found, sample_gradients(model, [good], case.kind), model, "layer", 1e-10)
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from curvature_callbacks.compute.offline import offline_problem
 from curvature_callbacks.gram.block_grams import BlockGrams, GramOptions, block_grams
-from curvature_callbacks.gram.memory import Trust
+from curvature_callbacks.gram.memory import GramMemory
 from curvature_callbacks.model.loss.fisher_type import FisherType
 from curvature_callbacks.model.loss.surrogates import surrogates
 from tests.cases import CASES
@@ -124,7 +124,9 @@ MODELS = {
 }
 
 
-def grams(case: Model, kind: FisherType, trust: Trust | None = None, structure: Any = "none") -> tuple[BlockGrams, list[Any]]:
+def grams(
+    case: Model, kind: FisherType, memory: GramMemory | None = None, structure: Any = "none"
+) -> tuple[BlockGrams, list[Any]]:
     """And the surrogates of each microbatch."""
     model = case.build()
     with offline_problem(model, case.microbatches(), loss=case.loss, params_filter=None, block_structure=structure) as problem:
@@ -135,7 +137,7 @@ def grams(case: Model, kind: FisherType, trust: Trust | None = None, structure: 
             problem.objective,
             problem.microbatches,
             problem.blocks,
-            trust=trust or Trust(),
+            memory=memory or GramMemory(),
             seed=SEED,
             options=GramOptions(kind=kind),
         )
@@ -227,7 +229,7 @@ def test_row_by_row_has_the_same_draws(name: str, kind: str):
     ruled, _ = grams(case, KINDS[kind], structure="parameter")
     parameters = [parameter for parameter, _ in case.build().named_parameters()]
     refused = dict.fromkeys(parameters[::3], "for the test")
-    by_row, _ = grams(case, KINDS[kind], Trust(refused=refused), structure="parameter")
+    by_row, _ = grams(case, KINDS[kind], GramMemory(refused=refused), structure="parameter")
     assert set(by_row.fallback) == set(refused)
     scale = max(K.abs().max().item() for K in ruled.grams.values())
     for block, K in ruled.grams.items():
@@ -307,7 +309,7 @@ def test_a_sampled_fisher_depends_on_the_seed_and_not_on_the_global_generator():
             problem.objective,
             problem.microbatches,
             problem.blocks,
-            trust=Trust(),
+            memory=GramMemory(),
             seed=SEED + 100,
             options=GramOptions(kind=kind),
         ).grams.values()

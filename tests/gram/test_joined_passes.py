@@ -12,7 +12,7 @@ from curvature_callbacks.compute.offline import offline_problem
 from curvature_callbacks.gram import block_grams as engine_module
 from curvature_callbacks.gram import passes as passes_module
 from curvature_callbacks.gram.block_grams import BlockGrams
-from curvature_callbacks.gram.memory import Trust
+from curvature_callbacks.gram.memory import GramMemory
 from curvature_callbacks.gram.storage import Storage
 from curvature_callbacks.model.loss.fisher_type import FisherType
 from curvature_callbacks.model.objective import Objective
@@ -28,8 +28,8 @@ def equally_long(case: Case, sizes: tuple[int, ...]) -> list[Any]:
     return [case.batch(size, 6, draw) for size in sizes]
 
 
-def probe(model: nn.Module, microbatches: list[Any], *, trust: Trust | None = None, **options: Any) -> BlockGrams:
-    return trusted_probe(model, microbatches, trust or Trust(), **options)
+def probe(model: nn.Module, microbatches: list[Any], *, memory: GramMemory | None = None, **options: Any) -> BlockGrams:
+    return trusted_probe(model, microbatches, memory or GramMemory(), **options)
 
 
 @pytest.fixture
@@ -115,20 +115,20 @@ def test_a_mean_of_the_batch_is_taken_as_it_came(sizes_run: list[int]):
 
 
 def test_a_parameter_that_goes_row_by_row_beside_them(sizes_run: list[int]):
-    case, trust = CASES["mlp"], Trust()
+    case, memory = CASES["mlp"], GramMemory()
     model, microbatches = case.model(), equally_long(case, (2, 1, 3, 1))
-    trust.refused[next(name for name, _ in model.named_parameters())] = "by hand"
-    found = probe(model, microbatches, loss=case.loss, trust=trust)
+    memory.refused[next(name for name, _ in model.named_parameters())] = "by hand"
+    found = probe(model, microbatches, loss=case.loss, memory=memory)
     assert sizes_run == [2, 5]
-    assert list(found.fallback) == list(trust.refused)
+    assert list(found.fallback) == list(memory.refused)
     assert_exact(found, sample_gradients(model, microbatches, case.kind), model, 1e-10)
 
 
 def test_where_nothing_is_captured_nothing_is_known(sizes_run: list[int]):
-    case, trust = CASES["mlp"], Trust()
+    case, memory = CASES["mlp"], GramMemory()
     model, microbatches = case.model(), equally_long(case, (2, 1, 1))
-    trust.refused.update(dict.fromkeys(dict(model.named_parameters()), "by hand"))
-    found = probe(model, microbatches, loss=case.loss, trust=trust)
+    memory.refused.update(dict.fromkeys(dict(model.named_parameters()), "by hand"))
+    found = probe(model, microbatches, loss=case.loss, memory=memory)
     assert sizes_run == [2, 1, 1]
     assert_exact(found, sample_gradients(model, microbatches, case.kind), model, 1e-10)
 
@@ -136,7 +136,9 @@ def test_where_nothing_is_captured_nothing_is_known(sizes_run: list[int]):
 def test_kronecker_factors_do_not_depend_on_it():
     case = CASES["mlp"]
     model, microbatches = case.model(), equally_long(case, (2, 1, 3, 1))
-    together, apart = (probe(model, microbatches, loss=case.loss, sharing="expand", join=join) for join in (True, False))
+    together, apart = (
+        probe(model, microbatches, loss=case.loss, sharing="expand", memory=GramMemory(row_limit=limit)) for limit in (None, 3)
+    )
     assert list(together.kronecker) == list(apart.kronecker) != []
     for name, layer in together.kronecker.items():
         other = apart.kronecker[name]

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from curvature_callbacks.compute.kfac_coverage import compute_kfac_coverage
 from curvature_callbacks.errors import ProbeError
 from curvature_callbacks.gram.block_grams import BlockGrams
-from curvature_callbacks.gram.memory import Trust
+from curvature_callbacks.gram.memory import GramMemory
 from curvature_callbacks.isolation.model import isolated
 from curvature_callbacks.model.loss.fisher_type import FisherType
+from curvature_callbacks.problem.memory import ProbeMemory
 from curvature_callbacks.problem.problem import Problem
 from tests.cases import CASES, in_general_position, mlp
 
@@ -69,23 +70,24 @@ def test_gradients_whose_products_overflow_fail_the_probe_and_nothing_after_it()
     def loss(module: nn.Module, batch: Any) -> Tensor:
         return module(batch[0]).square().sum(1) * scale[0]
 
-    trust = Trust()
+    memory = ProbeMemory()
     with isolated(model, seed=0):
         with pytest.raises(ProbeError, match="not finite"):
-            Problem(model, [(x.float(), x)], loss=loss, trust=trust).grams()
-        assert trust.refused == {}
+            Problem(model, [(x.float(), x)], loss=loss, memory=memory).grams()
+        assert memory.grams.refused == {}
         scale[0] = 1.0
-        assert Problem(model, [(x.float(), x)], loss=loss, trust=trust).grams().fallback == {}
+        assert Problem(model, [(x.float(), x)], loss=loss, memory=memory).grams().fallback == {}
 
 
 def test_coverage_is_the_same_after_a_gram_that_went_row_by_row():
     model, batch = CASES["mlp"].model(), CASES["mlp"].microbatches((4,))[0]
-    trust = Trust(refused=dict.fromkeys(dict(model.named_parameters()), "certificate failed before"))
+    refused = dict.fromkeys(dict(model.named_parameters()), "certificate failed before")
+    memory = ProbeMemory(grams=GramMemory(refused=refused))
     with isolated(model, seed=0):
-        problem = Problem(model, [batch], loss="cross_entropy", trust=trust)
-        assert set(problem.grams().fallback) == set(trust.refused)
+        problem = Problem(model, [batch], loss="cross_entropy", memory=memory)
+        assert set(problem.grams().fallback) == set(refused)
         assert {name: list(kinds) for name, kinds in problem.operations.items()} != {}
-        assert set(problem.operations) == set(trust.refused)
+        assert set(problem.operations) == set(refused)
     assert compute_kfac_coverage(model, batch, loss="cross_entropy").elements == 1.0
 
 

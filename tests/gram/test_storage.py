@@ -15,7 +15,7 @@ from curvature_callbacks.gram import probe_grams as shared
 from curvature_callbacks.gram import storage as storage_module
 from curvature_callbacks.gram.block_grams import BlockGrams, GramOptions, block_grams
 from curvature_callbacks.gram.capture.derived import Placed, View
-from curvature_callbacks.gram.memory import Trust
+from curvature_callbacks.gram.memory import GramMemory
 from curvature_callbacks.gram.storage import MemoryBudget, Storage
 from curvature_callbacks.gram.uses.uses import Dense, Lookup, OuterProduct, Use
 from curvature_callbacks.model.blocks import group_blocks
@@ -44,17 +44,28 @@ MODES = {"device": "factors on device", "host": "factors on host", "half on the 
 
 
 def grams(
-    case: Case, model: nn.Module, microbatches: list[Any], budget: MemoryBudget, *, trust: Trust | None = None, **options: Any
+    case: Case,
+    model: nn.Module,
+    microbatches: list[Any],
+    budget: MemoryBudget,
+    *,
+    memory: GramMemory | None = None,
+    **options: Any,
 ) -> BlockGrams:
     with offline_problem(model, microbatches, loss=case.loss, params_filter=None) as found:
         return block_grams(
             found.objective,
             found.microbatches,
             found.blocks,
-            trust=trust or Trust(),
+            memory=memory or apart(),
             seed=0,
-            options=GramOptions(budget=budget, join=False, **options),
+            options=GramOptions(budget=budget, **options),
         )
+
+
+def apart() -> GramMemory:
+    """Of a run whose microbatches are not put together."""
+    return GramMemory(row_limit=8)
 
 
 def as_factors(use: Use) -> Use:
@@ -107,19 +118,19 @@ def test_every_mode_gives_the_grams_of_the_oracle(name: str, budget: str, form: 
     [(name, kind) for name in NAMES for kind in KINDS if kind != "exact" or name in ("gpt2", "convnet")],
 )
 def test_modes_agree_with_each_other_to_the_bit(name: str, kind: str, monkeypatch: pytest.MonkeyPatch):
-    case, trust = CASES[name], Trust()
+    case, memory = CASES[name], apart()
     model, microbatches = case.model(), case.microbatches()
     if kind == "exact" and name == "gpt2":
         for batch in microbatches:  # a backward pass for every position and word
             batch["labels"][:, 3:] = -100
     monkeypatch.setattr(storage_module, "_smaller", as_factors)
-    expected = grams(case, model, microbatches, BUDGETS["device"], kind=KINDS[kind], trust=trust)
+    expected = grams(case, model, microbatches, BUDGETS["device"], kind=KINDS[kind], memory=memory)
     for budget in ("host", "groups"):
-        assert_same(grams(case, model, microbatches, BUDGETS[budget], kind=KINDS[kind], trust=trust), expected)
+        assert_same(grams(case, model, microbatches, BUDGETS[budget], kind=KINDS[kind], memory=memory), expected)
     monkeypatch.setattr(storage_module, "_smaller", as_gradients)
-    assert_same(grams(case, model, microbatches, BUDGETS["device"], kind=KINDS[kind], trust=trust), expected, 1e-12)
+    assert_same(grams(case, model, microbatches, BUDGETS["device"], kind=KINDS[kind], memory=memory), expected, 1e-12)
     monkeypatch.undo()
-    assert_same(grams(case, model, microbatches, BUDGETS["device"], kind=KINDS[kind], trust=trust), expected, 1e-12)
+    assert_same(grams(case, model, microbatches, BUDGETS["device"], kind=KINDS[kind], memory=memory), expected, 1e-12)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -151,7 +162,7 @@ def test_spectra_of_every_mode(name: str, budget: str, centred: bool, monkeypatc
 @pytest.mark.parametrize("budget", ["device", "groups"])
 @pytest.mark.parametrize("kind", ["sequence", "sampled"])
 def test_rounds_take_the_same_draws_and_each_their_forward_passes(kind: str, budget: str, monkeypatch: pytest.MonkeyPatch):
-    case, trust = CASES["gpt2"], Trust()
+    case, memory = CASES["gpt2"], GramMemory()
     model, microbatches = case.model(), case.microbatches()
     drawn: list[int] = []
     passed: list[int] = []
@@ -161,10 +172,10 @@ def test_rounds_take_the_same_draws_and_each_their_forward_passes(kind: str, bud
     with offline_problem(model, microbatches, loss=None, params_filter=None) as problem:
         parts = problem.objective, problem.microbatches, problem.blocks
         options = GramOptions(budget=BUDGETS[budget], kind=KINDS[kind])
-        block_grams(*parts, trust=trust, seed=0, options=options)  # proves the layout
+        block_grams(*parts, memory=memory, seed=0, options=options)  # proves the layout
         drawn.clear()
         passed.clear()
-        found = block_grams(*parts, trust=trust, seed=0, options=options)
+        found = block_grams(*parts, memory=memory, seed=0, options=options)
     rounds = int(found.mode.split()[0]) if budget == "groups" else 1
     assert found.certificate_error is None
     assert len(drawn) == len(set(drawn)) == (0 if kind == "sequence" else len(microbatches))

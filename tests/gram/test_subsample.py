@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from curvature_callbacks import compute_fisher_spectrum
 from curvature_callbacks.compute.offline import offline_problem
 from curvature_callbacks.gram.block_grams import BlockGrams, GramOptions, block_grams, chosen_rows
-from curvature_callbacks.gram.memory import Trust
+from curvature_callbacks.gram.memory import GramMemory
 from curvature_callbacks.gram.storage import MemoryBudget
 from curvature_callbacks.gram.uses.uses import OuterProduct
 from curvature_callbacks.model.blocks import group_blocks
@@ -33,7 +33,7 @@ def grams(
             found.objective,
             found.microbatches,
             found.blocks,
-            trust=Trust(),
+            memory=GramMemory(),
             seed=seed,
             options=GramOptions(max_params_per_block=limit, **options),
         )
@@ -195,11 +195,11 @@ def test_the_certificate_still_catches_a_wrong_rule(monkeypatch: pytest.MonkeyPa
 
 def test_what_goes_row_by_row_is_counted_in_full():
     """No bias either way."""
-    case, trust = CASES["mlp"], Trust(refused={"0.weight": "for the test"})
+    case, memory = CASES["mlp"], GramMemory(refused={"0.weight": "for the test"})
     model, microbatches = case.model(), case.microbatches()
     with offline_problem(model, microbatches, loss=case.loss, params_filter=None, block_structure="parameter") as problem:
         parts = problem.objective, problem.microbatches, problem.blocks
-        found = block_grams(*parts, trust=trust, seed=0, options=GramOptions(max_params_per_block=10))
+        found = block_grams(*parts, memory=memory, seed=0, options=GramOptions(max_params_per_block=10))
     G = sample_gradients(model, microbatches, case.kind)["0.weight"]
     assert torch.allclose(found.grams["0.weight"], G @ G.T)
 

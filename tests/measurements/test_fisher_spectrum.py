@@ -17,7 +17,7 @@ from curvature_callbacks import (
     RefusedError,
     compute_fisher_spectrum,
 )
-from curvature_callbacks.gram.memory import Trust
+from curvature_callbacks.problem.memory import ProbeMemory
 from tests.cases import CASES, VOCABULARY, in_general_position
 from tests.reference import fisher_eigenvalues, relative_error, rows, sample_gradients, spectrum_metrics, stacked
 
@@ -409,9 +409,9 @@ def test_a_mean_over_ragged_rows_is_refused_also_after_an_even_batch():
     torch.manual_seed(0)
     model, x = torch.nn.Linear(3, 3), torch.randn(4, 5, 3)
     even, ragged = torch.ones(4, 5), torch.tensor([[1.0] * n + [0.0] * (5 - n) for n in (5, 1, 2, 4)])
-    trust = Trust()
+    memory = ProbeMemory()
     for mask in (even, ragged):
-        problem = Problem(model, [(x, mask)], loss=mean_over_tokens, trust=trust)
+        problem = Problem(model, [(x, mask)], loss=mean_over_tokens, memory=memory)
         if mask is even:
             assert problem.block_grams.certificate_error < 1e-4
         else:

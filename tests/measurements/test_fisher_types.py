@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from curvature_callbacks import ConfigurationError, FisherSpectra, FisherSpectrum, Problem, compute_fisher_spectrum
-from curvature_callbacks.gram.memory import Trust
 from curvature_callbacks.isolation.model import deterministic_algorithms, isolated
+from curvature_callbacks.problem.memory import ProbeMemory
 from curvature_callbacks.record import scalar_tags
 from tests.cases import CASES, VOCABULARY, in_general_position
 from tests.reference import float64_copy, gradients_of, relative_error, rows, stacked
@@ -285,12 +285,12 @@ def test_a_row_that_is_not_finite_is_left_out_with_all_its_gradients(fisher: str
 def test_a_row_that_is_not_finite_at_a_later_probe(fisher: str, unit: str):
     """Then the layout is certified and its Gram is taken as it comes."""
     model, (x, y) = CASES["mlp"].model(), CASES["mlp"].microbatches((5,))[0]
-    keep, bad, trust = torch.tensor([0, 1, 2, 4]), x.clone(), Trust()
+    keep, bad, memory = torch.tensor([0, 1, 2, 4]), x.clone(), ProbeMemory()
     bad[3, 1] = math.nan
     measurement, found = FisherSpectrum(fisher=fisher, sample_unit=unit), []
     for inputs, labels in ((x, y), (x[keep], y[keep]), (bad, y)):
         with isolated(model, seed=0):
-            problem = Problem(model, [(inputs, labels)], loss="cross_entropy", trust=trust)
+            problem = Problem(model, [(inputs, labels)], loss="cross_entropy", memory=memory)
             found.append(measurement.measure(problem, ())[0][0])
     _, expected, last = found
     assert (last.metadata["num_samples_requested"], last.metadata["num_samples"], last.metadata["num_targets"]) == (5, 4, 4)
