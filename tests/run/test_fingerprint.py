@@ -52,7 +52,7 @@ def test_it_survives_json_and_has_no_address() -> None:
 
 def test_it_is_the_same_in_another_process() -> None:
     code = (
-        "import os\nfrom curvature_callbacks import TopEigenpairs\nfrom curvature_callbacks.fingerprint import *\n"
+        "import os\nfrom curvature_callbacks import TopEigenpairs\nfrom curvature_callbacks.run.fingerprint import *\n"
         "print(fingerprint(settings_text({'measure': [TopEigenpairs(operator=os.path.join)], 'params_filter': os.path.join})))"
     )
     found = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in range(2)}
