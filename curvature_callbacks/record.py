@@ -1,22 +1,22 @@
-"""Record: what one measurement found about one block (or the whole model) at one step."""
+"""Record: the result of one measurement for one block (or for the model) at one step."""
 
 import json
 import math
 import re
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Final, final
+from typing import Any, Final, Literal, final
+
+Chart = Literal["histogram", "density"]
 
 PROBE: Final = "probe"  # the record each probe writes about itself: seconds, failures
-BLOCK_CURVES: Final = (
-    "condition_number",
-    "lambda_max",
-    "effective_rank",
-    "trace",
-    "kfac_cosine",
-)  # one curve a block; others aggregated
+VERSION: Final = 1  # of JSON lines, raised when a key changes its meaning; the first lines had none
 _NO_CURVE: Final = ("num_samples",)  # constant over a run: in the JSON-lines file only
+
+# What is drawn of a record that does not say so: one of version 0, or of a user's measurement.
+_USUAL_CURVES: Final = ("condition_number", "lambda_max", "effective_rank", "trace", "kfac_cosine")
+_USUAL_SPECTRA: Final = ("eigenvalues", "full_eigenvalues", "block_diagonal_eigenvalues")
 
 
 @final
@@ -30,7 +30,13 @@ class Record:
         block: block name, or None for the whole model.
         scalars: metric name to value; non-finite values are kept here and in JSON, never written as curves.
         headline: the metrics that belong on the first page, in progress bars and in training logs; None for all of them.
+        curves: of a block's record the metrics drawn as one curve a block, of the others only minimum, median and maximum over
+            blocks; None for `condition_number`, `lambda_max`, `effective_rank`, `trace` and `kfac_cosine`.
         arrays: spectra and the like, each a list of floats.
+        charts: array name to its drawing: `histogram` for a full spectrum (of log10, where all of it is positive), `density`
+            for values over the array `grid` with the errors `<name>_standard_error`; arrays not named are not drawn. None for a
+            `histogram` of `eigenvalues`, `full_eigenvalues`, `block_diagonal_eigenvalues`, unless `residuals` stand beside
+            them (then these are a few pairs, no spectrum), and `density`.
         seconds: wall time of the measurement this record belongs to (shared by all its blocks).
         num_matvecs: operator products of the measurement this record belongs to.
         metadata: conventions and settings (Fisher type, sample unit, N, dtype, seed, ...), JSON-able.
@@ -42,7 +48,9 @@ class Record:
     block: str | None = None
     scalars: Mapping[str, float] = field(default_factory=dict)
     headline: tuple[str, ...] | None = None
+    curves: tuple[str, ...] | None = None
     arrays: Mapping[str, list[float]] = field(default_factory=dict)
+    charts: Mapping[str, Chart] | None = None
     seconds: float = 0.0
     num_matvecs: int = 0
     metadata: Mapping[str, Any] = field(default_factory=dict)
@@ -54,25 +62,34 @@ class Record:
         return self.error is not None
 
     def to_json(self) -> str:
-        """One line of strict JSON; non-finite floats become the strings `nan`, `inf` and `-inf`."""
-        return json.dumps(_encode(asdict(self)), allow_nan=False)
+        """One line of strict JSON with its `version`; non-finite floats become the strings `nan`, `inf` and `-inf`."""
+        return json.dumps({"version": VERSION, **_encode(asdict(self))}, allow_nan=False)
 
     @classmethod
     def from_json(cls, line: str) -> "Record":
-        """The record that `to_json` wrote."""
-        fields = json.loads(line)
-        fields["scalars"] = {name: float(value) for name, value in fields["scalars"].items()}
-        fields["arrays"] = {name: [float(value) for value in values] for name, values in fields["arrays"].items()}
-        fields["headline"] = None if fields["headline"] is None else tuple(fields["headline"])
-        return cls(**fields)
+        """The record `to_json` wrote, in any version: a missing key takes its default, an unknown one is ignored."""
+        written = json.loads(line)
+        values = {name: written[name] for name in cls.__dataclass_fields__ if written.get(name) is not None}
+        return cls(**{name: _DECODE[name](value) if name in _DECODE else value for name, value in values.items()})
+
+
+def block_curves(record: Record) -> tuple[str, ...]:
+    """The metrics drawn as one curve a block."""
+    return _USUAL_CURVES if record.curves is None else record.curves
+
+
+def charts(record: Record) -> Mapping[str, Chart]:
+    """Array name to its drawing, for the arrays that `record` has."""
+    drawn = _usual_charts(record.arrays) if record.charts is None else record.charts
+    return {name: chart for name, chart in drawn.items() if name in record.arrays}
 
 
 def scalar_tags(records: Iterable[Record]) -> dict[str, float]:
     """Tag to value for the finite scalars of one probe, few enough to read.
 
     Whole model: `curvature/<measurement>_<metric>` for the headline, which TensorBoard shows first, `curvature_<measurement>/
-    <metric>` for the others. Of each block the metrics in `BLOCK_CURVES`: `curvature_<measurement>_<metric>/<block>`, because
-    the usual question is *which block*; of the others the minimum, median and maximum over blocks:
+    <metric>` for the others. Of each block the record's `curves`: `curvature_<measurement>_<metric>/<block>`, because the usual
+    question is *which block*; of the others the minimum, median and maximum over blocks:
     `curvature_<measurement>_over_blocks/<metric>_{min,median,max}`.
     """
     tags: dict[str, float] = {}
@@ -81,7 +98,7 @@ def scalar_tags(records: Iterable[Record]) -> dict[str, float]:
         for metric, value in record.scalars.items():
             if not math.isfinite(value) or metric.removeprefix("full_").removeprefix("block_diagonal_") in _NO_CURVE:
                 continue
-            if record.block is None or metric in BLOCK_CURVES:
+            if record.block is None or metric in block_curves(record):
                 tags[metric_tag(record, metric)] = value
             else:
                 group = f"curvature_{tag_segment(record.measurement)}_over_blocks"
@@ -122,6 +139,11 @@ def tag_segment(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_]+", "_", padded).strip("_")
 
 
+def _usual_charts(arrays: Mapping[str, list[float]]) -> dict[str, Chart]:
+    spectra: dict[str, Chart] = {} if "residuals" in arrays else dict.fromkeys(_USUAL_SPECTRA, "histogram")
+    return spectra | {"density": "density"}
+
+
 def _encode(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
@@ -130,3 +152,19 @@ def _encode(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_encode(item) for item in value]
     return value
+
+
+def _floats(values: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items()}
+
+
+def _float_lists(arrays: Mapping[str, Any]) -> dict[str, list[float]]:
+    return {name: [float(value) for value in values] for name, values in arrays.items()}
+
+
+_DECODE: Final[Mapping[str, Callable[[Any], Any]]] = {
+    "scalars": _floats,
+    "arrays": _float_lists,
+    "headline": tuple,
+    "curves": tuple,
+}

@@ -18,7 +18,7 @@ from curvature_callbacks.sinks.tensorboard import TensorBoardSink
 
 @dataclass(frozen=True)
 class GradientNorm:
-    """`curvature/gradient_norm_{min,median,max}` over blocks; every block's own value stands in curvature.jsonl."""
+    """`curvature_gradient_norm/<block>`, norm of a block's mean gradient, and `curvature_gradient_norm/heat_map` of all."""
 
     name: str = "gradient"
 
@@ -29,7 +29,14 @@ class GradientNorm:
         records = []
         for block, names in problem.blocks.items():
             norm = torch.cat([problem.gradients[name].flatten() for name in names]).norm().item()
-            records.append(Record(step=problem.step, measurement=self.name, block=block, scalars={"norm": norm}))
+            record = Record(
+                step=problem.step,
+                measurement=self.name,
+                block=block,
+                scalars={"norm": norm},
+                curves=("norm",),  # a curve a block; metrics not named here have minimum, median and maximum over blocks
+            )
+            records.append(record)
         return records, None
 
 

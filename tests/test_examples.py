@@ -1,14 +1,19 @@
 """Every example runs as a user would run it, and leaves what it promises."""
 
 import os
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
 from curvature_callbacks import Record, read_records
+from curvature_callbacks.record import tag_segment
+from tests.sinks.tag_cases import written_tags
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 BLOCKS = {
@@ -49,10 +54,18 @@ def test_example(name: str, tmp_path: Path) -> None:
     assert sum(record.measurement == "probe" for record in records) == 1
     assert not any(record.failed for record in records)
     assert all(record.scalars["residual_lambda_max"] >= 0 for record in records if record.measurement == "hessian")
-    tags = _scalar_tags(logdir)
+    tags = _tags(logdir, "scalars")
     assert {"curvature/hessian_lambda_max", "curvature/probe_seconds"} <= tags
     last = BLOCKS[name][-1].replace(".", "_").zfill(2)
     assert {f"curvature_empirical_fisher_condition_number/{last}", f"curvature_hessian_lambda_max/{last}"} <= tags
+    assert _documented_tags(name) <= tags | _tags(logdir, "images")
+
+
+def test_the_custom_measurement_writes_what_it_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    example = runpy.run_path(str(EXAMPLES / "custom_measurement.py"))
+    tags = written_tags(example["GradientNorm"](), model=nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)))
+    assert _documented_tags("custom_measurement") == tags["scalars"] | tags["figures"]
 
 
 def _run(name: str, logdir: Path, directory: Path) -> subprocess.CompletedProcess[str]:
@@ -68,8 +81,14 @@ def _table_blocks(output: str) -> list[str]:
     return [row[0] for row in rows if len(row) == 4]
 
 
-def _scalar_tags(logdir: Path) -> set[str]:
+def _tags(logdir: Path, summary: str) -> set[str]:
     (path,) = logdir.glob("events.out.tfevents.*")
     events = EventAccumulator(str(path))
     events.Reload()
-    return set(events.Tags()["scalars"])
+    return set(events.Tags()[summary])
+
+
+def _documented_tags(name: str) -> set[str]:
+    """The tags between backticks in an example, those of a `<block>` for all its blocks."""
+    tags = re.findall(r"`(curvature[^`\s]*/[^`\s]+)`", (EXAMPLES / f"{name}.py").read_text())
+    return {tag.replace("<block>", tag_segment(block)) for tag in tags for block in BLOCKS[name]}

@@ -3,13 +3,18 @@
 import json
 import math
 import re
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from curvature_callbacks import Record
-from curvature_callbacks.record import PROBE, headline, metric_tag, scalar_tags, tag_segment
+from curvature_callbacks.record import PROBE, VERSION, charts, headline, metric_tag, scalar_tags, tag_segment
 from tests.training_cases import assert_equal
+
+TAGS = Path(__file__).parent / "data" / "tensorboard_tags.json"
+VERSION_0 = Path(__file__).parent / "data" / "records_version_0.jsonl"  # of release 0.1.0
 
 
 def record(**changes: Any) -> Record:
@@ -25,7 +30,11 @@ SPECIMENS = {
         seconds=0.25,
         num_matvecs=7,
         metadata={"which": "BE", "uncovered": {"a": "why"}, "list": [1, None, True], "name": "ü\u2028\n"},
+        headline=("lambda_max",),
+        curves=("third", "tiny"),
+        charts={"eigenvalues": "histogram"},
     ),
+    "nothing drawn": record(headline=(), curves=(), charts={}, arrays={"eigenvalues": [1.0]}),
     "failed": record(error='RuntimeError: "quoted"\nsecond line\u2028 end'),
     "non-finite": record(
         scalars={"a": math.inf, "b": -math.inf, "c": math.nan}, arrays={"eigenvalues": [math.nan, math.inf, -math.inf, 0.0]}
@@ -40,8 +49,8 @@ def test_json_round_trip(name: str) -> None:
     back = Record.from_json(line)
     assert "\n" not in line
     assert back.to_json() == line
-    for field in ("step", "measurement", "block", "scalars", "arrays", "seconds", "num_matvecs", "metadata", "error"):
-        assert_equal(getattr(back, field), getattr(SPECIMENS[name], field), field)
+    for field in fields(Record):
+        assert_equal(getattr(back, field.name), getattr(SPECIMENS[name], field.name), field.name)
 
 
 @pytest.mark.parametrize("name", SPECIMENS)
@@ -129,3 +138,60 @@ def test_tag_segments_are_what_every_logger_accepts(name: str, segment: str) -> 
 def test_tags_of_blocks_sort_in_the_order_of_the_model() -> None:
     tags = [metric_tag(record(block=f"h.{i}"), "trace") for i in range(12)]
     assert tags == sorted(tags)
+
+
+def line_without(*keys: str, **more: Any) -> str:
+    written = json.loads(SPECIMENS["full"].to_json())
+    return json.dumps({key: value for key, value in written.items() if key not in keys} | more)
+
+
+def test_a_line_says_its_version() -> None:
+    assert json.loads(record().to_json())["version"] == VERSION
+
+
+def test_keys_of_a_later_version_are_ignored() -> None:
+    assert Record.from_json(line_without(version=VERSION + 1, colour="red", nested={"a": [1]})) == SPECIMENS["full"]
+
+
+def test_missing_keys_have_their_defaults() -> None:
+    optional = [field.name for field in fields(Record) if field.name not in ("step", "measurement")]
+    assert Record.from_json(line_without("version", *optional)) == record()
+    assert Record.from_json(line_without(**dict.fromkeys(optional))) == record()  # null is as good as missing
+
+
+@pytest.mark.parametrize("key", ["step", "measurement"])
+def test_a_line_that_is_of_no_step_or_measurement_is_refused(key: str) -> None:
+    with pytest.raises(TypeError, match=key):
+        Record.from_json(line_without(key))
+
+
+def test_lines_of_version_0_are_read_and_drawn_as_before() -> None:
+    lines = VERSION_0.read_text(encoding="utf-8").splitlines()
+    records = [Record.from_json(line) for line in lines]
+    for line, read in zip(lines, records, strict=True):
+        before, now = json.loads(line), json.loads(read.to_json())
+        assert before.items() <= now.items()
+        assert {key: now[key] for key in now.keys() - before.keys()} == {"version": VERSION, "curves": None, "charts": None}
+    tags = json.loads(TAGS.read_text())
+    for name in ("empirical_fisher", "hessian_density", "kfac_empirical_expand"):
+        measured = [read for read in records if read.measurement == name]
+        assert set(scalar_tags(measured)) == set(tags[name]["scalars"].split()) - {f"curvature_{name}/num_clipped"}
+        assert any(charts(read) for read in measured) == (name != "kfac_empirical_expand")
+    assert not any(charts(read) for read in records if read.measurement == "hessian")  # a few pairs are no spectrum
+
+
+def test_a_record_names_the_curves_of_its_block() -> None:
+    own = [record(block=block, scalars={"norm": 2.0, "trace": 4.0}, curves=("norm",)) for block in ("a", "b")]
+    assert scalar_tags(own) == {
+        "curvature_hessian_norm/a": 2.0,
+        "curvature_hessian_norm/b": 2.0,
+        **{f"curvature_hessian_over_blocks/trace_{which}": 4.0 for which in ("min", "median", "max")},
+    }
+
+
+def test_a_record_names_the_charts_of_its_arrays() -> None:
+    arrays = {"eigenvalues": [2.0, 1.0], "weights": [1.0, 3.0]}
+    assert charts(record(arrays=arrays)) == {"eigenvalues": "histogram"}
+    assert charts(record(arrays=arrays | {"residuals": [0.1, 0.1]})) == {}
+    assert charts(record(arrays=arrays, charts={})) == {}
+    assert charts(record(arrays=arrays, charts={"weights": "histogram", "absent": "density"})) == {"weights": "histogram"}

@@ -27,6 +27,7 @@ _HEADLINE: Final = (
     "full_trace",
     "block_diagonal_condition_number",
 )
+_CURVES: Final = ("condition_number", "lambda_max", "effective_rank", "trace")
 
 _logger = logging.getLogger("curvature_callbacks")
 
@@ -144,6 +145,7 @@ class FisherSpectrum:
             | clipped,
             headline=_HEADLINE,
             arrays={f"{part}_eigenvalues": spectrum.eigenvalues.tolist() for part, spectrum in parts.items()},
+            charts={f"{part}_eigenvalues": "histogram" for part in parts},
             metadata={**spectra.metadata, "damping": self.damping},
         )
 
@@ -154,7 +156,9 @@ class FisherSpectrum:
                 measurement=self.name,
                 block=block,
                 scalars=spectrum.metrics(damping=self.damping),
+                curves=_CURVES,
                 arrays={"eigenvalues": spectrum.eigenvalues.tolist()},
+                charts={"eigenvalues": "histogram"},
                 metadata={"num_params": spectrum.num_params, "jitter": spectrum.jitter},
             )
             for block, spectrum in spectra.blocks.items()

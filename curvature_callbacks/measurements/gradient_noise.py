@@ -222,7 +222,7 @@ def _whole_record(
 
 def _block_record(problem: Problem, block: str, found: GradientStatistics, averages: _Averages) -> Record:
     values = _defined(_common(found, averages))
-    return Record(step=problem.step, measurement=_NAME, block=block, scalars=values)
+    return Record(step=problem.step, measurement=_NAME, block=block, scalars=values, curves=())
 
 
 def _common(found: GradientStatistics, averages: _Averages) -> dict[str, float | None]:

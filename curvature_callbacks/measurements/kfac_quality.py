@@ -18,6 +18,7 @@ from curvature_callbacks.record import Record
 from curvature_callbacks.statistics.kronecker_quality import Approximation, approximation, block_diagonal
 
 _HEADLINE: Final = ("kfac_cosine", "relative_error", "ekfac_cosine")
+_CURVES: Final = ("kfac_cosine",)
 
 
 @final
@@ -114,6 +115,7 @@ class KFACQuality:
             measurement=self.name,
             block=name,
             scalars={**_scalars(quality), "fisher_norm": quality.fisher_squared**0.5, **prefixed},
+            curves=_CURVES,
             arrays={
                 "product_eigenvalues": top_eigenvalues(layer.factors, self.k).tolist(),
                 "corrected_eigenvalues": top_corrected_eigenvalues(layer.factors, self.k).tolist(),

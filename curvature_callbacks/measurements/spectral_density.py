@@ -128,6 +128,7 @@ class SpectralDensity:
                 "density": found.density.tolist(),
                 "density_standard_error": found.density_standard_error.tolist(),
             },
+            charts={"density": "density"},
             num_matvecs=found.num_matvecs + spent + (outer.num_matvecs if outer is not None else 0),
             metadata=self._metadata(problem, task, found, state),
         )

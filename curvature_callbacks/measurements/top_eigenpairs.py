@@ -26,6 +26,7 @@ _HEADLINE: Final = (
     "ritz_negative_mass",
     "ritz_negative_fraction",
 )
+_CURVES: Final = ("lambda_max",)
 _WHOLE: Final = ""  # key of the whole model among blocks
 
 State = Mapping[str, Any]  # `error` of the self-check; `starts`: (P,) on the host, where the next run of each block starts
@@ -195,11 +196,13 @@ class _Run:
             block=block,
             scalars=pairs.metrics(),
             headline=_HEADLINE,
+            curves=_CURVES,
             arrays={
                 "eigenvalues": pairs.eigenvalues.tolist(),
                 "residuals": pairs.residuals.tolist(),
                 "converged": pairs.converged.double().tolist(),
             },
+            charts={},  # a few pairs are no spectrum
             num_matvecs=pairs.num_matvecs + spent,
             metadata=self._metadata(task, pairs, self.error),
         )

@@ -8,12 +8,10 @@ from typing import Any, Final, final
 import torch
 
 from curvature_callbacks._optional import is_available
-from curvature_callbacks.record import BLOCK_CURVES, Record, metric_tag, scalar_tags, tag_segment
+from curvature_callbacks.record import Record, block_curves, charts, metric_tag, scalar_tags, tag_segment
 
 _REDRAW: Final = 1.5  # growth after which a heat map is drawn again: each takes 0.1 s, as long as a small probe
 _WORST: Final = 10  # rows of a table of worst blocks
-_SPECTRA: Final = ("eigenvalues", "full_eigenvalues", "block_diagonal_eigenvalues")  # whole ones, not the largest few
-_DENSITY: Final = ("grid", "density", "density_standard_error")
 
 
 @final
@@ -21,9 +19,10 @@ class TensorBoardSink:
     """Writes to the user's own `SummaryWriter`; a second writer in its directory would hide the first one's curves.
 
     Scalars as in `record.scalar_tags`; for the metrics with a curve a block `curvature_<measurement>_<metric>/heat_map`, block
-    against step (needs matplotlib; drawn again when it has grown by half); `curvature_<measurement>_spectrum/<block>`, a
-    histogram of log10 eigenvalues; `curvature_<measurement>/density`, a spectral density with two standard errors as a band
-    (needs matplotlib); `curvature/worst_blocks` and `curvature/errors`, text. Non-finite values are not written.
+    against step (needs matplotlib; drawn again when it has grown by half); of the arrays that the record's `charts` name
+    `curvature_<measurement>_spectrum/<block>`, a histogram of log10 eigenvalues, and `curvature_<measurement>/density`, a
+    spectral density with two standard errors as a band (needs matplotlib); `curvature/worst_blocks` (by condition number) and
+    `curvature/errors`, text. Non-finite values are not written.
 
     Args:
         writer: `torch.utils.tensorboard.SummaryWriter`, or what has its methods.
@@ -42,25 +41,30 @@ class TensorBoardSink:
         for tag, value in scalar_tags(records).items():
             self._writer.add_scalar(tag, value, step)
         for record in records:
-            self._write_spectrum(record, step)
-            self._write_density(record, step)
+            self._write_charts(record, step)
         self._write_heat_maps(records, step)
         self._write_texts(records, step)
         self._writer.flush()
 
-    def _write_spectrum(self, record: Record, step: int) -> None:
-        for name, eigenvalues in record.arrays.items():
-            positive = [math.log10(value) for value in eigenvalues if 0 < value < math.inf]
-            whole_spectrum = "residuals" not in record.arrays  # a few Ritz values are none
-            if name in _SPECTRA and whole_spectrum and len(positive) == len(eigenvalues) > 1:
-                part = record.block or name.removesuffix("_eigenvalues")
-                tag = f"curvature_{tag_segment(record.measurement)}_spectrum/{tag_segment(part)}"
-                self._writer.add_histogram(tag, torch.tensor(positive), step)
+    def _write_charts(self, record: Record, step: int) -> None:
+        for name, chart in charts(record).items():
+            if chart == "histogram":
+                self._write_histogram(record, name, step)
+            elif chart == "density":
+                self._write_density(record, name, step)
 
-    def _write_density(self, record: Record, step: int) -> None:
-        if all(name in record.arrays for name in _DENSITY) and is_available("matplotlib"):
-            tag = metric_tag(replace(record, headline=()), "density")
-            self._writer.add_figure(tag, _curve(*(record.arrays[name] for name in _DENSITY)), step, close=True)
+    def _write_histogram(self, record: Record, name: str, step: int) -> None:
+        exponents = [math.log10(value) for value in record.arrays[name] if 0 < value < math.inf]
+        if len(exponents) == len(record.arrays[name]) > 1:
+            part = record.block or name.removesuffix("_eigenvalues")
+            tag = f"curvature_{tag_segment(record.measurement)}_spectrum/{tag_segment(part)}"
+            self._writer.add_histogram(tag, torch.tensor(exponents), step)
+
+    def _write_density(self, record: Record, name: str, step: int) -> None:
+        grid, errors = record.arrays.get("grid"), record.arrays.get(f"{name}_standard_error")
+        if grid is not None and errors is not None and is_available("matplotlib"):
+            tag = metric_tag(replace(record, headline=()), name)
+            self._writer.add_figure(tag, _curve(grid, record.arrays[name], errors), step, close=True)
 
     def _write_heat_maps(self, records: Sequence[Record], step: int) -> None:
         if not is_available("matplotlib"):
@@ -68,7 +72,7 @@ class TensorBoardSink:
         touched = set()
         for record in records:
             if record.block is not None:
-                for metric in BLOCK_CURVES:
+                for metric in block_curves(record):
                     value = record.scalars.get(metric, math.nan)
                     if 0 < value < math.inf:
                         tag = metric_tag(record, metric).partition("/")[0]
@@ -94,7 +98,8 @@ class TensorBoardSink:
 
 
 def _table(records: Sequence[Record]) -> str:
-    columns = [metric for metric in BLOCK_CURVES if metric in records[0].scalars]
+    metrics = dict.fromkeys(("condition_number", *block_curves(records[0])))
+    columns = [metric for metric in metrics if metric in records[0].scalars]
     header = f"| block ({records[0].measurement}) | " + " | ".join(columns) + " |\n|---|" + "---:|" * len(columns)
     rows = [
         f"| `{record.block}` | " + " | ".join(f"{record.scalars.get(name, math.nan):.3g}" for name in columns) + " |"
