@@ -68,7 +68,7 @@ def tasks(model: nn.Module, batch: Any, loss: Any) -> dict[str, Task]:
 
     def grams(known: ProbeMemory) -> None:
         with isolated(model, seed=0):
-            _ = Problem(model, [batch], loss=loss, memory=known).block_grams
+            _ = Problem(model, [batch], loss=loss, memory=known).grams()
 
     def row_loop() -> None:
         size = len(batch["labels"]) if loss is None else len(batch[1])

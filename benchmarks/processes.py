@@ -78,7 +78,7 @@ def measured(kind: str, batch: Any, rounds: int) -> dict[str, float]:
             "gradient": step,
             "hessian product": lambda: hessian.matmat(v),
             "ggn product": lambda: ggn.matmat(v),
-            "fisher gram": lambda: problem().block_grams,
+            "fisher gram": lambda: problem().grams(),
         }
         seconds: dict[str, list[float]] = {name: [] for name in tasks}
         for number in range(rounds + 1):

@@ -1,4 +1,4 @@
-"""SharedGrams: Grams and Kronecker factors of one probe, each computed once for all measurements that ask."""
+"""ProbeGrams: Grams and Kronecker factors of one probe, each computed once for all measurements that ask."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -22,8 +22,8 @@ _logger = logging.getLogger("curvature_callbacks")
 
 
 @final
-class SharedGrams:
-    """What passes over the microbatches of a probe gave, by type of Fisher.
+class ProbeGrams:
+    """`grams(fisher_type)`: block Grams of one probe, kept for every measurement that asks for the same.
 
     Args:
         objective: the loss of a microbatch.
@@ -56,62 +56,62 @@ class SharedGrams:
         self._grams: dict[tuple[FisherType, int | None, bool], BlockGrams] = {}
         self._kronecker: dict[tuple[FisherType, Sharing], Mapping[str, LayerKronecker]] = {}
 
-    def grams(
-        self, kind: FisherType = EMPIRICAL, *, max_params_per_block: int | None = None, memory_budget: int | None = None
+    def __call__(
+        self, fisher_type: FisherType = EMPIRICAL, *, max_params_per_block: int | None = None, memory_budget: int | None = None
     ) -> BlockGrams:
-        """Grams of all blocks for a type of Fisher; see `gram.engine.block_grams`. Kept for the next who asks the same.
+        """Grams of all blocks for a type of Fisher; see `gram.block_grams.block_grams`.
 
         Args:
-            kind: type of Fisher.
+            fisher_type: of the Grams.
             max_params_per_block: count a random part of larger blocks only.
             memory_budget: bytes on the device for the factors of earlier passes; default see `gram.storage.memory_budget`.
         """
-        key = self._key(kind, max_params_per_block)
+        key = self._key(fisher_type, max_params_per_block)
         if key not in self._grams:
-            sharing = self._sharing.get(kind) if max_params_per_block is None else None
-            if sharing is not None and (kind, sharing) not in self._kronecker:
-                self._with_factors(kind, sharing, memory_budget)
+            sharing = self._sharing.get(fisher_type) if max_params_per_block is None else None
+            if sharing is not None and (fisher_type, sharing) not in self._kronecker:
+                self._with_factors(fisher_type, sharing, memory_budget)
             if key not in self._grams:
-                self._grams[key] = self._block_grams(kind, max_params_per_block, None, memory_budget)
+                self._grams[key] = self._block_grams(fisher_type, max_params_per_block, None, memory_budget)
         return self._grams[key]
 
-    def kronecker(self, kind: FisherType, *, sharing: Sharing) -> Mapping[str, LayerKronecker]:
+    def kronecker(self, fisher_type: FisherType, *, sharing: Sharing) -> Mapping[str, LayerKronecker]:
         """Weight to the Kronecker factors of its layer, in the order of the model.
 
         They come from the pass that gives the Grams, where `sharing` announced them before it or no Gram was asked
         for yet; otherwise the pass is made again.
         """
-        key = kind, sharing
+        key = fisher_type, sharing
         if key not in self._kronecker:
-            grams = self._block_grams(kind, None, sharing, None)
+            grams = self._block_grams(fisher_type, None, sharing, None)
             self._kronecker[key] = self._ordered(grams.kronecker)
-            self._grams.setdefault(self._key(kind, None), grams)
+            self._grams.setdefault(self._key(fisher_type, None), grams)
         return self._kronecker[key]
 
-    def _with_factors(self, kind: FisherType, sharing: Sharing, device_bytes: int | None) -> None:
+    def _with_factors(self, fisher_type: FisherType, sharing: Sharing, device_bytes: int | None) -> None:
         """Grams and factors in one pass; neither where there can be no factors: who asks for them meets the cause then."""
         try:
             with self._world.together():
-                grams = self._block_grams(kind, None, sharing, device_bytes)
+                grams = self._block_grams(fisher_type, None, sharing, device_bytes)
         except (torch.OutOfMemoryError, LinAlgError) as error:
             _logger.debug("no Kronecker factors at this probe, its Grams are tried without: %s", error)
             return
-        self._grams[self._key(kind, None)] = grams
-        self._kronecker[kind, sharing] = self._ordered(grams.kronecker)
+        self._grams[self._key(fisher_type, None)] = grams
+        self._kronecker[fisher_type, sharing] = self._ordered(grams.kronecker)
 
     def _ordered(self, layers: Mapping[str, LayerKronecker]) -> dict[str, LayerKronecker]:
         """In the model's order, not that in which the backward pass met them."""
         return {name: layers[name] for name in self._objective.parameters if name in layers}
 
-    def _key(self, kind: FisherType, max_params_per_block: int | None) -> tuple[FisherType, int | None, bool]:
+    def _key(self, fisher_type: FisherType, max_params_per_block: int | None) -> tuple[FisherType, int | None, bool]:
         """Numbers of deterministic algorithms may differ in the last bits from those of others."""
-        return kind, max_params_per_block, torch.are_deterministic_algorithms_enabled()
+        return fisher_type, max_params_per_block, torch.are_deterministic_algorithms_enabled()
 
     def _block_grams(
-        self, kind: FisherType, max_params_per_block: int | None, sharing: Sharing | None, device_bytes: int | None
+        self, fisher_type: FisherType, max_params_per_block: int | None, sharing: Sharing | None, device_bytes: int | None
     ) -> BlockGrams:
         options = GramOptions(
-            kind=kind,
+            kind=fisher_type,
             max_params_per_block=max_params_per_block,
             sharing=sharing,
             budget=memory_budget(self._objective.device, device_bytes),

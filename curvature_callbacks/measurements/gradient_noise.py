@@ -151,7 +151,7 @@ def _no_averages() -> _Averages:
 
 def _usable(problem: Problem) -> Tensor:
     """(N,) on CPU: whether a sample has a valid target and a finite gradient."""
-    found = problem.block_grams
+    found = problem.grams()
     usable = (found.num_targets > 0).cpu() & finite_samples(found.grams)
     if usable.sum() < 2:
         raise ProbeError(
@@ -166,7 +166,7 @@ def _statistics(problem: Problem, usable: Tensor) -> tuple[Tensor, dict[str, Gra
     kept = usable.nonzero()[:, 0].to(problem.objective.device)
     total = torch.zeros(len(kept), len(kept), dtype=torch.float64, device=kept.device)
     blocks = {}
-    for block, gram in problem.block_grams.grams.items():
+    for block, gram in problem.grams().grams.items():
         K = gram[kept][:, kept]
         total += K
         blocks[block] = gradient_statistics(K)
@@ -179,7 +179,7 @@ def _settings(problem: Problem, usable: Tensor) -> dict[str, Any]:
         "batch_size_unit": "rows",
         "num_samples_requested": len(usable),
         "num_samples": int(usable.sum()),
-        "num_targets": int(problem.block_grams.num_targets.cpu()[usable].sum()),
+        "num_targets": int(problem.grams().num_targets.cpu()[usable].sum()),
         "dtype": str(problem.objective.dtype).removeprefix("torch."),
         "seed": problem.seed,
     }

@@ -74,9 +74,9 @@ class KFACCoverage:
 def uncovered_parameters(problem: Problem) -> dict[str, str]:
     """Name of each trainable parameter outside layers with Kronecker factors, and why.
 
-    Cost: see `Problem.operations`.
+    Cost: see `ProbeGrams.operations`.
     """
-    found = {name: _obstacle(name, problem.operations) for name in problem.objective.parameters}
+    found = {name: _obstacle(name, problem.grams.operations) for name in problem.objective.parameters}
     return {name: reason for name, reason in found.items() if reason}
 
 

@@ -87,7 +87,7 @@ class KFACQuality:
 
     def measure(self, problem: Problem, state: None) -> tuple[list[Record], None]:
         """One record for the whole model and one a layer."""
-        layers = problem.kronecker(self.fisher_type, sharing=self.sharing)
+        layers = problem.grams.kronecker(self.fisher_type, sharing=self.sharing)
         if not layers and not finite_samples(problem.grams(self.fisher_type).grams).any():
             raise ProbeError("no row of this probe has a finite gradient.")
         if not layers:

@@ -135,7 +135,7 @@ def eigenproblem(problem: Problem, curvature: MatrixChoice, block: str | None = 
 def measured_blocks(problem: Problem, curvature: MatrixChoice) -> list[str]:
     """The blocks that have an operator: factors are of whole layers, not of every one, and an optimizer may not move all."""
     if curvature.is_kronecker:
-        layers = problem.kronecker(curvature.fisher_type, sharing=curvature.sharing).values()
+        layers = problem.grams.kronecker(curvature.fisher_type, sharing=curvature.sharing).values()
         members = [{layer.weight} | ({layer.bias} if layer.bias else set()) for layer in layers]
     elif curvature.needs_optimizer:
         members = [{name} for name in problem.stability().names]
@@ -155,7 +155,7 @@ def _empirical_fisher(problem: Problem, curvature: MatrixChoice, block: str | No
     if curvature.sample_unit == "token" or problem.objective.is_sharded or problem.num_rows > _MAX_GRAM_SAMPLES:
         operator = problem.empirical_fisher(names, sample_unit=curvature.sample_unit)
         return Eigenproblem(operator=operator, about=_rows_of(operator, "empirical"))
-    grams = problem.block_grams.grams  # before the operator's graphs take their memory
+    grams = problem.grams().grams  # before the operator's graphs take their memory
     operator = problem.empirical_fisher(names)
     whole = reduce(torch.add, grams.values()) if block is None else grams[block]
     rows = operator.rows.to(whole.device)

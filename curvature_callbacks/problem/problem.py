@@ -11,9 +11,7 @@ from torch import Tensor, nn
 from curvature_callbacks.batches import batch_size, to_device
 from curvature_callbacks.device import synchronise
 from curvature_callbacks.errors import ConfigurationError, ProbeError, RefusedError
-from curvature_callbacks.gram.block_grams import BlockGrams
-from curvature_callbacks.gram.kronecker.factors import LayerKronecker
-from curvature_callbacks.gram.probe_grams import SharedGrams
+from curvature_callbacks.gram.probe_grams import ProbeGrams
 from curvature_callbacks.linalg.inner_products import InnerProducts
 from curvature_callbacks.linalg.operator import Operator
 from curvature_callbacks.model.blocks import Blocks, BlockStructure, group_blocks
@@ -61,6 +59,9 @@ class Problem:
         world: the processes whose microbatches make up the problem; each has the model, and calls every method that computes,
             in the same order.
 
+    Attributes:
+        grams: `problem.grams()` gives the block Grams of a type of Fisher; its methods what else their passes tell.
+
     Raises:
         ConfigurationError: no trainable parameter, an undeterminable loss, no microbatch.
     """
@@ -105,7 +106,7 @@ class Problem:
         self.blocks: Blocks = memory.blocks[1]
         self.deadline: float | None = None  # of `time.perf_counter`, for iterative measurements
         self.gradient_seconds = 0.0  # wall time of one gradient, once `gradients` was asked for
-        self._shared = SharedGrams(
+        self.grams = ProbeGrams(
             self.objective,
             self.microbatches,
             self.blocks,
@@ -132,26 +133,6 @@ class Problem:
                 "every label of the drawn microbatches is ignored (-100): the loss is undefined. Check the collator and the "
                 "labels, or give probe data of its own."
             )
-
-    def grams(
-        self, kind: FisherType = EMPIRICAL, *, max_params_per_block: int | None = None, memory_budget: int | None = None
-    ) -> BlockGrams:
-        """Grams of all blocks for a type of Fisher; see `SharedGrams.grams`."""
-        return self._shared.grams(kind, max_params_per_block=max_params_per_block, memory_budget=memory_budget)
-
-    def kronecker(self, kind: FisherType, *, sharing: Sharing) -> Mapping[str, LayerKronecker]:
-        """Weight to the Kronecker factors of its layer; see `SharedGrams.kronecker`."""
-        return self._shared.kronecker(kind, sharing=sharing)
-
-    @property
-    def block_grams(self) -> BlockGrams:
-        """`grams()`: of the empirical Fisher over sequences."""
-        return self.grams()
-
-    @cached_property
-    def operations(self) -> Mapping[str, list[str]]:
-        """Parameter to the operations that use it."""
-        return self._shared.operations
 
     @property
     def num_rows(self) -> int:
@@ -283,13 +264,13 @@ class Problem:
             raise RefusedError(
                 "K-FAC's matrix needs whole parameters on every process, and they do not fit: use `KFACQuality`."
             )
-        layers = self.kronecker(kind, sharing=sharing)
+        layers = self.grams.kronecker(kind, sharing=sharing)
         found = [
             KroneckerLayer(
                 factors=layer.factors,
                 weight=layer.weight,
                 bias=layer.bias,
-                transposed=self.operations[layer.weight][0] in _TRANSPOSED,
+                transposed=self.grams.operations[layer.weight][0] in _TRANSPOSED,
             )
             for layer in layers.values()
         ]

@@ -33,7 +33,7 @@ TOLERANCE = 1e-5
 
 def grams(case: Case, model: nn.Module, microbatches: list[Any], structure: str = "layer") -> BlockGrams:
     with offline_problem(model, microbatches, loss=case.loss, params_filter=None, block_structure=structure) as problem:
-        return problem.block_grams
+        return problem.grams()
 
 
 def swept(name: str) -> Case:

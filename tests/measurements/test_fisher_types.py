@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from curvature_callbacks import ConfigurationError, FisherSpectra, FisherSpectrum, Problem, compute_fisher_spectrum
+from curvature_callbacks.gram.probe_grams import ProbeGrams
 from curvature_callbacks.isolation.model import deterministic_algorithms, isolated
 from curvature_callbacks.problem.memory import ProbeMemory
 from curvature_callbacks.record import scalar_tags
@@ -354,13 +355,13 @@ def test_metadata_and_names_tell_the_type(fisher: str, unit: str):
 
 
 def with_failed_certificate(monkeypatch: pytest.MonkeyPatch) -> None:
-    grams = Problem.grams
+    grams = ProbeGrams.__call__
 
-    def failing(self: Problem, *args: Any, **options: Any) -> Any:
+    def failing(self: ProbeGrams, *args: Any, **options: Any) -> Any:
         reasons = {"0.weight": "certificate failed (relative error 4.2e-01)", "0.bias": "no rule for `clone`"}
         return replace(grams(self, *args, **options), fallback=reasons)
 
-    monkeypatch.setattr(Problem, "grams", failing)
+    monkeypatch.setattr(ProbeGrams, "__call__", failing)
 
 
 def test_a_failed_certificate_is_told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):

@@ -44,7 +44,7 @@ def batch() -> tuple[Tensor, Tensor]:
 def layers_by_hooks(
     model: nn.Sequential, sharing: Sharing, scale: Mapping[str, float] | None = None
 ) -> dict[str, LayerKronecker]:
-    """What `Problem.kronecker` promises, from the inputs and outputs of modules."""
+    """What `ProbeGrams.kronecker` promises, from the inputs and outputs of modules."""
     x, y = batch()
     values = [x]
     for module in model:
@@ -75,8 +75,8 @@ def problem_with(layers: Mapping[str, LayerKronecker], asked: list[Any] | None =
 
     model = in_general_position(network).double()
     with offline_problem(model, batch(), loss="cross_entropy", params_filter=None) as problem:
-        problem.kronecker = kronecker
-        problem.operations = {
+        problem.grams.kronecker = kronecker
+        problem.grams.operations = {
             name: ["embedding" if name[0] == "0" else "linear" if "weight" in name else "bias"]
             for name in problem.objective.parameters
         }

@@ -289,7 +289,7 @@ def of_model(name: str, corrected: bool) -> Any:
     """Operator, layers and the records of `KFACQuality` for a case, at one step."""
     case = CASES[name]
     with offline_problem(case.model(), case.microbatches(), loss=case.loss, params_filter=None) as problem:
-        layers = problem.kronecker(FisherType(), sharing="expand")
+        layers = problem.grams.kronecker(FisherType(), sharing="expand")
         records, _ = KFACQuality().measure(problem, None)
         operator = problem.kfac(sharing="expand", corrected=corrected)
         return operator, layers, records

@@ -106,7 +106,7 @@ def assert_ruled(
 
 def parameter_grams(model: nn.Module, microbatches: list[Any], loss: Any = "cross_entropy") -> BlockGrams:
     with offline_problem(model, microbatches, loss=loss, params_filter=None, block_structure="parameter") as problem:
-        return problem.block_grams
+        return problem.grams()
 
 
 def assert_exact(found: BlockGrams, truth: Mapping[str, Tensor], model: nn.Module, tolerance: float) -> None:

@@ -1,4 +1,4 @@
-"""`Problem.kronecker` of whole models against module hooks, unfolded patches and single-row gradients."""
+"""`ProbeGrams.kronecker` of whole models against module hooks, unfolded patches and single-row gradients."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -23,7 +23,7 @@ NAMES = ["mlp", "gpt2", "convnet", "bert_classifier", "reused"]
 
 def kronecker(case: Case, sharing: Sharing, kind: FisherType | None = None) -> Mapping[str, LayerKronecker]:
     with offline_problem(case.model(), case.microbatches(), loss=case.loss, params_filter=None) as problem:
-        return problem.kronecker(kind or FisherType(), sharing=sharing)
+        return problem.grams.kronecker(kind or FisherType(), sharing=sharing)
 
 
 def positions_by_hooks(case: Case) -> dict[str, list[list[tuple[Tensor, Tensor]]]]:
