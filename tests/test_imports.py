@@ -57,7 +57,9 @@ def test_all_names_exist_and_are_sorted() -> None:
 
 @pytest.mark.parametrize("adapter", ["lightning", "transformers"])
 def test_a_missing_framework_is_named_with_the_extra_to_install(adapter: str, monkeypatch: Any) -> None:
-    monkeypatch.delitem(sys.modules, f"curvature_callbacks.{adapter}", raising=False)
+    path = f"curvature_callbacks.{adapter}"
+    for name in [name for name in sys.modules if name == path or name.startswith(f"{path}.")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr("curvature_callbacks._optional.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=rf"pip install 'curvature-callbacks\[{adapter}\]'"):
         importlib.import_module(f"curvature_callbacks.{adapter}")

@@ -1,6 +1,7 @@
 """`max_params_per_block`: a random part of a block stands for all of it, without bias, the same for every sample."""
 
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -167,11 +168,13 @@ def test_rows_are_the_same_in_every_process():
     """Python's own hash of a string differs from process to process."""
     program = (
         "import torch\n"
-        "from curvature_callbacks.gram.subsample import chosen_rows\n"
+        "from curvature_callbacks.gram.block_grams import chosen_rows\n"
         "print(chosen_rows({'w': torch.zeros(1000)}, {'b': ['w']}, 12, seed=3)['w'].tolist())"
     )
     runs = [
-        subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, env=environment).stdout
+        subprocess.run(
+            [sys.executable, "-c", program], check=True, capture_output=True, text=True, env=os.environ | environment
+        ).stdout
         for environment in ({"PYTHONHASHSEED": "1"}, {"PYTHONHASHSEED": "2"})
     ]
     assert runs[0] == runs[1]

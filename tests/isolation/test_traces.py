@@ -29,6 +29,7 @@ from tests.training_cases import (
     options,
     pair_loss,
     seed_everything,
+    training_arguments,
 )
 
 pytestmark = LIGHTNING_WARNINGS
@@ -397,7 +398,7 @@ def test_a_stream_of_tuples_under_a_loss_of_the_trainers_own(tmp_path: Path) -> 
             return F.cross_entropy(model(inputs[0]), inputs[1])
 
     model = nn.Linear(6, 3)
-    trainer = Own(model=model)
+    trainer = Own(model=model, args=training_arguments(tmp_path))
     offered: list[Any] = []
     watch = ComputeLossWatch(trainer, offered.append)
     batch = next(iter(loader()))
