@@ -91,16 +91,16 @@ def _like(original: Mapping[Any, Any], values: dict[Any, Any]) -> Mapping[Any, A
 
 def at_most(microbatches: Sequence[Any], rows: int) -> list[Any]:
     """The same rows in microbatches of at most so many."""
-    found: list[Any] = []
+    smaller: list[Any] = []
     for batch in microbatches:
         size = batch_size(batch)
         pieces = [torch.arange(start, min(start + rows, size)) for start in range(0, size, rows)]
-        found += [batch] if size <= rows else [take_rows(batch, piece) for piece in pieces]
-    return found
+        smaller += [batch] if size <= rows else [take_rows(batch, piece) for piece in pieces]
+    return smaller
 
 
 def joined(first: Any, second: Any) -> Any | None:
-    """The rows of two batches in one, or None where they differ in more than their rows (kind, keys, lengths, constants)."""
+    """The rows of two batches in one, or None where they differ in more than their rows (types, keys, lengths, constants)."""
     return _joined(first, second, (batch_size(first), batch_size(second)))
 
 
@@ -117,10 +117,10 @@ def _joined(first: Any, second: Any, sizes: tuple[int, int]) -> Any | None:
     if isinstance(first, list | tuple):
         if len(first) != len(second):
             return None
-        found: list[Any] = [_joined(one, other, sizes) for one, other in zip(first, second, strict=True)]
-        if any(value is None for value in found):
+        parts: list[Any] = [_joined(*pair, sizes) for pair in zip(first, second, strict=True)]
+        if any(value is None for value in parts):
             return None
-        return type(first)(*found) if hasattr(first, "_fields") else type(first)(found)
+        return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
     return first if isinstance(first, _PLAIN) and first == second else None
 
 

@@ -51,7 +51,7 @@ def check_seconds(parameter: str, value: Any) -> None:
 
 
 def named(error: BaseException) -> str:
-    """Its type and its message."""
+    """`ProbeError: the loss is nan`, the type of an error before its message."""
     return f"{type(error).__name__}: {message_of(error)}"
 
 
@@ -59,13 +59,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device or the host had no memory left."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(
-        told in message_of(error) for told in ("out of memory", "DefaultCPUAllocator")
-    )
+    words = ("out of memory", "DefaultCPUAllocator")  # what accelerators and the allocator of CPUs say
+    return isinstance(error, RuntimeError) and any(word in message_of(error) for word in words)
 
 
 def message_of(error: BaseException) -> str:
-    """Its message. The `__str__` of an exception that is not ours may raise, and nothing may be said or agreed on then."""
+    """The message of an error. The `__str__` of an exception that is not ours may raise; processes have to agree on it."""
     try:
         return str(error)
     except Exception as another:

@@ -71,7 +71,7 @@ class DatasetProbes(Probes):
         *,
         num_microbatches: int,
         microbatch_size: int,
-        prepare: Callable[[Any], Any] | None = None,
+        prepare: Prepare | None = None,
         rows: Sequence[Any] | None = None,
     ) -> None:
         self._dataset = dataset
@@ -92,21 +92,21 @@ class DatasetProbes(Probes):
         """
         rows, world = range(len(self._dataset)) if self._rows is None else self._rows, current_world()
         drawn = min(self._num_microbatches * self._microbatch_size * world.size, len(rows))
-        places = random.Random(seed).sample(range(len(rows)), drawn)
-        own = [rows[place] for place in islice(cycle(places), world.rank, max(drawn, world.size), world.size)]
+        indices = random.Random(seed).sample(range(len(rows)), drawn)
+        of_process = [rows[i] for i in islice(cycle(indices), world.rank, max(drawn, world.size), world.size)]
         collate = _private_copy(self._collate)
         with undisturbed(self._dataset, self._collate):
             batches = (
-                collate(self._read(own[start : start + self._microbatch_size]))
-                for start in range(0, len(own), self._microbatch_size)
+                collate(self._read(of_process[start : start + self._microbatch_size]))
+                for start in range(0, len(of_process), self._microbatch_size)
             )
-            found = [self._prepare(batch) for batch in batches if batch is not None]
-        if not found:
+            microbatches = [self._prepare(batch) for batch in batches if batch is not None]
+        if not microbatches:
             raise ProbeError(
-                f"the collator returned None for each microbatch of a probe, {len(own)} rows in all, and nothing is left to "
-                "measure: name rows that it keeps (`probe_dataset`), or draw more of them (`microbatch_size`)."
+                f"the collator returned None for each microbatch of a probe, {len(of_process)} rows in all, and nothing is "
+                "left to measure: name rows that it keeps (`probe_dataset`), or draw more of them (`microbatch_size`)."
             )
-        return found
+        return microbatches
 
     def _read(self, rows: list[Any]) -> list[Any]:
         if getattr(self._dataset, "__getitems__", None):
@@ -122,7 +122,7 @@ class FixedProbes(Probes):
         self._microbatches = list(microbatches)
 
     def draw(self, seed: int) -> list[Any]:
-        """All of them, whatever the seed."""
+        """All of the microbatches, whatever the seed."""
         return self._microbatches
 
 
@@ -147,12 +147,12 @@ class CapturedProbes(Probes):
         self._recent.append(detached_copy(self._prepare(take_rows(batch, rows))))
 
     def draw(self, seed: int) -> list[Any] | None:
-        """Those kept, oldest first; None before the first batch."""
+        """The batches that were kept, oldest first; None before the first one."""
         return list(self._recent) or None
 
 
 def probes_from_loader(
-    loader: Any, *, num_microbatches: int, microbatch_size: int, prepare: Callable[[Any], Any] | None = None
+    loader: Any, *, num_microbatches: int, microbatch_size: int, prepare: Prepare | None = None
 ) -> DatasetProbes | None:
     """Probes on those rows of the loader's dataset that its sampler can draw, each as likely as the others.
 
@@ -166,17 +166,26 @@ def probes_from_loader(
         return None
     if isinstance(loader, DataLoader) and loader.batch_size is None and loader.batch_sampler is None:
         return None
-    sizes = {"num_microbatches": num_microbatches, "microbatch_size": microbatch_size}
-    return dataset_probes(dataset, collate, **sizes, prepare=prepare, rows=_rows_of(loader))
+    return dataset_probes(
+        dataset,
+        collate,
+        num_microbatches=num_microbatches,
+        microbatch_size=microbatch_size,
+        prepare=prepare,
+        rows=_rows_of(loader),
+    )
 
 
-def dataset_probes(dataset: Any, collate: Callable[[list[Any]], Any], **options: Any) -> DatasetProbes:
-    """Probes on a map-style dataset.
-
-    Args:
-        dataset: it.
-        collate: list of rows to a batch.
-        options: of `DatasetProbes`.
+def dataset_probes(
+    dataset: Any,
+    collate: Callable[[list[Any]], Any],
+    *,
+    num_microbatches: int,
+    microbatch_size: int,
+    prepare: Prepare | None = None,
+    rows: Sequence[Any] | None = None,
+) -> DatasetProbes:
+    """`DatasetProbes` with these arguments, for a dataset that was checked.
 
     Raises:
         ConfigurationError: it cannot be indexed, or has no rows.
@@ -187,9 +196,11 @@ def dataset_probes(dataset: Any, collate: Callable[[list[Any]], Any], **options:
         )
     if len(dataset) == 0:
         raise ConfigurationError("the dataset is empty: there is nothing to draw a probe from.")
-    if options.get("rows") is not None and len(options["rows"]) == 0:
+    if rows is not None and len(rows) == 0:
         raise ConfigurationError("the sampler of the data draws no row: there is nothing to draw a probe from.")
-    return DatasetProbes(dataset, collate, **options)
+    return DatasetProbes(
+        dataset, collate, num_microbatches=num_microbatches, microbatch_size=microbatch_size, prepare=prepare, rows=rows
+    )
 
 
 def as_probes(probes: Any, *, num_microbatches: int, microbatch_size: int) -> Probes:
@@ -202,13 +213,13 @@ def as_probes(probes: Any, *, num_microbatches: int, microbatch_size: int) -> Pr
         return probes
     if isinstance(probes, list | tuple):
         return FixedProbes(probes)
-    found = probes_from_loader(probes, num_microbatches=num_microbatches, microbatch_size=microbatch_size)
-    if found is None:
+    of_loader = probes_from_loader(probes, num_microbatches=num_microbatches, microbatch_size=microbatch_size)
+    if of_loader is None:
         raise ConfigurationError(
             "`probes` must be a DataLoader over a map-style dataset, a list of microbatches or a Probes object, got "
             f"{type(probes).__name__}. For streams use CapturedProbes and offer it the training batches."
         )
-    return found
+    return of_loader
 
 
 def _rows_of(loader: Any) -> Any:
@@ -263,7 +274,7 @@ def _warn_of_fewer(sampler: Any, loader: Any) -> None:
 
 
 def _private_copy(collate: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
-    """A copy whose counters and caches are its own, or the collator itself where it is a method (of a whole module, say) or
+    """A copy that shares no counters and caches, or the collator itself where it is a method (of a LightningModule, say) or
     holds locks or files: generators and attributes are put back in either case."""
     if isinstance(collate, MethodType):
         return collate

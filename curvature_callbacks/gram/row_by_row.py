@@ -101,7 +101,7 @@ def _row_gradients(
         losses = objective(take_rows(batch, row[None]), leaves)
         total += float(losses.total.detach())
         for number, surrogate in enumerate(chosen):
-            loss = losses.total if surrogate is None else surrogate.rows(row[None])(losses).sum()
+            loss = losses.total if surrogate is None else surrogate.restricted(row[None])(losses).sum()
             found = gradients(loss, leaves, again=number < len(chosen) - 1)
             result.append([found[name].flatten()[start:stop].clone() for name, start, stop in group])
     check_separable(objective, batch, total)

@@ -17,7 +17,7 @@ BlockFunction = Callable[[str, nn.Parameter], str | None]
 BlockStructure = Granularity | BlockMapping | BlockFunction
 Blocks = Mapping[str, tuple[str, ...]]
 
-WHOLE = "model"  # the single block of structure `none`
+MODEL_WIDE = "model"  # the single block of structure `none`
 OTHER = "other"  # what a mapping or a function leaves over
 
 
@@ -92,14 +92,14 @@ def _check_block_name(block: Any) -> None:
 
 
 def _block_of(model: nn.Module, names: list[str], structure: BlockStructure) -> Mapping[str, str]:
-    """Parameter name to block name."""
+    """Parameter name to the name of its block, for a structure that was checked."""
     if isinstance(structure, Mapping):
         given = _assigned(model, structure)
         return {name: given.get(name, OTHER) for name in names}
     if callable(structure):
         return _answered(model, names, structure)
     if structure == "none":
-        return dict.fromkeys(names, WHOLE)
+        return dict.fromkeys(names, MODEL_WIDE)
     if structure == "parameter":
         return {name: name for name in names}
     layers = find_layers(model)
@@ -135,8 +135,8 @@ def _assigned(model: nn.Module, mapping: BlockMapping) -> dict[str, str]:
 
 
 def _named(aliases: Mapping[str, str], block: str, path: str) -> list[str]:
-    found = [name for alias, name in aliases.items() if alias == path or alias.startswith(f"{path}.")]
-    if not found:
+    members = [name for alias, name in aliases.items() if alias == path or alias.startswith(f"{path}.")]
+    if not members:
         known = {part for alias in aliases for part in (alias, *ancestors(alias))}
         close = difflib.get_close_matches(path, sorted(known), n=3)
         hint = f"did you mean {', '.join(map(repr, close))}?" if close else "see `model.named_parameters()`."
@@ -144,7 +144,7 @@ def _named(aliases: Mapping[str, str], block: str, path: str) -> list[str]:
             f"`block_structure` names {path!r} in block {block!r}, which is no parameter of the model and no module with "
             f"parameters: {hint}"
         )
-    return found
+    return members
 
 
 def _answered(model: nn.Module, names: list[str], function: BlockFunction) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What a model can be asked for, looked at before anything is computed."""
+"""Checks: what a model cannot be asked for, found out before anything is computed."""
 
 import re
 from collections.abc import Iterator
@@ -32,10 +32,10 @@ def second_order_obstacle(model: nn.Module) -> str | None:
     """
     for path, module in model.named_modules():
         config: Any = getattr(module, "config", None)
-        kind = getattr(config, "_attn_implementation", None)
-        if isinstance(kind, str) and kind not in _TWICE_DIFFERENTIABLE:
+        implementation = getattr(config, "_attn_implementation", None)
+        if isinstance(implementation, str) and implementation not in _TWICE_DIFFERENTIABLE:
             return (
-                f"`{path or type(module).__name__}` uses attention implementation {kind!r}, which has no second "
+                f"`{path or type(module).__name__}` uses attention implementation {implementation!r}, which has no second "
                 f"derivative: load the model with `attn_implementation` {' or '.join(map(repr, _TWICE_DIFFERENTIABLE))}."
             )
     return None
@@ -51,10 +51,10 @@ def refusing_single_derivatives() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        found = _SINGLE.search(str(error))
-        if isinstance(error, RefusedError) or found is None:
+        refusal = _SINGLE.search(str(error))
+        if isinstance(error, RefusedError) or refusal is None:
             raise
         raise RefusedError(
-            f"{found.group(1) or 'a custom operation'} has no second derivative. `operator`='finite_difference_hessian' needs "
-            "first ones only."
+            f"{refusal.group(1) or 'a custom operation'} has no second derivative. `operator`='finite_difference_hessian' "
+            "needs first ones only."
         ) from error

@@ -40,7 +40,7 @@ def components(model: nn.Module, layers: Layers) -> dict[str, Component]:
     | `other` | raw vectors that nothing tells |
 
     In a layer, the innermost module whose attribute or class name says attention, mixer or mlp decides. Outside of layers,
-    names of heads and embeddings decide, then the place: before the last layer `embedding`, after it `head`. A tied table
+    names of heads and embeddings decide, then the order: before the last layer `embedding`, after it `head`. A tied table
     belongs to its first name: `embedding` in every Hugging Face model.
 
     Cost: host only, linear in the parameters.
@@ -55,10 +55,10 @@ class _Level:
     """One module around a parameter, or the parameter itself: attribute name and class name."""
 
     attribute: str
-    kind: str = ""
+    class_name: str = ""
 
     def says(self, words: re.Pattern[str]) -> bool:
-        return bool(words.search(self.attribute) or words.search(self.kind))
+        return bool(words.search(self.attribute) or words.search(self.class_name))
 
 
 @final
@@ -86,9 +86,9 @@ class _Judge:
         return self._outside(name, levels)
 
     def _in_layer(self, name: str, levels: list[_Level]) -> Component:
-        told = self._told(name, levels)
-        if told and not self._ends_the_stack(name, levels):
-            return told
+        evident = self._evident(name, levels)
+        if evident and not self._ends_the_stack(name, levels):
+            return evident
         if self._is_embedding(name, levels):
             return "embedding"
         if isinstance(self._owner(name), _ConvNd):
@@ -105,9 +105,10 @@ class _Judge:
             return "embedding"
         if name in self._after_layers:
             return "head"
-        return self._told(name, levels) or ("embedding" if self._is_matrix(name) else "other")
+        return self._evident(name, levels) or ("embedding" if self._is_matrix(name) else "other")
 
-    def _told(self, name: str, levels: list[_Level]) -> Component | None:
+    def _evident(self, name: str, levels: list[_Level]) -> Component | None:
+        """What the innermost module with a word of `_EVIDENCE` says."""
         if isinstance(self._owner(name), nn.RNNBase | nn.RNNCellBase):
             return "mixer"
         for level in levels:
@@ -120,11 +121,12 @@ class _Judge:
         """The parameter, the modules around it up to its layer, and the list that layer is in."""
         owner, layer = owner_path(name), self._layers.layer_of[name]
         paths = [path for path in (owner, *ancestors(owner)) if path == layer or path.startswith(f"{layer}.")]
-        inside = [
-            _Level(attribute=path.rpartition(".")[2], kind=type(self._modules[path]).__name__ if path else "") for path in paths
-        ]
+        inside = [self._level(path) for path in paths]
         listed = [_Level(attribute=self._list_name(name))] if self._is_repeated(name) else []
         return [_Level(attribute=name.rpartition(".")[2]), *inside, *listed]
+
+    def _level(self, path: str) -> _Level:
+        return _Level(attribute=path.rpartition(".")[2], class_name=type(self._modules[path]).__name__ if path else "")
 
     def _list_name(self, name: str) -> str:
         return self._layers.layer_of[name].rpartition(".")[0].rpartition(".")[2]
@@ -144,7 +146,7 @@ class _Judge:
 
     def _is_embedding(self, name: str, levels: list[_Level]) -> bool:
         return self._is_table(name) or any(
-            _EMBEDDING.search(level.attribute) or _EMBEDDING_CLASS.search(level.kind) for level in levels
+            _EMBEDDING.search(level.attribute) or _EMBEDDING_CLASS.search(level.class_name) for level in levels
         )
 
     def _is_table(self, name: str) -> bool:
@@ -154,8 +156,8 @@ class _Judge:
         """A matrix, a stack of them, or the bias beside one."""
         if self._parameters[name].dim() > 1:
             return True
-        own = self._owner(name).parameters(recurse=False)
-        return "bias" in name.rpartition(".")[2] and any(parameter.dim() > 1 for parameter in own)
+        beside = self._owner(name).parameters(recurse=False)
+        return "bias" in name.rpartition(".")[2] and any(parameter.dim() > 1 for parameter in beside)
 
     def _owner(self, name: str) -> nn.Module:
         owner: nn.Module = self._modules[owner_path(name)]

@@ -32,7 +32,7 @@ class Layers:
     base_prefixes: tuple[tuple[str, str], ...]
 
     def short_names(self, paths: Iterable[str]) -> dict[str, str]:
-        """Path to its name without wrappers' prefixes (whole paths where two would be equal); empty for `root`."""
+        """Path to its name without wrappers' prefixes (full paths where two would be equal); empty for `root`."""
         short = {path: self._shortened(path) for path in paths}
         return short if len(set(short.values())) == len(short) else {path: path for path in short}
 
@@ -73,32 +73,32 @@ def ancestors(path: str) -> Iterator[str]:
 def _repeated(model: nn.Module, names: Iterable[str]) -> set[str]:
     """Paths of the outermost list members that hold parameters."""
     holders = {parent for name in names for parent in ancestors(name)}
-    own_classes = _own_layer_classes(model)
+    declared = _declared_layer_classes(model)
     members: set[str] = set()
     for path, module in model.named_modules():
         if path and any(parent in members for parent in (path, *ancestors(path))):
             continue
         children = [f"{path}.{name}".lstrip(".") for name, _ in module.named_children()]
         held = [child for child in children if child in holders]
-        if _is_list_of_layers(module, held, own_classes):
+        if _is_list_of_layers(module, held, declared):
             members.update(held)
     return members
 
 
-def _own_layer_classes(model: nn.Module) -> set[str]:
+def _declared_layer_classes(model: nn.Module) -> set[str]:
     """Names of the classes a Hugging Face model declares as its layers."""
     classes = {type(module) for module in model.modules()}
-    return {name for own in classes for name in getattr(own, "_no_split_modules", None) or ()}
+    return {name for cls in classes for name in getattr(cls, "_no_split_modules", None) or ()}
 
 
-def _is_list_of_layers(module: nn.Module, held: list[str], own_classes: set[str]) -> bool:
+def _is_list_of_layers(module: nn.Module, held: list[str], declared: set[str]) -> bool:
     """A `ModuleList`, a `Sequential` of several layers, or a module whose only children are the model's own layers."""
     if isinstance(module, nn.ModuleList):
         return bool(held) and not isinstance(module, ParametrizationList)
     if len(held) < 2:
         return False
     types = {type(module.get_submodule(path.rpartition(".")[2])).__name__ for path in held}
-    return isinstance(module, nn.Sequential) or types <= own_classes
+    return isinstance(module, nn.Sequential) or types <= declared
 
 
 def _root(model: nn.Module, names: list[str]) -> str:

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable, Mapping, MutableSet, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, final
+from typing import Any, Protocol, TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,19 @@ from curvature_callbacks.processes.world import SINGLE, World
 from curvature_callbacks.space import LOCAL, Space
 
 ParamsFilter = Callable[[str, nn.Parameter], bool]
+G = TypeVar("G")
 
 _PREFIX = "model."
 
 _logger = logging.getLogger("curvature_callbacks")
+
+
+class SizedBuild(Protocol):
+    """A function that builds a graph and returns it with its size in bytes."""
+
+    def __call__(self, build: Callable[[], G], /) -> tuple[G, int]:
+        """The graph that `build` builds, and the bytes of the tensors it saved."""
+        ...
 
 
 @final
@@ -46,7 +55,7 @@ class Objective:
         model: inside `isolated`.
         loss: of a microbatch.
         params_filter: which trainable parameters to keep.
-        on_use: of parameters that no process can hold as a whole: `parameters` has the shards held here, gradients by them are
+        on_use: of parameters that no process can hold unsharded: `parameters` has this process's shards, gradients by them are
             sums over all processes.
         world: the processes that parameters may be sharded over.
         rewritten: names of parameters that the loss changes in place (a teacher's, normalised ones), of which every call gets
@@ -68,10 +77,10 @@ class Objective:
         self._processes = world
         self._world = SINGLE if on_use is None else world
         self.space: Space = LOCAL if on_use is None else ShardSpace(world)
-        named = dict(model.named_parameters())
+        of_model = dict(model.named_parameters())
         chosen = {
             name: parameter
-            for name, parameter in named.items()
+            for name, parameter in of_model.items()
             if parameter.requires_grad and (params_filter is None or params_filter(name, parameter))
         }
         if not chosen:
@@ -82,10 +91,10 @@ class Objective:
             )
         self.dtype = _compute_dtype(chosen.values())
         self.device = next(iter(chosen.values())).device
-        self.is_widened = any(_is_narrow(parameter.dtype) for parameter in named.values())
+        self.is_widened = any(_is_narrow(parameter.dtype) for parameter in of_model.values())
         self._sharded = set() if on_use is None else on_use.names
         self.parameters = self._widened(chosen)
-        self._constants = self._widened({name: value for name, value in named.items() if name not in chosen})
+        self._constants = self._widened({name: value for name, value in of_model.items() if name not in chosen})
         self._constants |= {name: self._widen(buffer) for name, buffer in model.named_buffers() if _is_narrow(buffer.dtype)}
         self._module = _LossModule(model, loss)
 
@@ -96,7 +105,7 @@ class Objective:
 
     @property
     def modules(self) -> list[nn.Module]:
-        """Every module that may run."""
+        """The model and all its submodules, with the module that computes the loss around them."""
         return list(self._module.modules())
 
     def constants(self) -> list[Tensor]:
@@ -110,14 +119,14 @@ class Objective:
         Args:
             batch: a microbatch.
             values: shards, where `parameters` has shards.
-            watch: told of whole parameters that are put together on the way.
+            watch: observes the parameters that are gathered on the way.
         """
         merged = {**self._constants, **self.parameters, **(values or {})}
         merged |= {name: merged[name].clone() for name in self._rewritten}
         shards = {name: merged.pop(name) for name in self._sharded}
-        named = {_PREFIX + name: tensor for name, tensor in merged.items()}
+        replaced = {_PREFIX + name: tensor for name, tensor in merged.items()}
         with nullcontext() if self._on_use is None else self._on_use.using(shards, watch):
-            result: SampleLosses = functional_call(self._module, named, (to_dtype(batch, self.dtype),))
+            result: SampleLosses = functional_call(self._module, replaced, (to_dtype(batch, self.dtype),))
         return result
 
     def watch_writes(self, batch: Any) -> WriteWatch:
@@ -148,22 +157,22 @@ class Objective:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Elements of each whole parameter."""
+        """Name to the number of elements of the unsharded parameter."""
         shapes = {} if self._on_use is None else self._on_use.shapes
         return {name: shapes.get(name, value.shape).numel() for name, value in self.parameters.items()}
 
     @property
     def unsharded(self) -> dict[str, Tensor]:
-        """The parameters that are here as a whole."""
+        """Name to value of the parameters of which `parameters` has no shard."""
         return {name: value for name, value in self.parameters.items() if name not in self._sharded}
 
     @property
     def is_sharded(self) -> bool:
-        """Whether `parameters` has shards."""
+        """Whether `parameters` has shards, gathered module by module while the loss is computed."""
         return self._on_use is not None
 
     def summed(self, count: int) -> int:
-        """`count` over the processes whose rows gradients are summed over."""
+        """The sum of `count` over the processes whose rows gradients are summed over."""
         return int(self._world.total(torch.tensor(count)))
 
     def least(self, number: int) -> int:
@@ -171,12 +180,12 @@ class Objective:
         return int(min(self._world.gathered(number)))
 
     def saving(self) -> AbstractContextManager[None]:
-        """A context for forward passes and for backward passes that build a graph: it will hold no whole sharded parameter."""
+        """A context for forward passes and for backward passes that build a graph: it will hold no gathered parameter."""
         return nullcontext() if self._on_use is None else self._on_use.saving()
 
     @property
-    def size_of(self) -> Any:
-        """How to learn the bytes of a graph without asking it, where that would gather parameters."""
+    def size_of(self) -> "SizedBuild | None":
+        """A function that builds a graph and measures its size by counting saved tensors; None where the graph can be asked."""
         return None if self._on_use is None else self._on_use.size_of
 
     def mean(self, microbatches: Sequence[Any], values: Mapping[str, Tensor]) -> Tensor:
@@ -216,12 +225,12 @@ def gradients(loss: Tensor, leaves: Mapping[str, Tensor], *, again: bool = False
     Args:
         loss: 0-d.
         leaves: what to differentiate by.
-        again: whether its graph will be asked once more.
+        again: whether to keep its graph for another backward pass.
     """
     if not loss.requires_grad:
         return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True, retain_graph=again)
-    return dict(zip(leaves, found, strict=True))
+    values = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True, retain_graph=again)
+    return dict(zip(leaves, values, strict=True))
 
 
 class _LossModule(nn.Module):

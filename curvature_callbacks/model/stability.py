@@ -23,35 +23,35 @@ class Stability:
     """Where the next step is stable: `lambda_max(T^1/2 (H + C) T^1/2) < 1`, all of T and C diagonal.
 
     `T_i = 1 / (limit_i P_i)` and `C_i` the coupled weight decay of parameter i. For one group this is Cohen et al.'s criterion;
-    for groups of different learning rates, decays, momenta and kinds it is exact too: with `S = eta gain P^-1`, d and mu as
-    diagonal matrices a mode follows `z^2 - (d + mu - S^1/2 (H + C) S^1/2) z + d mu` between symmetric matrices, whose
+    for groups of different learning rates, decays, momenta and update rules it is exact too: with `S = eta gain P^-1`, d and
+    mu as diagonal matrices a mode follows `z^2 - (d + mu - S^1/2 (H + C) S^1/2) z + d mu` between symmetric matrices, whose
     quadratic form in any direction is the equation of a single group. Nesterov's matrices are symmetric for one mu only.
 
     Attributes:
+        learning_rates: of every group with a parameter that is measured, in the optimizer's order.
+        optimizers: class names, such as `Adam`, of those that move something; of all when nothing moves.
         names: the parameters that move, in the model's order: in a group, at a learning rate that is not 0, and (where the
             optimizer keeps a state) stepped before. The vectors below are flat in this order.
         preconditioner: (P,) the diagonal P, 1 for SGD; None when nothing moves.
         scale: (P,) T; None when nothing moves.
         decay: (P,) C; None when nothing moves or no weight decay is part of a gradient.
         limit: of `lambda_max(P^-1/2 (H + C) P^-1/2)`, None where groups differ in it (by more than 1e-3).
-        learning_rates: of every group with such a parameter, in the optimizer's order.
-        optimizers: kinds, such as `Adam`, of those that move something; of all when nothing moves.
         reason: why nothing moves, else None.
     """
 
-    names: tuple[str, ...]
-    preconditioner: Tensor | None
-    scale: Tensor | None
-    decay: Tensor | None
-    limit: float | None
     learning_rates: tuple[float, ...]
     optimizers: tuple[str, ...]
+    names: tuple[str, ...] = ()
+    preconditioner: Tensor | None = None
+    scale: Tensor | None = None
+    decay: Tensor | None = None
+    limit: float | None = None
     reason: str | None = None
 
     @property
     def preconditioned(self) -> bool:
         """Whether P is anything but 1."""
-        return any(kind != SGD.__name__ for kind in self.optimizers)
+        return any(name != SGD.__name__ for name in self.optimizers)
 
 
 def read_stability(
@@ -68,12 +68,12 @@ def read_stability(
             Only read, and no entry of its state is created.
         parameters: name to the very tensors the optimizer was given.
         dtype: of the vectors.
-        read: what to take of a tensor that is sharded over processes: its own shard, or the whole.
+        read: what to take of a tensor that is sharded over processes: this process's shard, or the gathered tensor.
 
     Raises:
         ConfigurationError: the optimizer has none of the parameters.
-        RefusedError: a kind whose update is not known, gradient ascent, a parameter in two groups, or Nesterov momentum beside
-            another momentum.
+        RefusedError: an optimizer whose update is not known, gradient ascent, a parameter in two groups, or Nesterov momentum
+            beside another momentum.
 
     Cost: memory 3 vectors (P,); no synchronisation with the device but for learning rates that are tensors.
 
@@ -85,30 +85,28 @@ def read_stability(
     moving = {name: members[name] for name in parameters if name in members and dynamics[name].learning_rate > 0}
     _refuse_what_has_no_limit(members.values(), moving.values())
     diagonals = {name: member.preconditioner(parameters[name], read) for name, member in moving.items()}
-    stepped = {name: found.to(dtype) for name, found in diagonals.items() if found is not None}
+    stepped = {name: diagonal.to(dtype) for name, diagonal in diagonals.items() if diagonal is not None}
     acting = [moving[name] for name in stepped] or members.values()
     groups = {id(member.group): member for member in members.values()}  # each once
-    common: dict[str, Any] = {
-        "learning_rates": tuple(member.dynamics.learning_rate for member in groups.values()),
-        "optimizers": tuple(dict.fromkeys(update_rule(member.optimizer).name for member in acting)),
-    }
+    learning_rates = tuple(member.dynamics.learning_rate for member in groups.values())
+    acting_optimizers = tuple(dict.fromkeys(update_rule(member.optimizer).name for member in acting))
     if not stepped:
-        nothing: dict[str, Any] = {"names": (), "preconditioner": None, "scale": None, "decay": None, "limit": None}
-        return Stability(**nothing, **common, reason=_why_nothing_moves(moving))
+        return Stability(learning_rates=learning_rates, optimizers=acting_optimizers, reason=_why_nothing_moves(moving))
     limits = [dynamics[name].limit for name in stepped]
     return Stability(
         names=tuple(stepped),
         preconditioner=_flat(stepped.values()),
-        scale=_flat(1 / (limit * found) for limit, found in zip(limits, stepped.values(), strict=True)),
+        scale=_flat(1 / (limit * diagonal) for limit, diagonal in zip(limits, stepped.values(), strict=True)),
         decay=_decay(stepped, dynamics),
         limit=min(limits) if max(limits) - min(limits) <= _EQUAL * min(limits) else None,
-        **common,
+        learning_rates=learning_rates,
+        optimizers=acting_optimizers,
     )
 
 
 def open_optimizers(optimizers: Optimizers) -> list[Optimizer]:
     """The optimizers themselves, without the wrappers of frameworks."""
-    return [_opened(one) for one in ([optimizers] if isinstance(optimizers, Optimizer) else optimizers)]
+    return [_opened(optimizer) for optimizer in ([optimizers] if isinstance(optimizers, Optimizer) else optimizers)]
 
 
 def _opened(optimizer: Any) -> Optimizer:
@@ -122,7 +120,7 @@ def _opened(optimizer: Any) -> Optimizer:
 @final
 @dataclass(frozen=True, slots=True)
 class _Member:
-    """Where a parameter is."""
+    """The optimizer and the parameter group that a parameter belongs to."""
 
     optimizer: Optimizer
     group: Mapping[str, Any]
@@ -140,28 +138,28 @@ class _Member:
 def _members(optimizers: Sequence[Optimizer], parameters: Mapping[str, Tensor]) -> dict[str, _Member]:
     """Name to the optimizer and the group its parameter is in, group after group."""
     names = {id(parameter): name for name, parameter in parameters.items()}
-    found: dict[str, _Member] = {}
+    members: dict[str, _Member] = {}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             for name in [names[id(parameter)] for parameter in group["params"] if id(parameter) in names]:
-                if name in found:
+                if name in members:
                     raise RefusedError(f"parameter `{name}` is in two groups: it has no stability limit of its own.")
-                found[name] = _Member(optimizer, group)
-    if not found:
+                members[name] = _Member(optimizer, group)
+    if not members:
         raise ConfigurationError(
             "`optimizer` has none of the parameters that are measured: pass the one that trains this very model (one with "
             "flattened or sharded copies of its parameters cannot be read)."
         )
-    return found
+    return members
 
 
 def _refuse_what_has_no_limit(members: Iterable[_Member], moving: Iterable[_Member]) -> None:
     if any(member.group.get("maximize", False) for member in members):
         raise RefusedError("the optimizer maximises: gradient ascent on a loss has no edge of stability.")
-    found = {member.dynamics for member in moving}
-    if any(one.gain <= 0 for one in found):
+    dynamics = {member.dynamics for member in moving}
+    if any(each.gain <= 0 for each in dynamics):
         raise RefusedError("`dampening` of the optimizer is 1 or more: no gradient enters its momentum.")
-    momenta = {(one.nesterov, one.momentum) for one in found}
+    momenta = {(each.nesterov, each.momentum) for each in dynamics}
     if len(momenta) > 1 and any(nesterov for nesterov, _ in momenta):
         raise RefusedError(
             "parameter groups mix Nesterov momentum with another momentum, of which no stability limit is known: give all "
@@ -178,7 +176,7 @@ def _why_nothing_moves(moving: Mapping[str, _Member]) -> str:
 def _decay(stepped: Mapping[str, Tensor], dynamics: Mapping[str, Dynamics]) -> Tensor | None:
     if not any(dynamics[name].coupled_decay for name in stepped):
         return None
-    return _flat(torch.full_like(found, dynamics[name].coupled_decay) for name, found in stepped.items())
+    return _flat(torch.full_like(diagonal, dynamics[name].coupled_decay) for name, diagonal in stepped.items())
 
 
 def _flat(tensors: Iterable[Tensor]) -> Tensor:

@@ -161,7 +161,7 @@ class EmpiricalFisherOperator(FisherOperator):
 
     def _rows(self, losses: SampleLosses, place: int) -> LossRows:
         each, predictive = self._each(losses), losses.predictive
-        if predictive is None or predictive.kind != "categorical":  # outputs are few: nothing to gain from their slopes
+        if predictive is None or predictive.likelihood != "categorical":  # outputs are few: nothing to gain from their slopes
             return DirectRows(losses, each, self._leaves)
         slopes = [_slope(losses.total, predictive.logits)]
         return SlopedRows(losses, predictive.logits, slopes, self._leaves, by_target=self.sample_unit == "token")

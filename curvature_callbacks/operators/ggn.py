@@ -103,7 +103,7 @@ class _LogitGraph:
         self.jacobian = Jacobian(predictive.logits, leaves)
         self.total = losses.total.detach()
         self.num_targets = int(losses.num_targets.sum())
-        self._kind = predictive.kind
+        self._likelihood = predictive.likelihood
         self._logits = predictive.logits.detach()  # (N, M, C)
         self._ignored = (~predictive.valid).nonzero(as_tuple=True)  # rows and positions of targets that do not count
 
@@ -127,10 +127,10 @@ class _LogitGraph:
         """`H u` (N, M, C), zero where targets do not count."""
         D = u.shape[-1]
         curved: Tensor
-        if self._kind == "categorical":
+        if self._likelihood == "categorical":
             p = self._logits.softmax(-1)
             curved = (u - torch.linalg.vecdot(p, u)[..., None]).mul_(p)  # p (u - <p, u>): rounding keeps its sum at zero
-        elif self._kind == "gaussian":
+        elif self._likelihood == "gaussian":
             curved = u * (2 / D)
         else:
             p = self._logits.sigmoid()

@@ -21,7 +21,7 @@ from curvature_callbacks.isolation.replicas import replica
 from curvature_callbacks.isolation.snapshot import put_back, undisturbed
 from curvature_callbacks.model.loss.own import OwnLoss
 from curvature_callbacks.model.loss.resolve import Loss
-from curvature_callbacks.model.loss.sample_losses import IGNORED, SampleLosses, cross_entropy, shifted_cross_entropy
+from curvature_callbacks.model.loss.sample_losses import IGNORED, SampleLosses, cross_entropies, shifted_cross_entropies
 from curvature_callbacks.processes.group import current_world
 
 _LIBRARIES: Final = frozenset({"transformers", "accelerate", "datasets"})
@@ -135,7 +135,7 @@ class _SmoothedLoss:
             return self._own(model, batch)
         output: Any = model(**{name: value for name, value in batch.items() if name != "labels"})
         logits = output["logits"] if isinstance(output, dict) else output[0]
-        form = shifted_cross_entropy if _shifts_labels(model) else cross_entropy
+        form = shifted_cross_entropies if _shifts_labels(model) else cross_entropies
         return form(logits, batch["labels"], label_smoothing=self._epsilon)
 
 

@@ -17,7 +17,7 @@ from curvature_callbacks.gram.capture.rules import RULES, is_in_place, is_indexi
 from curvature_callbacks.gram.uses.elementwise import Elementwise
 from curvature_callbacks.gram.uses.sample_axis import Layout, Provenance, layout_of
 from curvature_callbacks.gram.uses.uses import Tap
-from curvature_callbacks.model.loss.cross_entropy_kernel import cross_entropy
+from curvature_callbacks.model.loss.cross_entropy_kernel import fused_cross_entropy
 
 _MAKE_LEAF: Final = (Tensor.requires_grad_, Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
 ROUTED: Final = -1
@@ -117,7 +117,7 @@ class Capture(TorchFunctionMode):
         self._taps.backward(total, again=again)
 
     def _of_activations(self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor]) -> Any:
-        output = (cross_entropy if func is F.cross_entropy else func)(*args, **kwargs)
+        output = (fused_cross_entropy if func is F.cross_entropy else func)(*args, **kwargs)
         if func in _MAKE_LEAF and args[0].requires_grad:
             self._taps.anchor(args[0])
         outputs = [output] if isinstance(output, Tensor) else tensors_in((output,))

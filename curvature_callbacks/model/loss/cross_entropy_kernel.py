@@ -14,7 +14,7 @@ from torch.nn import functional as F
 _CHUNK: Final = 1 << 19  # logits at a time on a CPU: they stay in its cache
 
 
-def cross_entropy(
+def fused_cross_entropy(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,

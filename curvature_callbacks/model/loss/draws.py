@@ -13,11 +13,11 @@ _DRAW_ELEMENTS: Final = 1 << 21  # probabilities at a time while labels are draw
 
 def chosen_targets(valid: Tensor, count: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Up to `count` valid targets of every row without replacement, one a pass: (targets, active, weights `n_i / m_i`)."""
-    here = valid.cpu()
-    keys = torch.full(here.shape, -1.0, dtype=torch.float64)
-    keys[here] = torch.rand(int(here.sum()), generator=generator, dtype=torch.float64)
+    on_host = valid.cpu()
+    keys = torch.full(on_host.shape, -1.0, dtype=torch.float64)
+    keys[on_host] = torch.rand(int(on_host.sum()), generator=generator, dtype=torch.float64)
     order = keys.argsort(dim=1, descending=True)  # invalid ones last
-    n = here.sum(1)
+    n = on_host.sum(1)
     m = n.clamp(max=count)
     for index in range(max(1, int(m.max()))):
         active = index < m

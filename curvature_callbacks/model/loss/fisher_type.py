@@ -1,4 +1,4 @@
-"""Surrogates: what is differentiated, pass by pass, so that its per-sample gradients are those of a type of Fisher."""
+"""FisherType: which Fisher matrix is meant, by the labels of its gradients and by what counts as a sample."""
 
 from dataclasses import dataclass
 from typing import Final, Literal, final, get_args

@@ -11,13 +11,13 @@ from curvature_callbacks.model.loss.sample_losses import (
     IGNORED,
     SampleLosses,
     binary_cross_entropies,
-    cross_entropy,
-    shifted_cross_entropy,
-    span_cross_entropy,
+    cross_entropies,
+    shifted_cross_entropies,
+    span_cross_entropies,
     squared_errors,
 )
 
-LossForm = Callable[..., SampleLosses]  # of logits and labels
+LossForm = Callable[..., SampleLosses]  # of logits and labels; cross-entropies also with `label_smoothing`
 
 MATCH: Final = 1e-4  # relative agreement with the model's own loss; float32 sums differ by about 1e-6
 _POSITIONS: Final = ("start_positions", "end_positions")
@@ -29,9 +29,9 @@ def labels_of(batch: Mapping[str, Any]) -> Tensor | None:
     if isinstance(labels, Tensor):
         return labels
     positions = [batch.get(key) for key in _POSITIONS]
-    if not _has_spans(batch) or not all(isinstance(one, Tensor) and one.ndim and len(one) == one.numel() for one in positions):
+    if not _has_spans(batch) or not all(_is_column(position) for position in positions):
         return None
-    return torch.stack([one.flatten() for one in positions if one is not None], dim=1)
+    return torch.stack([position.flatten() for position in positions if position is not None], dim=1)
 
 
 def logits_of(output: Any, batch: Mapping[str, Any]) -> Tensor | None:
@@ -46,15 +46,15 @@ def logits_of(output: Any, batch: Mapping[str, Any]) -> Tensor | None:
 
 
 def without_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs alone."""
+    """`batch` without `labels` and without the positions of spans."""
     return {key: value for key, value in batch.items() if key != "labels" and key not in _POSITIONS}
 
 
 def with_reversed_labels(batch: Mapping[str, Any]) -> dict[str, Any] | None:
     """The same inputs with their labels in reverse; None where that changes nothing."""
     keys = [key for key in ("labels", *_POSITIONS) if isinstance(batch.get(key), Tensor)]
-    found = {key: batch[key].flatten().flip(0).reshape(batch[key].shape) for key in keys}
-    return None if all(torch.equal(found[key], batch[key]) for key in keys) else {**batch, **found}
+    turned = {key: batch[key].flatten().flip(0).reshape(batch[key].shape) for key in keys}
+    return None if all(torch.equal(turned[key], batch[key]) for key in keys) else {**batch, **turned}
 
 
 def candidate_forms(model: nn.Module, logits: Tensor, batch: Mapping[str, Any]) -> list[LossForm]:
@@ -63,15 +63,15 @@ def candidate_forms(model: nn.Module, logits: Tensor, batch: Mapping[str, Any]) 
     if labels is None:
         return []
     if _has_spans(batch):
-        return [span_cross_entropy] if logits.shape[:2] == labels.shape else []
+        return [span_cross_entropies] if logits.shape[:2] == labels.shape else []
     if labels.numel() == logits.numel():  # integer ones too: counts are regressed
         return [squared_errors, binary_cross_entropies]
     if labels.is_floating_point():
         return []
     if logits.ndim == labels.ndim + 1 == 3 and logits.shape[:2] == labels.shape:
-        return [shifted_cross_entropy, cross_entropy] if is_causal(model) else [cross_entropy, shifted_cross_entropy]
+        return [shifted_cross_entropies, cross_entropies] if is_causal(model) else [cross_entropies, shifted_cross_entropies]
     if logits.ndim == 2 and len(logits) == len(labels) == labels.numel():
-        return [cross_entropy]
+        return [cross_entropies]
     return []
 
 
@@ -103,20 +103,25 @@ def is_causal(model: nn.Module) -> bool:
     return "CausalLM" in name or "LMHead" in name
 
 
+def _is_column(position: Any) -> bool:
+    """Whether it is a tensor of one number per row, (N,) or (N, 1, ...)."""
+    return isinstance(position, Tensor) and position.ndim > 0 and len(position) == position.numel()
+
+
 def _has_spans(batch: Mapping[str, Any]) -> bool:
     return "labels" not in batch and all(key in batch for key in _POSITIONS)
 
 
 def _has_classes(form: LossForm, logits: Tensor, labels: Tensor) -> bool:
     """Whether every label is a class or ignored: an accelerator does not survive one that is neither."""
-    if form not in (cross_entropy, shifted_cross_entropy):
+    if form not in (cross_entropies, shifted_cross_entropies):
         return True
     return bool(((labels == IGNORED) | (labels >= 0) & (labels < logits.shape[-1])).all())
 
 
 def _mean(form: LossForm, losses: SampleLosses) -> Tensor:
     """As models take it: over the targets, for spans the mean of that over starts and that over ends."""
-    if form is not span_cross_entropy:
+    if form is not span_cross_entropies:
         return losses.total / losses.num_targets.sum()
     assert losses.per_target is not None
     assert losses.predictive is not None

@@ -1,4 +1,4 @@
-"""Losses of single samples: whatever the run's loss is, as a sum over rows with its count of valid targets."""
+"""The run's loss, however it was given, as a function to `SampleLosses`: a sum over rows with its count of valid targets."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from curvature_callbacks.model.loss.sample_losses import (
     Predictive,
     SampleLosses,
     binary_cross_entropies,
-    cross_entropy,
+    cross_entropies,
     squared_errors,
 )
 
@@ -38,7 +38,16 @@ LossCallable = Callable[[nn.Module, Any], Tensor | SampleLosses]  # the latter f
 Loss = TargetLossName | Criterion | LossCallable | None
 LossFunction = Callable[[nn.Module, Any], SampleLosses]
 
-_CRITERIA: Final = {nn.CrossEntropyLoss: "cross_entropy", nn.MSELoss: "mse", nn.BCEWithLogitsLoss: "bce"}
+_CRITERIA: Final[Mapping[type[nn.Module], TargetLossName]] = {
+    nn.CrossEntropyLoss: "cross_entropy",
+    nn.MSELoss: "mse",
+    nn.BCEWithLogitsLoss: "bce",
+}
+_FORMS: Final[Mapping[TargetLossName, Callable[[Tensor, Tensor], SampleLosses]]] = {
+    "cross_entropy": cross_entropies,
+    "mse": squared_errors,
+    "bce": binary_cross_entropies,
+}
 
 
 def is_function(loss: Loss) -> TypeGuard[LossCallable]:
@@ -79,7 +88,7 @@ def resolve_loss(loss: Loss, batch: Any) -> LossFunction:
 @final
 @dataclass(frozen=True, slots=True)
 class _CallableLoss:
-    """A function: of a user's the value is all that is known, neither single targets nor the likelihood."""
+    """A user's loss function. Only its value is known: no per-target losses, no likelihood."""
 
     function: LossCallable
 
@@ -140,7 +149,8 @@ def _criterion_loss(criterion: nn.Module, batch: Any) -> LossFunction:
     if not 0 <= smoothing <= 1:
         raise ConfigurationError(f"`label_smoothing` of `loss` must lie between 0 and 1, got {smoothing}.")
     if not isinstance(batch, Mapping):
-        return _target_loss(name, criterion, batch, label_smoothing=smoothing, ignore_index=ignored)
+        _require_pairs(criterion, batch)
+        return _TargetLoss(partial(cross_entropies, label_smoothing=smoothing, ignore_index=ignored), has_classes=True)
     if ignored != IGNORED:
         raise ConfigurationError(
             f"`ignore_index` of `loss` must be {IGNORED} on mapping batches, as in the model's own loss, got {ignored}: let "
@@ -163,12 +173,11 @@ def _require_plain_mean(criterion: nn.Module) -> None:
         )
 
 
-def _target_loss(name: str, loss: Any, batch: Any, **options: Any) -> _TargetLoss:
+def _target_loss(name: TargetLossName, loss: Loss, batch: Any) -> _TargetLoss:
+    _require_pairs(loss, batch)
+    return _TargetLoss(_FORMS[name], has_classes=name == "cross_entropy")
+
+
+def _require_pairs(loss: Loss, batch: Any) -> None:
     if not isinstance(batch, list | tuple) or len(batch) != 2:
         raise ConfigurationError(f"`loss`={loss!r} needs `(inputs, targets)` batches, got {type(batch).__name__}.")
-    forms: dict[str, Callable[[Tensor, Tensor], SampleLosses]] = {
-        "cross_entropy": partial(cross_entropy, **options),
-        "mse": squared_errors,
-        "bce": binary_cross_entropies,
-    }
-    return _TargetLoss(forms[name], has_classes=name == "cross_entropy")

@@ -1,4 +1,7 @@
-"""SampleLosses: losses of single samples and targets, with the likelihood behind them; the standard forms."""
+"""SampleLosses: losses of single samples and targets, with the likelihood behind them; the standard forms.
+
+A form takes logits and labels and gives `SampleLosses`; its name is the plural of its loss, because it gives one per sample.
+"""
 
 from dataclasses import dataclass
 from typing import Final, Literal, final
@@ -24,12 +27,12 @@ class Predictive:
     `J'(p - y) / sqrt(D)`, which is `sqrt(D)` times that of `l`.
 
     Attributes:
-        kind: the family.
+        likelihood: the family.
         logits: (N, M, C) outputs of M targets, differentiable; M = 1 and C = D for `gaussian` and `bernoulli`.
         valid: (N, M) bool, which targets count.
     """
 
-    kind: Likelihood
+    likelihood: Likelihood
     logits: Tensor
     valid: Tensor
 
@@ -58,7 +61,9 @@ class SampleLosses:
     coupled: str | None = None
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0, ignore_index: int = IGNORED) -> SampleLosses:
+def cross_entropies(
+    logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0, ignore_index: int = IGNORED
+) -> SampleLosses:
     """Cross-entropy of `logits` (N, ..., C) at `labels` (N, ...), summed over each row's valid positions.
 
     Labels that are no integers are the classes' probabilities, (N, ..., C), and every one of them counts. Smoothing mixes a
@@ -78,22 +83,22 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.
     return _of_targets(losses.reshape(N, -1), Predictive("categorical", logits, valid))
 
 
-def shifted_cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> SampleLosses:
+def shifted_cross_entropies(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> SampleLosses:
     """Position t predicts label t + 1, as causal language models do inside themselves.
 
     The labels are shifted, not the logits: a slice of those would be copied, forward and backward.
     """
-    return cross_entropy(logits, F.pad(labels[:, 1:], (0, 1), value=IGNORED), label_smoothing=label_smoothing)
+    return cross_entropies(logits, F.pad(labels[:, 1:], (0, 1), value=IGNORED), label_smoothing=label_smoothing)
 
 
-def span_cross_entropy(logits: Tensor, positions: Tensor) -> SampleLosses:
+def span_cross_entropies(logits: Tensor, positions: Tensor) -> SampleLosses:
     """Cross-entropy of `logits` (N, 2, T) at `positions` (N, 2): start and end of a span, two targets of the same row.
 
     As Hugging Face has it, a position beyond T does not count and a negative one is the first. Every target that counts
     weighs the same: the mean of the means over starts and over ends, where these count equally often.
     """
     T = logits.shape[-1]
-    return cross_entropy(logits, torch.where(positions < T, positions.clamp(min=0), IGNORED))
+    return cross_entropies(logits, torch.where(positions < T, positions.clamp(min=0), IGNORED))
 
 
 def squared_errors(logits: Tensor, labels: Tensor) -> SampleLosses:
@@ -117,11 +122,11 @@ def without_targets(num_targets: Tensor, device: torch.device, dtype: torch.dtyp
     return SampleLosses(per_target.sum(), num_targets, per_target[:, 0], per_target, predictive)
 
 
-def _row_means(elements: Tensor, logits: Tensor, kind: Likelihood) -> SampleLosses:
+def _row_means(elements: Tensor, logits: Tensor, likelihood: Likelihood) -> SampleLosses:
     N = len(elements)
     valid = torch.ones(N, 1, dtype=torch.bool, device=elements.device)
     means = elements.reshape(N, -1).mean(1, keepdim=True)
-    return _of_targets(means, Predictive(kind, logits.reshape(N, 1, -1), valid))
+    return _of_targets(means, Predictive(likelihood, logits.reshape(N, 1, -1), valid))
 
 
 def _of_targets(per_target: Tensor, predictive: Predictive) -> SampleLosses:

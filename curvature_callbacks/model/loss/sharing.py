@@ -1,4 +1,7 @@
-"""Positions: a layer's inputs and output gradients row by row, in pieces of bounded size."""
+"""Sharing: how the positions of a layer that applies one weight many times enter its Kronecker factors.
+
+`expand` takes every position as a sample of its own, `reduce` sums or averages over positions first.
+"""
 
 from typing import Literal
 

@@ -48,19 +48,19 @@ class Surrogate(Protocol):
         """(N,) differentiable: the gradient of entry i is `g~_i`, zero for an inactive row."""
         ...
 
-    def rows(self, rows: Tensor) -> "Surrogate":
-        """The same draws for the rows of an index tensor."""
+    def restricted(self, rows: Tensor) -> "Surrogate":
+        """The surrogate of some rows, an index tensor, with the same draws."""
         ...
 
 
-def surrogates(kind: FisherType, losses: SampleLosses, *, seed: int) -> list[Surrogate]:
+def surrogates(fisher_type: FisherType, losses: SampleLosses, *, seed: int) -> list[Surrogate]:
     """The passes whose pseudo-samples make up the Fisher of one microbatch; at least one, if need be without active rows.
 
     Draws come from a CPU generator of `seed` (a different one for every microbatch): the global generators are not touched
     and the draws are the same on every device.
 
     Args:
-        kind: the type of Fisher.
+        fisher_type: whose pseudo-samples they are.
         losses: of one forward pass over the microbatch.
         seed: of the draws.
 
@@ -71,14 +71,14 @@ def surrogates(kind: FisherType, losses: SampleLosses, *, seed: int) -> list[Sur
     for `exact` positions with a valid target times classes, or the number of outputs. Memory: 48 MiB while labels are drawn.
     """
     generator = torch.Generator().manual_seed(seed)
-    if kind.fisher == "empirical":
-        found = [_given_rows(losses)] if kind.sample_unit == "sequence" else list(_given_targets(kind, losses, generator))
-    elif kind.fisher == "exact":
-        found = list(_exact(_predictive(losses)))
-    else:
+    if fisher_type.fisher == "exact":
+        return [*_exact(_predictive(losses))]
+    if fisher_type.fisher == "sampled":
         predictive = _predictive(losses)
-        found = [one for _ in range(kind.num_draws) for one in _drawn(kind, predictive, generator)]
-    return [*found]
+        return [drawn for _ in range(fisher_type.num_draws) for drawn in _drawn(fisher_type, predictive, generator)]
+    if fisher_type.sample_unit == "token":
+        return [*_given_targets(fisher_type, losses, generator)]
+    return [_given_rows(losses)]
 
 
 @final
@@ -96,7 +96,7 @@ class _Surrogate:
         values = self.value(losses, self.draws) * self.scale.to(losses.total.dtype)
         return torch.where(self.active, values, torch.zeros_like(values))
 
-    def rows(self, rows: Tensor) -> "_Surrogate":
+    def restricted(self, rows: Tensor) -> "_Surrogate":
         rows = rows.to(self.active.device)
         return _Surrogate(
             weights=self.weights[rows],
@@ -114,29 +114,29 @@ def _given_rows(losses: SampleLosses) -> _Surrogate:
     return _Surrogate(weights=ones, active=ones.bool(), scale=ones, draws=ones, value=lambda again, _: _rows_known(again))
 
 
-def _given_targets(kind: FisherType, losses: SampleLosses, generator: torch.Generator) -> Iterator[_Surrogate]:
+def _given_targets(fisher_type: FisherType, losses: SampleLosses, generator: torch.Generator) -> Iterator[_Surrogate]:
     _targets_known(losses)
-    for targets, active, weights in chosen_targets(_predictive(losses).valid, kind.num_targets, generator):
+    for targets, active, weights in chosen_targets(_predictive(losses).valid, fisher_type.num_targets, generator):
         yield _weighted(active, weights, draws=targets, value=_loss_at)
 
 
-def _drawn(kind: FisherType, predictive: Predictive, generator: torch.Generator) -> Iterator[_Surrogate]:
+def _drawn(fisher_type: FisherType, predictive: Predictive, generator: torch.Generator) -> Iterator[_Surrogate]:
     """One draw of labels for every row or chosen target."""
     active = predictive.valid.any(1)
-    if predictive.kind == "gaussian":
+    if predictive.likelihood == "gaussian":
         noise = torch.randn(_outputs(predictive), generator=generator, dtype=torch.float64)
         yield _weighted(active, active.double(), draws=noise.to(predictive.logits), value=_noise_product)
-    elif predictive.kind == "bernoulli":
+    elif predictive.likelihood == "bernoulli":
         uniform = torch.rand(_outputs(predictive), generator=generator, dtype=torch.float64).to(active.device)
         labels = uniform < predictive.logits.detach()[:, 0].double().sigmoid()
         yield _weighted(active, active.double(), draws=labels, value=_binary_loss_of_labels)
-    elif kind.sample_unit == "sequence":
+    elif fisher_type.sample_unit == "sequence":
         rows, positions = predictive.valid.nonzero(as_tuple=True)
         labels = torch.full_like(predictive.valid, IGNORED, dtype=torch.int64)
         labels[rows, positions] = drawn_labels(predictive.logits, rows, positions, generator)
         yield _weighted(active, active.double(), draws=labels, value=_loss_of_labels)
     else:
-        for targets, chosen, weights in chosen_targets(predictive.valid, kind.num_targets, generator):
+        for targets, chosen, weights in chosen_targets(predictive.valid, fisher_type.num_targets, generator):
             rows = chosen.nonzero()[:, 0]
             labels = torch.zeros_like(targets)
             labels[rows] = drawn_labels(predictive.logits, rows, targets[rows], generator)
@@ -152,7 +152,7 @@ def _exact(predictive: Predictive) -> Iterator[_Surrogate]:
             f"`fisher`='exact' would take {len(positions) * C} backward passes ({len(positions)} positions times {C} outputs) "
             f"a microbatch, more than {_MAX_PASSES}: use 'sampled'."
         )
-    value = {"categorical": _class_share, "gaussian": _output_share, "bernoulli": _binary_share}[predictive.kind]
+    value = {"categorical": _class_share, "gaussian": _output_share, "bernoulli": _binary_share}[predictive.likelihood]
     for position, output in [(position, output) for position in positions for output in range(C)] or [(0, 0)]:
         active = predictive.valid[:, position]
         yield _Surrogate(
@@ -180,8 +180,8 @@ def _loss_at_of_label(losses: SampleLosses, draws: Tensor) -> Tensor:
 
 def _loss_of_labels(losses: SampleLosses, labels: Tensor) -> Tensor:
     logits = _predictive(losses).logits
-    found = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
-    return found.reshape(labels.shape).sum(1)
+    losses_of_labels = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+    return losses_of_labels.reshape(labels.shape).sum(1)
 
 
 def _noise_product(losses: SampleLosses, noise: Tensor) -> Tensor:
@@ -192,8 +192,8 @@ def _noise_product(losses: SampleLosses, noise: Tensor) -> Tensor:
 
 def _binary_loss_of_labels(losses: SampleLosses, labels: Tensor) -> Tensor:
     outputs = _predictive(losses).logits[:, 0]
-    found = F.binary_cross_entropy_with_logits(outputs, labels.to(outputs), reduction="none")
-    return found.sum(1) / math.sqrt(outputs.shape[1])
+    losses_of_labels = F.binary_cross_entropy_with_logits(outputs, labels.to(outputs), reduction="none")
+    return losses_of_labels.sum(1) / math.sqrt(outputs.shape[1])
 
 
 def _class_share(losses: SampleLosses, _: Tensor, *, position: int, output: int) -> Tensor:
@@ -234,15 +234,15 @@ def _predictive(losses: SampleLosses) -> Predictive:
     return losses.predictive
 
 
-def padded(found: Sequence[Surrogate], count: int) -> list[Surrogate]:
-    """`count` passes, the last ones without active rows: where others have as many, and all must take part in every one."""
-    return [*found, *(_Inactive(found[-1]) for _ in range(len(found), count))]
+def padded(passes: Sequence[Surrogate], count: int) -> list[Surrogate]:
+    """The `passes` and dummies behind them up to `count`, which keep in step with processes that have as many."""
+    return [*passes, *(_Inactive(passes[-1]) for _ in range(len(passes), count))]
 
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class _Inactive:
-    """The pass of another surrogate without its pseudo-samples."""
+    """A dummy backward pass: that of another surrogate, with a weight of zero for every row."""
 
     surrogate: Surrogate
 
@@ -258,5 +258,5 @@ class _Inactive:
         values = self.surrogate(losses)
         return torch.where(self.active, values, torch.zeros_like(values))
 
-    def rows(self, rows: Tensor) -> "_Inactive":
-        return _Inactive(self.surrogate.rows(rows))
+    def restricted(self, rows: Tensor) -> "_Inactive":
+        return _Inactive(self.surrogate.restricted(rows))

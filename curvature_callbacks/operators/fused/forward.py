@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from curvature_callbacks.model.loss.cross_entropy_kernel import cross_entropy
+from curvature_callbacks.model.loss.cross_entropy_kernel import fused_cross_entropy
 from curvature_callbacks.operators.fused.linear import linear
 from curvature_callbacks.operators.fused.norm import layer_norm
 from curvature_callbacks.operators.fused.order import DifferentiatesItselfError, Order
@@ -60,7 +60,7 @@ class _Layers(TorchFunctionMode):
         """Run the operation, with a node of its own where there is one."""
         kwargs = kwargs or {}
         if func is F.cross_entropy and self._order.curved:
-            return cross_entropy(*args, **kwargs)
+            return fused_cross_entropy(*args, **kwargs)
         own = None if func not in _OWN else _OWN[func](self._order, *args, **kwargs)
         return func(*args, **kwargs) if own is None else own
 

@@ -11,7 +11,7 @@ from curvature_callbacks.gram.capture import interception as capture_module
 from curvature_callbacks.gram.capture.interception import Capture
 from curvature_callbacks.gram.memory import GramMemory
 from curvature_callbacks.model.loss import cross_entropy_kernel as module
-from curvature_callbacks.model.loss.cross_entropy_kernel import cross_entropy
+from curvature_callbacks.model.loss.cross_entropy_kernel import fused_cross_entropy
 from tests.cases import CASES
 from tests.gram.capture.rule_cases import assert_exact
 from tests.gram.test_certificate import probe
@@ -43,7 +43,7 @@ def test_values_and_gradients(targets: list[int], reduction: str, chunk: int, mo
     monkeypatch.setattr(module, "_CHUNK", chunk)
     z, y = logits(), torch.tensor(targets)
     weights = torch.linspace(-1, 2, 7, dtype=torch.float64) if reduction == "none" else torch.ones(7, dtype=torch.float64)
-    found, expected = (f(z, y, reduction=reduction) for f in (cross_entropy, F.cross_entropy))
+    found, expected = (f(z, y, reduction=reduction) for f in (fused_cross_entropy, F.cross_entropy))
     assert found.shape == expected.shape
     assert torch.allclose(found, expected, atol=1e-14, rtol=0)
     (gradient,) = torch.autograd.grad((found * weights).sum() if reduction == "none" else found, z)
@@ -55,7 +55,7 @@ def test_values_and_gradients(targets: list[int], reduction: str, chunk: int, mo
 
 def test_another_label_to_ignore():
     z, y = logits(), torch.tensor([0, 4, 2, 2, 3, 3, 0])
-    found = cross_entropy(z, y, ignore_index=2, reduction="none")
+    found = fused_cross_entropy(z, y, ignore_index=2, reduction="none")
     assert torch.equal(found == 0, y == 2)
     (gradient,) = torch.autograd.grad(found.sum(), z)
     assert torch.equal(gradient[y == 2], torch.zeros(2, 5, dtype=torch.float64))
@@ -65,14 +65,14 @@ def test_another_label_to_ignore():
 def test_first_and_second_derivatives_by_differences():
     z, y = logits(4), torch.tensor([0, 4, -100, 1])
     for reduction in REDUCTIONS:
-        assert torch.autograd.gradcheck(lambda x, how=reduction: cross_entropy(x, y, reduction=how), z)
-        assert torch.autograd.gradgradcheck(lambda x, how=reduction: cross_entropy(x, y, reduction=how), z)
+        assert torch.autograd.gradcheck(lambda x, how=reduction: fused_cross_entropy(x, y, reduction=how), z)
+        assert torch.autograd.gradgradcheck(lambda x, how=reduction: fused_cross_entropy(x, y, reduction=how), z)
 
 
 def test_third_derivatives():
     z, y = logits(3), torch.tensor([0, 4, 1])
     results = []
-    for f in (cross_entropy, F.cross_entropy):
+    for f in (fused_cross_entropy, F.cross_entropy):
         (first,) = torch.autograd.grad(f(z, y, reduction="none").square().sum(), z, create_graph=True)
         (second,) = torch.autograd.grad(first.square().sum(), z, create_graph=True)
         results.append(torch.autograd.grad(second.square().sum(), z)[0])
@@ -81,7 +81,7 @@ def test_third_derivatives():
 
 def test_several_backward_passes_through_one_graph():
     z, y = logits(), torch.tensor([0, 4, 2, 1, 3, 3, 0])
-    losses = cross_entropy(z, y, reduction="none")
+    losses = fused_cross_entropy(z, y, reduction="none")
     first, second = (torch.autograd.grad(losses.sum(), z, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
 
@@ -89,7 +89,7 @@ def test_several_backward_passes_through_one_graph():
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_no_target_at_all(reduction: str):
     z, y = logits(), torch.full((7,), -100)
-    found, expected = (f(z, y, reduction=reduction) for f in (cross_entropy, F.cross_entropy))
+    found, expected = (f(z, y, reduction=reduction) for f in (fused_cross_entropy, F.cross_entropy))
     assert torch.equal(found.isnan(), expected.isnan())
     assert torch.equal(found.nan_to_num(), expected.nan_to_num())
 
@@ -98,7 +98,7 @@ def test_no_target_at_all(reduction: str):
 def test_large_and_infinite_logits(dtype: torch.dtype):
     z = torch.tensor([[1e4, -1e4, 0.0], [float("-inf"), 2.0, 1.0]], dtype=dtype).requires_grad_()
     y = torch.tensor([1, 1])
-    found, expected = (f(z, y, reduction="none") for f in (cross_entropy, F.cross_entropy))
+    found, expected = (f(z, y, reduction="none") for f in (fused_cross_entropy, F.cross_entropy))
     assert torch.allclose(found, expected, rtol=1e-6 if dtype == torch.float32 else 1e-15, atol=0)
     one, other = (torch.autograd.grad(loss.sum(), z)[0] for loss in (found, expected))
     assert torch.allclose(one, other, atol=0, rtol=1e-6)
@@ -120,12 +120,12 @@ OTHERS: dict[str, Any] = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_everything_else_is_pytorchs_own(name: str):
     arguments, options = OTHERS[name]
-    assert torch.equal(cross_entropy(*arguments, **options), F.cross_entropy(*arguments, **options))
+    assert torch.equal(fused_cross_entropy(*arguments, **options), F.cross_entropy(*arguments, **options))
 
 
 def test_inside_a_transform_it_is_pytorchs_own():
     z, y = logits(), torch.arange(5).repeat(2)[:7]
-    found = torch.func.grad(lambda x: cross_entropy(x, y))(z.detach())
+    found = torch.func.grad(lambda x: fused_cross_entropy(x, y))(z.detach())
     assert torch.allclose(found, by_hand(z, y, torch.ones(7)) / 7, atol=1e-14, rtol=0)
 
 
@@ -136,11 +136,11 @@ def test_errors_are_pytorchs_own(z: Tensor, y: list[int], error: type[Exception]
     with pytest.raises(error):
         F.cross_entropy(z, torch.tensor(y))
     with pytest.raises(error):
-        cross_entropy(z, torch.tensor(y))
+        fused_cross_entropy(z, torch.tensor(y))
 
 
 def test_labels_of_a_kind_pytorch_does_not_take():
-    for loss in (F.cross_entropy, cross_entropy):
+    for loss in (F.cross_entropy, fused_cross_entropy):
         with pytest.raises(RuntimeError, match="Long"):
             loss(logits(), torch.zeros(7, dtype=torch.int32))
 
@@ -158,7 +158,7 @@ def test_one_buffer_of_the_size_of_the_logits():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_CHUNK", 1 << 14)
-        assert made(cross_entropy) == 1
+        assert made(fused_cross_entropy) == 1
     assert made(F.cross_entropy) > 1
 
 
@@ -167,9 +167,9 @@ def test_capturing_passes_take_it(monkeypatch: pytest.MonkeyPatch):
 
     def counting(z: Tensor, *arguments: Any, **options: Any) -> Tensor:
         calls.append(tuple(z.shape))
-        return cross_entropy(z, *arguments, **options)
+        return fused_cross_entropy(z, *arguments, **options)
 
-    monkeypatch.setattr(capture_module, "cross_entropy", counting)
+    monkeypatch.setattr(capture_module, "fused_cross_entropy", counting)
     case = CASES["gpt2"]
     model, microbatches = case.model(), case.microbatches((4,))
     found = probe(model, microbatches, GramMemory(), loss=None)

@@ -62,7 +62,7 @@ def test_losses_and_likelihood_of_every_target(name: str):
         logits, labels = outputs_and_labels(model, batch, shifted)
         found = [loss(model, batch) for _ in range(2)][1]  # settled, and by now perhaps called without labels
         own = model(**batch).loss.to(found.total)
-    assert found.predictive.kind == kind
+    assert found.predictive.likelihood == kind
     kept = found.predictive.valid.any(0) if shifted else slice(None)
     per_target, valid, z = found.per_target[:, kept], found.predictive.valid[:, kept], found.predictive.logits[:, kept]
     for i in range(N):
@@ -318,7 +318,7 @@ def test_a_criterion_is_the_loss_it_computes(name: str):
     model, (x, y) = build(), batch_of()
     found = Problem(model, [(x, y)], loss=criterion).objective((x, y))
     assert torch.allclose(found.total / found.num_targets.sum(), criterion(model(x), y), rtol=1e-12)
-    assert found.predictive.kind == kind
+    assert found.predictive.likelihood == kind
     assert found.predictive.valid.sum(1).tolist() == found.num_targets.tolist()
     for i in range(4):
         if found.num_targets[i]:

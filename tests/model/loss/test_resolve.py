@@ -152,7 +152,7 @@ def test_losses_of_single_targets(name: str):
     assert torch.equal(losses.predictive.valid.sum(1), losses.num_targets)
     assert losses.predictive.logits.shape[:2] == losses.per_target.shape
     kind = {"regression": "gaussian", "regression_of_several": "gaussian", "multi_label": "bernoulli"}.get(name, "categorical")
-    assert losses.predictive.kind == kind
+    assert losses.predictive.likelihood == kind
     if kind == "categorical":
         assert (losses.per_target > 0).sum() == targets(batch)
 

@@ -295,7 +295,7 @@ def test_rows_keep_their_draws(kind: str, fisher: str, unit: str):
     subset = torch.tensor([2, 0])
     part = loss(model, take_rows(batch, subset))
     for surrogate in surrogates(FisherType(fisher=fisher, sample_unit=unit), losses, seed=3):
-        again = surrogate.rows(subset)
+        again = surrogate.restricted(subset)
         assert torch.equal(again.weights, surrogate.weights[subset])
         assert torch.equal(again.active, surrogate.active[subset])
         here, there = surrogate(losses)[subset], again(part)
