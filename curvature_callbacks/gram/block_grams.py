@@ -19,6 +19,7 @@ from curvature_callbacks.gram.memory import GramMemory
 from curvature_callbacks.gram.passes import Passed, pseudo_samples, run_passes
 from curvature_callbacks.gram.row_by_row import check_apart, finite_rows, row_grams
 from curvature_callbacks.gram.storage import MemoryBudget, Storage, memory_budget
+from curvature_callbacks.gram.uses.operation import Operation
 from curvature_callbacks.linalg.accumulate import finite_samples
 from curvature_callbacks.model.blocks import Blocks
 from curvature_callbacks.model.loss.fisher_type import EMPIRICAL, FisherType
@@ -55,7 +56,7 @@ class BlockGrams:
         samples: (S,) int64, the row of the probe each pseudo-sample belongs to.
         weights: (S,) float64, `g~_s = sqrt(weights_s) g_s` in the mean gradient.
         num_targets: (N,) valid targets of each row.
-        kinds: parameter to the operations that used it.
+        operations: parameter to the operations that used it.
         fallback: parameter to why its gradients were taken row by row.
         certificate_error: largest relative error the certificate found over the parameters; None when it was not run.
         kronecker: weight to its layer's Kronecker factors; empty unless asked for.
@@ -66,7 +67,7 @@ class BlockGrams:
     samples: Tensor
     weights: Tensor
     num_targets: Tensor
-    kinds: Mapping[str, list[str]]
+    operations: Mapping[str, list[Operation]]
     fallback: Mapping[str, str]
     certificate_error: float | None
     kronecker: Mapping[str, LayerKronecker]
@@ -120,7 +121,7 @@ def block_grams(
         )
     grams = {name: gram for name, gram in collector.grams.items() if name not in fallback}
     grams |= row_grams(objective, local.microbatches, sorted(fallback), local.surrogates, world=world)
-    layout = signature(passed.kinds, passed.positions)
+    layout = signature(passed.operations, passed.positions)
     errors: dict[str, float] = {}
     if layout not in memory.certified:
         again: dict[str, Any] = {"memory": memory, "seed": seed, "options": options, "world": world}
@@ -144,7 +145,7 @@ def block_grams(
         samples=samples[active],
         weights=weights[active],
         num_targets=torch.cat(passed.num_targets),
-        kinds=passed.kinds,
+        operations=passed.operations,
         fallback=fallback,
         certificate_error=max(errors.values(), default=None),
         kronecker={
@@ -182,7 +183,7 @@ def _passed(
     return local, whole, collector
 
 
-def parameter_operations(objective: Objective, batch: Any, *, world: World = SINGLE) -> Mapping[str, list[str]]:
+def parameter_operations(objective: Objective, batch: Any, *, world: World = SINGLE) -> Mapping[str, list[Operation]]:
     """Parameter to the operations that use it, on any process, from one forward pass. Cost: that pass."""
     with world.together():
         values = {name: parameter.detach() for name, parameter in objective.parameters.items()}
@@ -196,9 +197,9 @@ def parameter_operations(objective: Objective, batch: Any, *, world: World = SIN
         )
         with capture:
             objective(batch, values, watch=capture)
-    found: dict[str, list[str]] = {}
-    for kinds in world.gathered(dict(capture.kinds)):
-        for name, used in kinds.items():
+    found: dict[str, list[Operation]] = {}
+    for operations in world.gathered(dict(capture.operations)):
+        for name, used in operations.items():
             found.setdefault(name, []).extend(used)
     return found
 
@@ -250,7 +251,7 @@ def _of_finite_rows(
             samples=torch.arange(len(usable)),
             weights=torch.ones(len(usable), dtype=torch.float64),
             num_targets=torch.zeros(len(usable), dtype=torch.int64),
-            kinds={},
+            operations={},
             fallback=fallback,
             certificate_error=None,
             kronecker={},

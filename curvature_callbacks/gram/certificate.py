@@ -10,6 +10,7 @@ from torch import Tensor
 
 from curvature_callbacks.batches import batch_size, take_rows
 from curvature_callbacks.gram.row_by_row import check_separable
+from curvature_callbacks.gram.uses.operation import Operation
 from curvature_callbacks.linalg.accumulate import dot
 from curvature_callbacks.model.loss.surrogates import Surrogate
 from curvature_callbacks.model.objective import Objective, gradients
@@ -144,12 +145,13 @@ def _signed_halves(objective: Objective, batch: Any, w: Tensor, leaves: Mapping[
 Signature = frozenset[tuple[str, tuple[str, ...], tuple[int, ...]]]
 
 
-def signature(kinds: Mapping[str, Sequence[str]], positions: Mapping[str, Sequence[int]]) -> Signature:
+def signature(operations: Mapping[str, Sequence[Operation]], positions: Mapping[str, Sequence[int]]) -> Signature:
     """Operations with the row layout of each: sample by sample (1), the usual (sample, position) pairs (0), or other."""
     flattened = Counter(count for counts in positions.values() for count in counts if count > 1)
     usual = flattened.most_common(1)[0][0] if flattened else 0
     return frozenset(
-        (name, tuple(sorted(set(found))), _layout(positions.get(name, []), usual)) for name, found in kinds.items()
+        (name, tuple(sorted({operation.name for operation in used})), _layout(positions.get(name, []), usual))
+        for name, used in operations.items()
     )
 
 

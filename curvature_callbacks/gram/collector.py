@@ -7,11 +7,12 @@ from typing import final
 from torch import Tensor
 
 from curvature_callbacks.gram.capture.derived import Placed
-from curvature_callbacks.gram.kronecker.factors import LayerKronecker, factor_obstacle, kronecker_factors
+from curvature_callbacks.gram.kronecker.factors import LayerKronecker, kronecker_factors
 from curvature_callbacks.gram.kronecker.positions import MicrobatchUses
 from curvature_callbacks.gram.passes import Passed
 from curvature_callbacks.gram.products.parameter_gram import parameter_gram
 from curvature_callbacks.gram.products.scratch import Scratch
+from curvature_callbacks.gram.uses.operation import factor_obstacle, is_layer_bias
 from curvature_callbacks.gram.uses.uses import Use
 from curvature_callbacks.linalg.kronecker import KroneckerFactors
 from curvature_callbacks.model.loss.fisher_type import FisherType
@@ -106,17 +107,17 @@ class Collector:
 
     def _has_factors(self, name: str, passes: Sequence[Sequence[Placed]]) -> bool:
         placed = [one for found in passes for one in found]
-        kinds = [one.use.kind for one in placed]
+        operations = [one.use.operation for one in placed]
         return (
             len(self._passed.biases.get(name, ())) == 1
-            and factor_obstacle(kinds) is None
+            and factor_obstacle(operations) is None
             and all(one.view.whole for one in placed)
         )
 
     def _bias(self, name: str) -> str | None:
         """The trained bias of the weight's only layer."""
         (bias,) = self._passed.biases[name]
-        return bias if bias is not None and set(self._passed.kinds.get(bias, ())) == {"bias"} else None
+        return bias if bias is not None and is_layer_bias(self._passed.operations.get(bias, ())) else None
 
     def _by_microbatch(self, passes: Sequence[Sequence[Use]]) -> list[MicrobatchUses]:
         found, start = [], 0

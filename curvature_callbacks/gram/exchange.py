@@ -76,12 +76,12 @@ class Exchange:
     def _describe(self) -> None:
         """The passes of all processes one after the other."""
         local, whole = self._local, self._whole
-        own = local.sizes, local.num_passes, local.num_targets, local.kinds, local.positions, local.biases
-        for sizes, counts, targets, kinds, positions, biases in self._world.gathered(own):
+        own = local.sizes, local.num_passes, local.num_targets, local.operations, local.positions, local.biases
+        for sizes, counts, targets, operations, positions, biases in self._world.gathered(own):
             whole.sizes += sizes
             whole.num_passes += counts
             whole.num_targets += targets
-            whole.note(kinds, positions, biases)
+            whole.note(operations, positions, biases)
 
     def _turn(self, names: Sequence[str], uses: Mapping[str, Passes]) -> None:
         """One parameter for every process."""

@@ -16,6 +16,7 @@ from curvature_callbacks.gram.capture.interception import Capture
 from curvature_callbacks.gram.memory import GramMemory
 from curvature_callbacks.gram.row_by_row import check_rows
 from curvature_callbacks.gram.storage import Storage
+from curvature_callbacks.gram.uses.operation import Operation
 from curvature_callbacks.model.loss.fisher_type import EMPIRICAL, FisherType
 from curvature_callbacks.model.loss.sample_losses import SampleLosses
 from curvature_callbacks.model.loss.surrogates import Surrogate, padded, surrogates
@@ -48,7 +49,7 @@ class Passed:
         num_targets: for each microbatch (rows,) valid targets, on the CPU.
         surrogates: for each microbatch of this process what its backward passes differentiate; `[None]` for its sum of losses.
         num_passes: backward passes of each microbatch.
-        kinds: parameter to the operations that used it.
+        operations: parameter to the operations that used it.
         positions: parameter to the positions per sample of each use.
         biases: weight to the biases its operations added.
         mode: how factors were kept, see `Storage.mode`.
@@ -60,7 +61,7 @@ class Passed:
     num_targets: list[Tensor] = field(default_factory=list)
     surrogates: list[list[Surrogate | None]] = field(default_factory=list)
     num_passes: list[int] = field(default_factory=list)
-    kinds: dict[str, list[str]] = field(default_factory=dict)
+    operations: dict[str, list[Operation]] = field(default_factory=dict)
     positions: dict[str, list[int]] = field(default_factory=dict)
     biases: dict[str, set[str | None]] = field(default_factory=dict)
     mode: str = "one pass"
@@ -68,13 +69,13 @@ class Passed:
 
     def note(
         self,
-        kinds: Mapping[str, Sequence[str]],
+        operations: Mapping[str, Sequence[Operation]],
         positions: Mapping[str, Sequence[int]],
         biases: Mapping[str, Set[str | None]],
     ) -> None:
         """Add what a forward pass saw."""
-        for name, found in kinds.items():
-            self.kinds.setdefault(name, []).extend(found)
+        for name, found in operations.items():
+            self.operations.setdefault(name, []).extend(found)
         for name, places in positions.items():
             self.positions.setdefault(name, []).extend(places)
         for weight, added in biases.items():
@@ -157,7 +158,7 @@ class _Round:
         with self.objective.saving(), capture, sdpa_kernel(_ANY_KERNEL):
             losses = self.objective(map_tensors(batch, torch.Tensor.detach), values, watch=capture)
         if place == len(self.result.surrogates):
-            self.result.note(capture.kinds, capture.positions, capture.biases)
+            self.result.note(capture.operations, capture.positions, capture.biases)
         chosen = self._surrogates(place, batch, losses)
         postponed: list[str] = []
         for number, surrogate in enumerate(chosen):

@@ -12,6 +12,7 @@ from curvature_callbacks.gram.block_grams import BlockGrams, GramOptions, block_
 from curvature_callbacks.gram.kronecker.factors import LayerKronecker
 from curvature_callbacks.gram.memory import GramMemory
 from curvature_callbacks.gram.storage import memory_budget
+from curvature_callbacks.gram.uses.operation import Operation
 from curvature_callbacks.model.blocks import Blocks
 from curvature_callbacks.model.loss.fisher_type import EMPIRICAL, FisherType
 from curvature_callbacks.model.loss.sharing import Sharing
@@ -127,9 +128,9 @@ class ProbeGrams:
         )
 
     @cached_property
-    def operations(self) -> Mapping[str, list[str]]:
+    def operations(self) -> Mapping[str, list[Operation]]:
         """Parameter to the operations that use it. Cost: nothing beside `grams`, else one forward pass."""
         for found in self._grams.values():
-            if all(name in found.kinds for name in found.fallback):  # what earlier probes refused is not watched any more
-                return found.kinds
+            if all(name in found.operations for name in found.fallback):  # what earlier probes refused is not watched any more
+                return found.operations
         return parameter_operations(self._objective, self._microbatches[0], world=self._world)

@@ -124,4 +124,4 @@ def _smaller(use: Use) -> Use:
     left, right = use.factors()
     _, T, rows = left.shape
     columns = right.shape[2]
-    return Dense(use.kind, use.rows(0, rows)) if rows * columns < T * (rows + columns) else use
+    return Dense(use.operation, use.rows(0, rows)) if rows * columns < T * (rows + columns) else use

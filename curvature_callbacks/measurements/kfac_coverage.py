@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import final
 
 from curvature_callbacks.errors import ProbeError
-from curvature_callbacks.gram.kronecker.factors import factor_obstacle
+from curvature_callbacks.gram.uses.operation import Operation, factor_obstacle, is_layer_bias
 from curvature_callbacks.linalg.accumulate import dot
 from curvature_callbacks.problem.problem import Problem
 from curvature_callbacks.record import Record
@@ -96,10 +96,11 @@ def coverage_of(problem: Problem) -> KFACCoverageReport:
     )
 
 
-def _obstacle(name: str, operations: Mapping[str, list[str]]) -> str | None:
+def _obstacle(name: str, operations: Mapping[str, list[Operation]]) -> str | None:
     """Why a parameter is in no layer with Kronecker factors, or None."""
-    if set(operations.get(name, [])) != {"bias"}:
-        return factor_obstacle(operations.get(name, []))
+    used = operations.get(name, [])
+    if not is_layer_bias(used):
+        return factor_obstacle(used)
     weight = "weight".join(name.rsplit("bias", 1))  # `x.bias`; `x.in_proj_bias` of `nn.MultiheadAttention`
     obstacle = factor_obstacle(operations[weight]) if weight in operations and weight != name else None
     return f"bias of `{weight}`, {obstacle}" if obstacle else None

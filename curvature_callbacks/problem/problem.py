@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, partial
-from typing import Any, Final, TypeVar, final
+from typing import Any, TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +37,6 @@ from curvature_callbacks.processes.world import SINGLE, World
 A = TypeVar("A", bound=Operator)
 AnyFisher = FisherOperator | ShardedFisherOperator
 Names = Iterable[str] | None  # of parameters to differentiate by, default all
-
-_TRANSPOSED: Final = ("transposed linear", "embedding")  # operations whose weight is stored as (d_in, d_out)
 
 
 @final
@@ -270,7 +268,7 @@ class Problem:
                 factors=layer.factors,
                 weight=layer.weight,
                 bias=layer.bias,
-                transposed=self.grams.operations[layer.weight][0] in _TRANSPOSED,
+                transposed=self.grams.operations[layer.weight][0].transposed,
             )
             for layer in layers.values()
         ]

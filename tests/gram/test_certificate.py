@@ -13,7 +13,8 @@ from curvature_callbacks.gram.block_grams import BlockGrams, GramOptions, block_
 from curvature_callbacks.gram.certificate import TOLERANCE, certificate_errors, signature
 from curvature_callbacks.gram.memory import GramMemory
 from curvature_callbacks.gram.uses.convolution import Convolution
-from curvature_callbacks.gram.uses.elementwise import Elementwise
+from curvature_callbacks.gram.uses.elementwise import SCALE, Elementwise
+from curvature_callbacks.gram.uses.operation import Operation
 from curvature_callbacks.gram.uses.uses import Lookup, OuterProduct
 from curvature_callbacks.model.loss.fisher_type import FisherType
 from tests.cases import CASES, CLASSES, in_general_position
@@ -100,7 +101,7 @@ def faulty_scales(fault: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(
         Elementwise,
         "completed",
-        lambda self, gradient: original(self, fault(gradient) if self.kind == "scale" else gradient),
+        lambda self, gradient: original(self, fault(gradient) if self.operation == SCALE else gradient),
     )
 
 
@@ -283,8 +284,9 @@ def test_a_row_by_itself_proves_nothing_about_the_sample_axis(sizes: tuple[int, 
 
 
 def test_signatures_know_operations_and_sample_axes_but_not_lengths():
-    def of(positions: list[int], kinds: list[str]) -> Any:
-        return signature({"weight": kinds, "other": ["linear"]}, {"weight": positions, "other": [max(positions)]})
+    def of(positions: list[int], names: list[str]) -> Any:
+        operations = {"weight": [Operation(name) for name in names], "other": [Operation("linear")]}
+        return signature(operations, {"weight": positions, "other": [max(positions)]})
 
     assert of([7], ["linear"]) == of([4], ["linear"])
     assert of([7, 7], ["linear", "linear"]) == of([7], ["linear"])

@@ -86,7 +86,7 @@ def test_coverage_is_the_same_after_a_gram_that_went_row_by_row():
     with isolated(model, seed=0):
         problem = Problem(model, [batch], loss="cross_entropy", memory=memory)
         assert set(problem.grams().fallback) == set(refused)
-        assert {name: list(kinds) for name, kinds in problem.grams.operations.items()} != {}
+        assert {name: list(used) for name, used in problem.grams.operations.items()} != {}
         assert set(problem.grams.operations) == set(refused)
     assert compute_kfac_coverage(model, batch, loss="cross_entropy").elements == 1.0
 

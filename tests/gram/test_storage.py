@@ -15,8 +15,10 @@ from curvature_callbacks.gram import probe_grams as shared
 from curvature_callbacks.gram import storage as storage_module
 from curvature_callbacks.gram.block_grams import BlockGrams, GramOptions, block_grams
 from curvature_callbacks.gram.capture.derived import Placed, View
+from curvature_callbacks.gram.capture.rules import LINEAR
 from curvature_callbacks.gram.memory import GramMemory
 from curvature_callbacks.gram.storage import MemoryBudget, Storage
+from curvature_callbacks.gram.uses.elementwise import SCALE
 from curvature_callbacks.gram.uses.uses import Dense, Lookup, OuterProduct, Use
 from curvature_callbacks.model.blocks import group_blocks
 from curvature_callbacks.model.loss.fisher_type import FisherType
@@ -75,7 +77,7 @@ def as_factors(use: Use) -> Use:
 def as_gradients(use: Use) -> Use:
     if not isinstance(use, OuterProduct):
         return use
-    return Dense(use.kind, use.rows(0, use.factors()[0].shape[2]))
+    return Dense(use.operation, use.rows(0, use.factors()[0].shape[2]))
 
 
 FORMS = {"factors": as_factors, "gradients": as_gradients}
@@ -188,7 +190,10 @@ def test_rounds_take_the_same_draws_and_each_their_forward_passes(kind: str, bud
 def test_operations_do_not_depend_on_the_mode(name: str, budget: str):
     case = CASES[name]
     model, microbatches = case.model(), case.microbatches()
-    assert grams(case, model, microbatches, BUDGETS[budget]).kinds == grams(case, model, microbatches, BUDGETS["device"]).kinds
+    assert (
+        grams(case, model, microbatches, BUDGETS[budget]).operations
+        == grams(case, model, microbatches, BUDGETS["device"]).operations
+    )
 
 
 @pytest.mark.parametrize("budget", ["host", "groups", "a parameter at a time"])
@@ -210,7 +215,7 @@ def draw(*shape: int) -> Tensor:
 
 
 def product(inputs: Tensor, d_out: int) -> list[Placed]:
-    use = OuterProduct("linear", len(inputs), inputs, transposed=False).completed(draw(*inputs.shape[:-1], d_out))
+    use = OuterProduct(LINEAR, len(inputs), inputs).completed(draw(*inputs.shape[:-1], d_out))
     return [whole(use, d_out, inputs.shape[-1])]
 
 
@@ -267,7 +272,7 @@ def test_memory_that_was_freed_counts_when_it_is_used_again():
     memory = [draw(100), draw(100)]
 
     def at_the_same_place() -> list[Placed]:
-        use = OuterProduct("linear", 5, memory[0][:50].view(5, 1, 10), transposed=False)
+        use = OuterProduct(LINEAR, 5, memory[0][:50].view(5, 1, 10))
         return [whole(use.completed(memory[1][:50].view(5, 1, 10)), 10, 10)]
 
     names = ["first", "second", "third"]
@@ -305,7 +310,7 @@ def test_the_host_takes_what_the_device_cannot():
 def test_a_use_moved_to_the_host_gives_the_same_rows():
     indices = torch.randint(7, (3, 5))
     lookup = Lookup(3, indices, None).completed(draw(3, 5, 4))
-    for use, rows in ((product(draw(3, 5, 4), 6)[0].use, 6), (lookup, 7), (Dense("scale", draw(3, 4)), 4)):
+    for use, rows in ((product(draw(3, 5, 4), 6)[0].use, 6), (lookup, 7), (Dense(SCALE, draw(3, 4)), 4)):
         assert torch.equal(use.moved(torch.device("cpu")).rows(1, rows), use.rows(1, rows))
 
 

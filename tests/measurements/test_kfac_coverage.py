@@ -149,7 +149,7 @@ def test_the_record_is_the_report(after_grams: bool):
     report = compute_kfac_coverage(case.model(), case.microbatches(), loss=case.loss)
     with offline_problem(case.model(), case.microbatches(), loss=case.loss, params_filter=None) as problem:
         if after_grams:
-            assert problem.grams().kinds
+            assert problem.grams().operations
         (record,), _ = KFACCoverage().measure(problem, None)
     assert record.scalars == pytest.approx(
         {"tensors": report.tensors, "elements": report.elements, "gradient_energy": report.gradient_energy}

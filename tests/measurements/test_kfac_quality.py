@@ -13,8 +13,10 @@ from torch.nn import functional as F
 
 from curvature_callbacks import ConfigurationError, ProbeError, Problem, RefusedError
 from curvature_callbacks.compute.offline import offline_problem
+from curvature_callbacks.gram.capture.rules import LINEAR
 from curvature_callbacks.gram.kronecker.factors import LayerKronecker, kronecker_factors
 from curvature_callbacks.gram.kronecker.positions import MicrobatchUses
+from curvature_callbacks.gram.uses.elementwise import BIAS
 from curvature_callbacks.gram.uses.uses import Lookup, OuterProduct
 from curvature_callbacks.measurements.kfac_quality import KFACQuality
 from curvature_callbacks.model.loss.fisher_type import FisherType
@@ -54,9 +56,7 @@ def layers_by_hooks(
     found = {}
     for name, members in LAYERS.items():
         gradient = torch.autograd.grad(loss, values[int(name) + 1], retain_graph=True)[0] * (scale or {}).get(name, 1.0)
-        use: Any = (
-            OuterProduct("linear", N, values[int(name)].detach(), transposed=False) if name != "0" else Lookup(N, x, None)
-        )
+        use: Any = OuterProduct(LINEAR, N, values[int(name)].detach()) if name != "0" else Lookup(N, x, None)
         uses = MicrobatchUses(passes=[[use.completed(gradient)]], counts=torch.ones(N))
         factors = kronecker_factors([uses], bias=len(members) > 1, sharing=sharing)
         assert factors is not None
@@ -77,7 +77,7 @@ def problem_with(layers: Mapping[str, LayerKronecker], asked: list[Any] | None =
     with offline_problem(model, batch(), loss="cross_entropy", params_filter=None) as problem:
         problem.grams.kronecker = kronecker
         problem.grams.operations = {
-            name: ["embedding" if name[0] == "0" else "linear" if "weight" in name else "bias"]
+            name: [Lookup.operation if name[0] == "0" else LINEAR if "weight" in name else BIAS]
             for name in problem.objective.parameters
         }
         yield problem

@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from curvature_callbacks.gram.uses.elementwise import Elementwise
+from curvature_callbacks.gram.uses.operation import Operation
 from curvature_callbacks.gram.uses.sample_axis import Layout
 from curvature_callbacks.gram.uses.uses import Dense, Tap
 
+_SPREAD: Final = Operation("spread")
 _ELEMENTWISE: Final = frozenset(
     {
         *(torch.sub, Tensor.sub, Tensor.__sub__, Tensor.__rsub__, torch.rsub),
@@ -47,7 +49,7 @@ def spread(
     enters_batched = func in _ELEMENTWISE or (func in _BATCHED and value.ndim > 2)
     if enters_batched and (value.ndim < output.ndim or value.shape[0] == 1):
         shape = (1,) * (output.ndim - value.ndim) + tuple(value.shape)
-        return value.reshape(shape).expand(output.shape[0], *shape[1:]), Elementwise("spread", layout, value.shape)
+        return value.reshape(shape).expand(output.shape[0], *shape[1:]), Elementwise(_SPREAD, layout, value.shape)
     if value.ndim > 0 and value.shape[0] == output.shape[0] and layout.rows is None:
         return value, _OwnRows(layout, value.shape)
     return None
@@ -78,14 +80,14 @@ def _for_einsum(args: Any, value: Tensor, num_samples: int) -> tuple[Tensor, Tap
     if operand.shape[0] != num_samples or sample in own[0] or "." in own[0]:
         return None
     copies = value.unsqueeze(0).expand(num_samples, *value.shape)
-    return copies, Elementwise("spread", Layout(num_samples), value.shape)
+    return copies, Elementwise(_SPREAD, Layout(num_samples), value.shape)
 
 
 @final
 class _OnlySample(Tap):
     """A source in a microbatch of one row: the gradient of the source is that of the sample."""
 
-    kind = "spread"
+    operation = _SPREAD
     num_samples = 1
 
     def __init__(self, shape: torch.Size) -> None:
@@ -93,14 +95,14 @@ class _OnlySample(Tap):
 
     def completed(self, gradient: Tensor) -> Dense:
         """With the sample axis."""
-        return Dense(self.kind, gradient.reshape(1, *(self._shape or (1,))))
+        return Dense(self.operation, gradient.reshape(1, *(self._shape or (1,))))
 
 
 @final
 class _OwnRows(Tap):
     """A source that has rows of its own for every sample already: each sample's gradient is zero at the others' rows."""
 
-    kind = "spread"
+    operation = _SPREAD
 
     def __init__(self, layout: Layout, shape: torch.Size) -> None:
         self.num_samples = layout.num_samples
@@ -112,4 +114,4 @@ class _OwnRows(Tap):
         own = gradient.reshape(N, -1, *self._shape[1:])  # (N, rows of a sample, ...)
         total = gradient.new_zeros(N, N, *own.shape[1:])
         total[range(N), range(N)] = own
-        return Dense(self.kind, total.reshape(N, *self._shape))
+        return Dense(self.operation, total.reshape(N, *self._shape))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from curvature_callbacks.gram.capture.derived import Derived, DerivedTensors, Placed, View, placed
 from curvature_callbacks.gram.capture.pullback import Pullback
+from curvature_callbacks.gram.uses.operation import Operation
 from curvature_callbacks.gram.uses.uses import Tap
 
 Completed = Callable[[str, list[Placed]], None]
@@ -25,12 +26,12 @@ class Taps:
 
     Attributes:
         completed: called in a backward pass with a parameter and its uses once all of them have their gradient.
-        kinds: parameter to the kinds of operation seen.
+        operations: parameter to the operations seen.
     """
 
     def __init__(self, sources: DerivedTensors, num_samples: int, unruled: dict[str, str]) -> None:
         self.completed: Completed = _nobody
-        self.kinds: dict[str, list[str]] = {}
+        self.operations: dict[str, list[Operation]] = {}
         self._sources = sources
         self._num_samples = num_samples
         self._unruled = unruled
@@ -47,7 +48,7 @@ class Taps:
         chosen = [(source, tap) for source, tap in chosen if self.admits(source)]
         for source, tap in chosen:
             for name in self._sources.names(source):
-                self.kinds.setdefault(name, []).append(_kind(tap, source))
+                self.operations.setdefault(name, []).append(_operation(tap, source))
         wanted = [one for one in chosen if any(name not in self._unruled for name in self._sources.names(one[0]))]
         if not wanted:
             return output
@@ -72,14 +73,14 @@ class Taps:
         names = self._sources.names(source)
         if source.view is not None or self._pullback.admits(source, names, self._sources.leaves, self._num_samples):
             return True
-        self.refuse([source], "per-sample gradients of a large function of it", "large function of the parameter")
+        self.refuse([source], "per-sample gradients of a large function of it", Operation("large function of the parameter"))
         return False
 
-    def refuse(self, sources: list[Derived], reason: str, kind: str | None = None) -> None:
-        """Note that the parameters behind `sources` have no valid rule, and by which kind of operation."""
+    def refuse(self, sources: list[Derived], reason: str, operation: Operation | None = None) -> None:
+        """Note that the parameters behind `sources` have no valid rule, and because of which operation."""
         for name in [name for source in sources for name in self._sources.names(source)]:
-            if kind is not None:
-                self.kinds.setdefault(name, []).append(kind)
+            if operation is not None:
+                self.operations.setdefault(name, []).append(operation)
             self._unruled.setdefault(name, reason)
 
     def backward(self, total: Tensor, *, again: bool) -> None:
@@ -140,7 +141,7 @@ def _placed(source: Derived, tap: Tap, gradient: Tensor) -> Placed:
     return Placed(view, turned.completed(gradient))
 
 
-def _kind(tap: Tap, source: Derived) -> str:
+def _operation(tap: Tap, source: Derived) -> Operation:
     if source.view is None:
-        return f"{tap.kind} of a function of it"
-    return tap.kind if source.view.whole else f"{tap.kind} of a part of it"
+        return tap.operation.on("a function of it")
+    return tap.operation if source.view.whole else tap.operation.on("a part of it")

@@ -13,8 +13,9 @@ from curvature_callbacks.gram.capture.arguments import OPENED, first_size, plain
 from curvature_callbacks.gram.capture.copies import spread, with_sample_letter
 from curvature_callbacks.gram.capture.derived import Derived, DerivedTensors
 from curvature_callbacks.gram.capture.hooks import Completed, Taps
-from curvature_callbacks.gram.capture.rules import RULES, is_in_place, is_indexing, kind_without_rule
+from curvature_callbacks.gram.capture.rules import RULES, is_in_place, is_indexing, operation_without_rule
 from curvature_callbacks.gram.uses.elementwise import Elementwise
+from curvature_callbacks.gram.uses.operation import Operation
 from curvature_callbacks.gram.uses.sample_axis import Layout, Provenance, layout_of
 from curvature_callbacks.gram.uses.uses import Tap
 from curvature_callbacks.model.loss.cross_entropy_kernel import fused_cross_entropy
@@ -22,6 +23,7 @@ from curvature_callbacks.model.loss.cross_entropy_kernel import fused_cross_entr
 _MAKE_LEAF: Final = (Tensor.requires_grad_, Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
 ROUTED: Final = -1
 POSITIONS_FIRST: Final = -2
+_COPIED: Final = Operation("copy for each sample")
 _SPREAD_BYTES: Final = 64 << 20  # most a parameter copied for every sample may take
 
 
@@ -84,9 +86,9 @@ class Capture(TorchFunctionMode):
         self._sources.forget(whole)
 
     @property
-    def kinds(self) -> Mapping[str, list[str]]:
-        """Name to the kinds of operation seen, with or without a rule."""
-        return self._taps.kinds
+    def operations(self) -> Mapping[str, list[Operation]]:
+        """Name to the operations seen, with or without a rule."""
+        return self._taps.operations
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation, record what it did with tracked parameters."""
@@ -156,7 +158,7 @@ class Capture(TorchFunctionMode):
             rows = base.value.unsqueeze(0).expand(graph.shape)
             layout = layout_of(rows, self._num_samples, None, positions_first=False)
             if layout is not None and self._taps.admits(base):
-                return self._taps.tap(rows, [(base, Elementwise("copy for each sample", layout, base.value.shape))])
+                return self._taps.tap(rows, [(base, Elementwise(_COPIED, layout, base.value.shape))])
         return self._sources.add(self._sources.computed(graph))
 
     def _single_row(self, func: Any, args: Any, graph: Tensor) -> Tensor | None:
@@ -252,8 +254,8 @@ class Capture(TorchFunctionMode):
             self.biases.setdefault(views[0].name, set()).add(bias.name if bias is not None and bias.whole else None)
 
     def _refuse(self, func: Any, values: Iterable[Tensor]) -> None:
-        operation = kind_without_rule(func)
-        self._taps.refuse([self._sources[value] for value in values], f"no rule for `{operation}`", operation)
+        operation = operation_without_rule(func)
+        self._taps.refuse([self._sources[value] for value in values], f"no rule for `{operation.name}`", operation)
 
     def _with_sample_axis(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Position indices of shape (1, T) expanded over the batch, over which their output would be broadcast anyway."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from curvature_callbacks.errors import RefusedError
-from curvature_callbacks.gram.uses.elementwise import Elementwise
+from curvature_callbacks.gram.uses.elementwise import SCALE, SHIFT, Elementwise
 from curvature_callbacks.gram.uses.sample_axis import LayoutOf
 from curvature_callbacks.gram.uses.uses import Tap
 
@@ -128,9 +128,9 @@ def _affine(
 
     taps: RuleTaps = []
     if weight is not None:
-        taps.append((weight, Elementwise("scale", layout, weight.shape, normalised, fresh=True, aligned=aligned(weight))))
+        taps.append((weight, Elementwise(SCALE, layout, weight.shape, normalised, fresh=True, aligned=aligned(weight))))
     if bias is not None:
-        taps.append((bias, Elementwise("shift", layout, bias.shape, aligned=aligned(bias))))
+        taps.append((bias, Elementwise(SHIFT, layout, bias.shape, aligned=aligned(bias))))
     return taps
 
 

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from curvature_callbacks.gram.capture.derived import Derived, leaf_names
+from curvature_callbacks.gram.uses.operation import Operation
 from curvature_callbacks.gram.uses.uses import Dense, Use
 
+_FUNCTION: Final = Operation("function of the parameter")
 _HELD_BYTES: Final = 256 << 20  # per-sample gradients of computed tensors and of the parameters behind them, one microbatch
 
 
@@ -58,7 +60,7 @@ class Pullback:
                 if gradient is not None:
                     rows[name].append(gradient)
         return {
-            name: Dense("function of the parameter", torch.stack(found).reshape(len(found), *(needed[name].shape or (1,))))
+            name: Dense(_FUNCTION, torch.stack(found).reshape(len(found), *(needed[name].shape or (1,))))
             for name, found in rows.items()
             if found
         }

@@ -14,19 +14,26 @@ from torch.nn import functional as F
 
 from curvature_callbacks.gram.capture.norm_rules import NORM_RULES
 from curvature_callbacks.gram.uses.convolution import convolution_rule
-from curvature_callbacks.gram.uses.elementwise import Elementwise
+from curvature_callbacks.gram.uses.elementwise import BIAS, SCALE, SHIFT, Elementwise
+from curvature_callbacks.gram.uses.operation import Operation
 from curvature_callbacks.gram.uses.sample_axis import Layout, LayoutOf
 from curvature_callbacks.gram.uses.uses import Lookup, OuterProduct, Tap
 
 RuleTaps = list[tuple[Tensor, Tap]]
 Rule = Callable[..., RuleTaps]
 
+LINEAR: Final = Operation("linear", has_factors=True)
+TRANSPOSED_LINEAR: Final = Operation("transposed linear", has_factors=True, transposed=True)
+_FROM_THE_RIGHT: Final = Operation("matmul", transposed=True)
+_FROM_THE_LEFT: Final = Operation("matmul")
+_BILINEAR: Final = Operation("bilinear")
+
 
 def _linear(layout_of: LayoutOf, output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> RuleTaps:
     layout = layout_of(output)
     if layout is None or (input.ndim == 1 and layout.num_samples > 1):
         return []
-    taps: RuleTaps = [(weight, OuterProduct("linear", layout, input, transposed=False))]
+    taps: RuleTaps = [(weight, OuterProduct(LINEAR, layout, input))]
     return taps + _biases(layout, bias)
 
 
@@ -37,7 +44,7 @@ def _addmm(
     layout = layout_of(output)
     if layout is None or beta != 1 or alpha != 1 or input.ndim != 1:
         return []
-    taps: RuleTaps = [(mat2, OuterProduct("transposed linear", layout, mat1, transposed=True))]
+    taps: RuleTaps = [(mat2, OuterProduct(TRANSPOSED_LINEAR, layout, mat1))]
     return taps + _biases(layout, input)
 
 
@@ -48,12 +55,12 @@ def _matmul(layout_of: LayoutOf, output: Tensor, input: Tensor, other: Tensor) -
         return []
     taps: RuleTaps = []
     if other.ndim == 1 and input.ndim > 1:
-        column = OuterProduct("matmul", layout, input, transposed=True)
+        column = OuterProduct(_FROM_THE_RIGHT, layout, input)
         taps.append((other, _Rearranged(column, partial(torch.unsqueeze, dim=-1))))
     if other.ndim == 2 and input.ndim > 1:
-        taps.append((other, OuterProduct("matmul", layout, input, transposed=True)))
+        taps.append((other, OuterProduct(_FROM_THE_RIGHT, layout, input)))
     if input.ndim == 2 and other.ndim > 2:
-        on_columns = OuterProduct("matmul", layout, other.mT, transposed=False)
+        on_columns = OuterProduct(_FROM_THE_LEFT, layout, other.mT)
         taps.append((input, _Rearranged(on_columns, partial(torch.transpose, dim0=-2, dim1=-1))))
     return taps
 
@@ -63,7 +70,7 @@ class _Rearranged(Tap):
     """A matrix product whose output is that of a linear layer with its axes in another place."""
 
     def __init__(self, product: OuterProduct, rearrange: Callable[[Tensor], Tensor]) -> None:
-        self.kind, self.num_samples = product.kind, product.num_samples
+        self.operation, self.num_samples = product.operation, product.num_samples
         self._product = product
         self._rearrange = rearrange
 
@@ -79,12 +86,12 @@ def _bilinear(
     if layout is None or output.ndim < 2:
         return []
     pairs = (input1.unsqueeze(-1) * input2.unsqueeze(-2)).flatten(-2)
-    taps: RuleTaps = [(weight, OuterProduct("bilinear", layout, pairs, transposed=False))]
+    taps: RuleTaps = [(weight, OuterProduct(_BILINEAR, layout, pairs))]
     return taps + _biases(layout, bias)
 
 
 def _biases(layout: Layout, bias: Tensor | None) -> RuleTaps:
-    return [] if bias is None else [(bias, Elementwise("bias", layout, bias.shape))]
+    return [] if bias is None else [(bias, Elementwise(BIAS, layout, bias.shape))]
 
 
 def _embedding(
@@ -109,7 +116,7 @@ def _multiply(layout_of: LayoutOf, output: Tensor, input: Any, other: Any) -> Ru
     """`weight * x` in either order: the scale of every Hugging Face RMSNorm, LayerScale."""
     layout = layout_of(output)
     return [
-        (parameter, Elementwise("scale", layout, parameter.shape, partial(torch.Tensor.detach, factor)))
+        (parameter, Elementwise(SCALE, layout, parameter.shape, partial(torch.Tensor.detach, factor)))
         for parameter, factor in ((input, other), (other, input))
         if layout and isinstance(factor, Tensor) and _leaves_samples_apart(layout, output, parameter)
     ]
@@ -119,7 +126,7 @@ def _add(layout_of: LayoutOf, output: Tensor, input: Any, other: Any, *, alpha: 
     """`x + parameter` in either order: position embeddings, biases kept outside their layer."""
     layout = layout_of(output)
     return [
-        (parameter, Elementwise("shift", layout, parameter.shape))
+        (parameter, Elementwise(SHIFT, layout, parameter.shape))
         for parameter in (input, other)
         if layout and alpha == 1 and _leaves_samples_apart(layout, output, parameter)
     ]
@@ -130,7 +137,7 @@ def _prelu(layout_of: LayoutOf, output: Tensor, input: Tensor, weight: Tensor) -
     if layout is None:
         return []
     aligned = (len(weight), *(1,) * (input.ndim - 2)) if weight.numel() > 1 else (1,)
-    return [(weight, Elementwise("scale", layout, weight.shape, partial(torch.clamp_max, input, 0.0), aligned=aligned))]
+    return [(weight, Elementwise(SCALE, layout, weight.shape, partial(torch.clamp_max, input, 0.0), aligned=aligned))]
 
 
 def _leaves_samples_apart(layout: Layout, output: Tensor, parameter: Any) -> bool:
@@ -173,6 +180,6 @@ def is_in_place(func: Any) -> bool:
     return (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
 
 
-def kind_without_rule(func: Any) -> str:
-    """Name of an operation without a rule here."""
-    return str(getattr(func, "__name__", func)).strip("_")
+def operation_without_rule(func: Any) -> Operation:
+    """What messages call an operation that has no rule here."""
+    return Operation(str(getattr(func, "__name__", func)).strip("_"))

@@ -24,14 +24,14 @@ row cancel (the keys of attention: a shift of all changes nothing), G is roundin
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, final
+from typing import final
 
 import torch
 from torch import Tensor
 
 from curvature_callbacks.gram.kronecker.positions import (
     CHUNK_BYTES,
-    HasFactors,
+    HasLayerVectors,
     MicrobatchUses,
     Positions,
     SecondMoment,
@@ -40,10 +40,6 @@ from curvature_callbacks.gram.kronecker.positions import (
 from curvature_callbacks.gram.uses.uses import Lookup, Use
 from curvature_callbacks.linalg.kronecker import Factor, KroneckerFactors, factor_of_diagonal
 from curvature_callbacks.model.loss.sharing import Sharing
-
-_WEIGHTS: Final = ("linear", "transposed linear", "conv1d", "conv2d", "conv3d", "embedding")
-
-_TRANSPOSED: Final = "transposed linear"  # Hugging Face's Conv1D, weight (d_in, d_out): its left factor is the input
 
 
 @final
@@ -66,16 +62,6 @@ class LayerKronecker:
     normaliser: float
 
 
-def factor_obstacle(operations: Sequence[str]) -> str | None:
-    """Why a weight with these uses has no Kronecker factors, or None where it has."""
-    kinds = sorted(set(operations))
-    if not kinds:
-        return "not used by the loss"
-    if len(kinds) > 1:
-        return f"shared between {' and '.join(kinds)}: a sum of Kronecker products is not one"
-    return None if kinds[0] in _WEIGHTS else f"used by {kinds[0]}, which has no Kronecker factors"
-
-
 def kronecker_factors(
     microbatches: Sequence[MicrobatchUses], *, bias: bool, sharing: Sharing, device: torch.device | None = None
 ) -> KroneckerFactors | None:
@@ -87,7 +73,7 @@ def kronecker_factors(
     vocabulary) it is decomposed from its rows, and d x d is not formed either.
 
     Args:
-        microbatches: every microbatch, with uses of a kind that `factor_obstacle` accepts.
+        microbatches: every microbatch, with uses that `factor_obstacle` accepts.
         bias: whether the operation adds a trained bias.
         sharing: `expand` or `reduce`.
         device: where to compute (uses may wait elsewhere); default where the first use is.
@@ -112,20 +98,18 @@ def kronecker_factors(
     if isinstance(first, Lookup):
         return lookup_factors(microbatches, normaliser=normaliser, sharing=sharing, device=device)
     A, G, mass = SecondMoment(), SecondMoment(), 0.0
-    for piece in pieces(microbatches, _factors, bias=bias, device=device):
+    for piece in pieces(microbatches, _layer_vectors, bias=bias, device=device):
         A.add(piece.weighted_inputs(sharing))
         G.add(piece.gradients(sharing))
         mass += piece.mass(sharing)
     factors = KroneckerFactors(A=A.factor(normaliser), G=G.factor(mass))
-    corrected = _squares(factors, pieces(microbatches, _factors, bias=bias, device=device)) / normaliser
+    corrected = _squares(factors, pieces(microbatches, _layer_vectors, bias=bias, device=device)) / normaliser
     return replace(factors, corrected=corrected)
 
 
-def _factors(use: Use) -> tuple[Tensor, Tensor]:
-    """`(inputs (N, T, d_in), output gradients (N, T, d_out))`."""
-    assert isinstance(use, HasFactors)
-    left, right = use.factors()
-    return (left, right) if use.kind == _TRANSPOSED else (right, left)
+def _layer_vectors(use: Use) -> tuple[Tensor, Tensor]:
+    assert isinstance(use, HasLayerVectors)
+    return use.layer_vectors()
 
 
 def _squares(factors: KroneckerFactors, found: Iterator[Positions]) -> Tensor:

@@ -19,11 +19,11 @@ CHUNK_BYTES: Final = 64 << 20  # of copied positions, and of per-sample gradient
 
 
 @runtime_checkable
-class HasFactors(Protocol):
-    """A use whose per-sample gradient is `sum_t left_t right_t'`."""
+class HasLayerVectors(Protocol):
+    """A use of a layer's weight whose per-sample gradient is `sum_t b_t a_t'` (d_out, d_in)."""
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """`(left (N, T, rows), right (N, T, columns))`."""
+    def layer_vectors(self) -> tuple[Tensor, Tensor]:
+        """`(inputs a (N, T, d_in), output gradients b (N, T, d_out))`."""
         ...
 
 

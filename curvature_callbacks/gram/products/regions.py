@@ -8,8 +8,10 @@ from typing import Final, final
 from torch import Tensor
 
 from curvature_callbacks.gram.capture.derived import Placed, View
+from curvature_callbacks.gram.uses.operation import Operation
 from curvature_callbacks.gram.uses.uses import Dense, Use
 
+_OVERLAPPING: Final = Operation("views that overlap")
 _DENSE_BYTES: Final = 256 << 20  # per-sample gradients written out where views of a parameter overlap
 
 
@@ -72,4 +74,4 @@ def _dense(found: Sequence[Placed], start: int, stop: int) -> list[Use]:
         rows = one.use.rows(0, one.view.shape[0] if one.view.shape else 1).reshape(one.use.num_samples, -1)
         total = rows.new_zeros(len(rows), stop - start) if total is None else total
         total[:, one.view.start - start : one.view.start - start + one.view.size] += rows
-    return [] if total is None else [Dense("views that overlap", total)]
+    return [] if total is None else [Dense(_OVERLAPPING, total)]

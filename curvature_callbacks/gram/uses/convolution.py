@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from curvature_callbacks.gram.uses.elementwise import Elementwise
+from curvature_callbacks.gram.uses.elementwise import BIAS, Elementwise
+from curvature_callbacks.gram.uses.operation import Operation
 from curvature_callbacks.gram.uses.sample_axis import Layout, LayoutOf
 from curvature_callbacks.gram.uses.uses import Tap, Use
 
@@ -43,14 +44,14 @@ class Convolution(Use):
     """A convolution kernel: `g_i = sum_t left_it patch_it'`, t the output positions.
 
     Args:
-        kind: `conv1d`, `conv2d`, `conv3d`, with `grouped` before it where channels are grouped.
+        operation: `conv1d`, `conv2d`, `conv3d`, with `grouped` before it where channels are grouped.
         layout: where the samples are in input and output; or N.
         inputs: (R, C_in, ...), R samples or (sample, position) pairs.
         geometry: of the convolution.
     """
 
-    def __init__(self, kind: str, layout: Layout | int, inputs: Tensor, geometry: Geometry) -> None:
-        self.kind = kind
+    def __init__(self, operation: Operation, layout: Layout | int, inputs: Tensor, geometry: Geometry) -> None:
+        self.operation = operation
         self._layout = layout if isinstance(layout, Layout) else Layout(layout)
         self.num_samples = self._layout.num_samples
         self.inputs = inputs.detach()  # its graph is not the use's
@@ -89,6 +90,11 @@ class Convolution(Use):
         patches = unfold(self.inputs, self.geometry)  # (R, positions, C_in * kernel)
         right = self._layout.sample_major(patches).reshape(self.num_samples, -1, patches.shape[-1])
         return (left if self._rows is None else left[:, :, self._rows]), right
+
+    def layer_vectors(self) -> tuple[Tensor, Tensor]:
+        """`(patches (N, T, C_in * kernel), output gradients (N, T, C_out))` of an ungrouped convolution."""
+        outputs, patches = self.factors()
+        return patches, outputs
 
     def restricted(self, rows: Tensor) -> "Convolution":
         """Fewer output channels."""
@@ -205,10 +211,10 @@ def convolution_rule(n: int) -> Any:
         )
         if padding == "same":
             input = pad(input, _same_padding(geometry))
-        kind = f"conv{n}d" if groups == 1 else f"grouped conv{n}d"
-        taps: list[tuple[Tensor, Tap]] = [(weight, Convolution(kind, layout, input, geometry))]
+        operation = Operation(f"conv{n}d", has_factors=True) if groups == 1 else Operation(f"grouped conv{n}d")
+        taps: list[tuple[Tensor, Tap]] = [(weight, Convolution(operation, layout, input, geometry))]
         if bias is not None:
-            taps.append((bias, Elementwise("bias", layout, bias.shape, aligned=(len(bias), *(1,) * n))))
+            taps.append((bias, Elementwise(BIAS, layout, bias.shape, aligned=(len(bias), *(1,) * n))))
         return taps
 
     return rule

@@ -1,13 +1,18 @@
 """Elementwise: a parameter that scales or shifts activations."""
 
 from collections.abc import Callable
-from typing import final
+from typing import Final, final
 
 import torch
 from torch import Tensor
 
+from curvature_callbacks.gram.uses.operation import Operation
 from curvature_callbacks.gram.uses.sample_axis import Layout
 from curvature_callbacks.gram.uses.uses import Dense, Tap
+
+BIAS: Final = Operation("bias", is_bias=True)
+SCALE: Final = Operation("scale")
+SHIFT: Final = Operation("shift")
 
 
 @final
@@ -15,7 +20,7 @@ class Elementwise(Tap):
     """A parameter that scales or shifts activations: `g_i` is the output gradient, times the factor, summed to its shape.
 
     Args:
-        kind: `bias`, `scale`, `shift`, or `spread` for a copy of the parameter per sample.
+        operation: `BIAS`, `SCALE`, `SHIFT`, or one that spreads the parameter over the samples.
         layout: where the samples are in the output; or N, with the samples on axis 0.
         shape: the parameter's shape.
         factor: gives what the parameter was multiplied with, in the output's shape; None for an addition.
@@ -25,7 +30,7 @@ class Elementwise(Tap):
 
     def __init__(
         self,
-        kind: str,
+        operation: Operation,
         layout: Layout | int,
         shape: torch.Size,
         factor: Callable[[], Tensor] | None = None,
@@ -33,7 +38,7 @@ class Elementwise(Tap):
         fresh: bool = False,
         aligned: tuple[int, ...] | None = None,
     ) -> None:
-        self.kind = kind
+        self.operation = operation
         self._layout = layout if isinstance(layout, Layout) else Layout(layout)
         self.num_samples = self._layout.num_samples
         self._shape = shape
@@ -50,7 +55,7 @@ class Elementwise(Tap):
         aligned = self._beside_samples(gradient)
         ones = (1,) * (value.ndim - 1 - len(aligned))
         reduced = value.sum_to_size(self.num_samples, *ones, *aligned)
-        return Dense(self.kind, reduced.reshape(self.num_samples, *(self._shape or (1,))))
+        return Dense(self.operation, reduced.reshape(self.num_samples, *(self._shape or (1,))))
 
     def _product(self, gradient: Tensor, factor: Tensor) -> Tensor:
         return factor.mul_(gradient) if self._fresh else gradient * factor
@@ -66,7 +71,7 @@ class Elementwise(Tap):
         rows, channels = gradient.shape[:2]
         products = gradient.reshape(rows * channels, 1, -1) @ factor.reshape(rows * channels, -1, 1)
         value = self._layout.sample_major(products.view(rows, channels))
-        return Dense(self.kind, value if value.ndim == 2 else value.sum(1))
+        return Dense(self.operation, value if value.ndim == 2 else value.sum(1))
 
     def _beside_samples(self, gradient: Tensor) -> tuple[int, ...]:
         """`aligned` without the axis that holds the samples in `gradient`."""

@@ -11,6 +11,7 @@ from typing import Self, final
 import torch
 from torch import Tensor
 
+from curvature_callbacks.gram.uses.operation import Operation
 from curvature_callbacks.gram.uses.sample_axis import Layout
 
 
@@ -18,11 +19,11 @@ class Tap(ABC):
     """What the forward pass leaves behind where a parameter is used.
 
     Attributes:
-        kind: name of the operation, also what decides whether K-FAC has factors for it.
+        operation: what used the parameter.
         num_samples: N of the microbatch.
     """
 
-    kind: str
+    operation: Operation
     num_samples: int
 
     @abstractmethod
@@ -75,18 +76,17 @@ class OuterProduct(Use):
     """A weight matrix applied to vectors: `g_i = sum_t left_it right_it'`.
 
     Args:
-        kind: `linear`, `transposed linear` (Hugging Face's Conv1D), `matmul`.
+        operation: how it is stored, `transposed` or not, among others.
         layout: where the samples are in inputs and outputs; or N, with the samples on axis 0.
         inputs: the operation's input, its last axis d_in.
-        transposed: whether the weight is (d_in, d_out).
     """
 
-    def __init__(self, kind: str, layout: Layout | int, inputs: Tensor, *, transposed: bool) -> None:
-        self.kind = kind
+    def __init__(self, operation: Operation, layout: Layout | int, inputs: Tensor) -> None:
+        self.operation = operation
         self._layout = layout if isinstance(layout, Layout) else Layout(layout)
         self.num_samples = self._layout.num_samples
         self._inputs = inputs.detach()  # its graph is not the use's
-        self._transposed = transposed
+        self._transposed = operation.transposed
         self._rows: Tensor | None = None
 
     @property
@@ -112,6 +112,11 @@ class OuterProduct(Use):
         inputs, outputs = self._layout.vectors(self._inputs), self._layout.vectors(self.gradient)
         left, right = (inputs, outputs) if self._transposed else (outputs, inputs)
         return (left if self._rows is None else left[:, :, self._rows]), right
+
+    def layer_vectors(self) -> tuple[Tensor, Tensor]:
+        """`(inputs (N, T, d_in), output gradients (N, T, d_out))`."""
+        left, right = self.factors()
+        return (left, right) if self._transposed else (right, left)
 
     def transposed(self) -> "OuterProduct":
         """The same use of the transposed matrix."""
@@ -149,7 +154,7 @@ class Lookup(Use):
         padding_idx: the row that receives no gradient, if any.
     """
 
-    kind = "embedding"
+    operation = Operation("embedding", has_factors=True, transposed=True)
 
     def __init__(self, layout: Layout | int, indices: Tensor, padding_idx: int | None) -> None:
         self._layout = layout if isinstance(layout, Layout) else Layout(layout)
@@ -220,8 +225,8 @@ class Lookup(Use):
 class Dense(Use):
     """Per-sample gradients as they are, (N, rows, ...)."""
 
-    def __init__(self, kind: str, gradient: Tensor) -> None:
-        self.kind = kind
+    def __init__(self, operation: Operation, gradient: Tensor) -> None:
+        self.operation = operation
         self.num_samples = len(gradient)
         self.gradient = gradient
 
@@ -239,7 +244,7 @@ class Dense(Use):
     def restricted(self, rows: Tensor) -> "Dense":
         """Fewer rows."""
         assert self.gradient is not None
-        return Dense(self.kind, self.gradient[:, rows])
+        return Dense(self.operation, self.gradient[:, rows])
 
     def tensors(self) -> list[Tensor]:
         """The per-sample gradients."""
@@ -249,4 +254,4 @@ class Dense(Use):
     def moved(self, device: torch.device) -> "Dense":
         """The per-sample gradients."""
         assert self.gradient is not None
-        return Dense(self.kind, self.gradient.to(device))
+        return Dense(self.operation, self.gradient.to(device))

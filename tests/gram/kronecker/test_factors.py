@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from curvature_callbacks.gram.capture.rules import LINEAR, TRANSPOSED_LINEAR
 from curvature_callbacks.gram.kronecker import factors as kronecker_module
 from curvature_callbacks.gram.kronecker import positions as positions_module
-from curvature_callbacks.gram.kronecker.factors import factor_obstacle, kronecker_factors
+from curvature_callbacks.gram.kronecker.factors import kronecker_factors
 from curvature_callbacks.gram.kronecker.positions import MicrobatchUses
+from curvature_callbacks.gram.uses.operation import Operation
 from curvature_callbacks.gram.uses.uses import Lookup, OuterProduct
 from curvature_callbacks.linalg.kronecker import Factor, KroneckerFactors
 from curvature_callbacks.model.loss.sharing import Sharing
@@ -43,11 +45,9 @@ def random_data(
 
 
 def uses_of(data: Data, *, transposed: bool = False) -> list[MicrobatchUses]:
-    kind = "transposed linear" if transposed else "linear"
+    operation = TRANSPOSED_LINEAR if transposed else LINEAR
     return [
-        MicrobatchUses(
-            passes=[[OuterProduct(kind, len(a), a, transposed=transposed).completed(one)] for one in b], counts=counts
-        )
+        MicrobatchUses(passes=[[OuterProduct(operation, len(a), a).completed(one)] for one in b], counts=counts)
         for a, b, counts in data
     ]
 
@@ -302,7 +302,7 @@ def test_deep_linear_networks_with_squared_loss_are_exact(sharing: Sharing, laye
 def test_a_layer_used_twice_has_the_positions_of_both(sharing: Sharing):
     data = random_data(((3, 6),))
     a, (b,), counts = data[0]
-    halves = [OuterProduct("linear", 3, a[:, part], transposed=False).completed(b[:, part]) for part in (slice(2), slice(2, 6))]
+    halves = [OuterProduct(LINEAR, 3, a[:, part]).completed(b[:, part]) for part in (slice(2), slice(2, 6))]
     found = kronecker_factors([MicrobatchUses(passes=[halves], counts=counts)], bias=False, sharing=sharing)
     assert found is not None
     assert_correct(found, data, sharing)
@@ -436,20 +436,10 @@ def test_an_embedding_used_twice():
     assert torch.allclose(whole.corrected, twice.corrected)
 
 
-@pytest.mark.parametrize("kind", ["linear", "transposed linear", "conv1d", "conv2d", "conv3d", "embedding"])
-def test_kinds_with_factors(kind: str):
-    assert factor_obstacle([kind, kind]) is None
-
-
-@pytest.mark.parametrize(
-    ("operations", "reason"),
-    [
-        ([], "not used"),
-        (["linear", "embedding"], "shared between embedding and linear"),
-        (["grouped conv2d"], "used by grouped conv2d"),
-        (["scale"], "no Kronecker factors"),
-        (["bias"], "no Kronecker factors"),
-    ],
-)
-def test_what_has_no_factors_has_a_reason(operations: list[str], reason: str):
-    assert reason in str(factor_obstacle(operations))
+@pytest.mark.parametrize("operation", [LINEAR, TRANSPOSED_LINEAR])
+def test_inputs_and_output_gradients_are_those_of_the_layer_however_its_weight_lies_in_memory(operation: Operation):
+    (a, (b,), _) = random_data()[0]
+    use = OuterProduct(operation, len(a), a).completed(b)
+    for inputs, outputs in (use.layer_vectors(), use.transposed().layer_vectors()):
+        assert torch.equal(inputs, a)
+        assert torch.equal(outputs, b)

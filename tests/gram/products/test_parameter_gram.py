@@ -6,11 +6,12 @@ from torch import Tensor, nn
 
 from curvature_callbacks import compute_fisher_spectrum
 from curvature_callbacks.gram.capture.derived import Placed, View
+from curvature_callbacks.gram.capture.rules import LINEAR, TRANSPOSED_LINEAR
 from curvature_callbacks.gram.products import factored as factored_module
 from curvature_callbacks.gram.products import parameter_gram as module
 from curvature_callbacks.gram.products import regions as regions_module
 from curvature_callbacks.gram.products.scratch import Scratch
-from curvature_callbacks.gram.uses.elementwise import Elementwise
+from curvature_callbacks.gram.uses.elementwise import SCALE, Elementwise
 from curvature_callbacks.gram.uses.uses import Dense, Lookup, OuterProduct, Use
 
 
@@ -27,7 +28,7 @@ def gram_of(passes: list[list[Use]], sizes: list[int], shape: tuple[int, ...], r
 
 
 def product_use(N: int, T: int, d_in: int, d_out: int, *, transposed: bool = False, seed: int = 0) -> OuterProduct:
-    use = OuterProduct("linear", N, draw(N, T, d_in, seed=seed), transposed=transposed)
+    use = OuterProduct(TRANSPOSED_LINEAR if transposed else LINEAR, N, draw(N, T, d_in, seed=seed))
     use.complete(draw(N, T, d_out, seed=seed + 1))
     return use
 
@@ -116,7 +117,7 @@ def test_a_table_tied_to_a_head_adds_both(chunk: int, monkeypatch: pytest.Monkey
 
 def test_an_elementwise_use_is_reduced_to_the_parameter():
     factor, gradient = draw(3, 4, 5), draw(3, 4, 5, seed=1)
-    use = Elementwise("scale", 3, torch.Size((5,)), lambda: factor).completed(gradient)
+    use = Elementwise(SCALE, 3, torch.Size((5,)), lambda: factor).completed(gradient)
     assert torch.allclose(use.rows(1, 4), (factor * gradient).sum(1)[:, 1:4])
 
 
@@ -173,7 +174,7 @@ def test_counted_rows_are_those_of_the_gradient_scaled_up(kind: str, chunk: int,
         use, looked_up = lookup(4, 6, 9, 4, 2)
         uses, G = ([use], looked_up) if kind == "lookup" else ([use, *uses], G + looked_up)
     if kind == "dense":
-        uses = [Dense("scale", G.view(4, 9, 4))]
+        uses = [Dense(SCALE, G.view(4, 9, 4))]
     rows = torch.tensor([0, 3, 4, 8])
     kept = G.view(4, d_out, d_in)[:, rows].flatten(1)
     assert torch.allclose(gram_of([uses], [4], (d_out, d_in), rows), kept @ kept.T * 9 / 4)
@@ -193,7 +194,7 @@ def test_a_vector_used_twice_has_both_gradients(passes: int):
     draw = torch.Generator().manual_seed(0)
     pairs = [[torch.randn(3, 5, generator=draw, dtype=torch.float64) for _ in range(2)] for _ in range(passes)]
     G = torch.cat([first + second for first, second in pairs])
-    uses: list[list[Use]] = [[Dense("scale", first), Dense("scale", second)] for first, second in pairs]
+    uses: list[list[Use]] = [[Dense(SCALE, first), Dense(SCALE, second)] for first, second in pairs]
     assert torch.allclose(gram_of(uses, [3] * passes, (5,)), G @ G.T)
 
 

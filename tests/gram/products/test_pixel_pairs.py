@@ -13,6 +13,7 @@ from curvature_callbacks.gram.products.parameter_gram import parameter_gram
 from curvature_callbacks.gram.products.pixel_pairs import pair_gram
 from curvature_callbacks.gram.products.scratch import Scratch
 from curvature_callbacks.gram.uses.convolution import Convolution, Geometry
+from curvature_callbacks.gram.uses.operation import Operation
 from curvature_callbacks.gram.uses.sample_axis import Layout
 
 CONVOLVE: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -29,7 +30,7 @@ def drawn(N: int, size: tuple[int, ...], form: Geometry, *, seed: int = 0, chann
     inputs = torch.randn(N, channels[0], *size, generator=generator, dtype=torch.float64)
     weight = torch.zeros(channels[1], channels[0] // form.groups, *form.kernel, dtype=torch.float64)
     output = CONVOLVE[len(size)](inputs, weight, None, form.stride, form.padding, form.dilation, form.groups)
-    use = Convolution("conv", N, inputs, form)
+    use = Convolution(Operation("conv"), N, inputs, form)
     use.complete(torch.randn(output.shape, generator=generator, dtype=torch.float64))
     return use
 
@@ -132,7 +133,7 @@ def test_passes_that_do_not_fit_together_are_left_alone(other: Convolution):
 @pytest.mark.parametrize("layout", [Layout(2), Layout(4, rows=torch.tensor([3, 2, 1, 0]))], ids=["positions", "routed"])
 def test_several_images_of_a_sample_are_left_alone(layout: Layout):
     one = drawn(4, (2, 2), geometry())
-    use = Convolution("conv", layout, one.inputs, one.geometry)
+    use = Convolution(Operation("conv"), layout, one.inputs, one.geometry)
     use.complete(one.output_gradients)
     assert pair_gram([use]) is None
 
