@@ -26,6 +26,7 @@ from torch.utils.data import (
 from curvature_callbacks.batches import batch_size, detached_copy, take_rows
 from curvature_callbacks.errors import ConfigurationError, ProbeError
 from curvature_callbacks.isolation.snapshot import undisturbed
+from curvature_callbacks.library_internals.frameworks import sampler_behind
 from curvature_callbacks.processes.group import current_world
 
 Draw = Literal["fresh", "fixed"]
@@ -252,7 +253,7 @@ def _innermost(sampler: Any, dataset: Any) -> Any:
         within = getattr(sampler, "batch_sampler", getattr(sampler, "sampler", None))
     elif isinstance(sampler, DistributedSampler):
         sharded = getattr(sampler, "dataset", dataset)
-        within = SequentialSampler(dataset) if sharded is dataset else getattr(sharded, "_sampler", range(len(sharded)))
+        within = SequentialSampler(dataset) if sharded is dataset else sampler_behind(sharded)
     return sampler if within is None else _innermost(within, dataset)
 
 

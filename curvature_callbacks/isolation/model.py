@@ -3,12 +3,11 @@
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Final
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -16,7 +15,13 @@ from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.isolation.precision import full_precision
 from curvature_callbacks.isolation.replicas import attributes_set_aside
 from curvature_callbacks.isolation.snapshot import put_back
-from curvature_callbacks.library_internals import is_fully_sharded, reshard
+from curvature_callbacks.library_internals.frameworks import (
+    experts_implementation,
+    original_forward,
+    set_experts_implementation,
+)
+from curvature_callbacks.library_internals.fsdp import is_fully_sharded, is_sharding_hook, reshard
+from curvature_callbacks.library_internals.modules import buffers_of, forward_hooks_of, plain_checkpoints
 
 _DETERMINISTIC_CUBLAS: Final = (":4096:8", ":16:8")  # the two settings PyTorch accepts
 
@@ -51,7 +56,7 @@ def isolated(model: nn.Module, *, seed: int) -> Iterator[None]:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # fused kernels have no second derivative
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # a compiled graph cannot be differentiated twice
         stack.enter_context(torch.autocast(device.type, enabled=False))
-        stack.enter_context(_no_checkpointing())
+        stack.enter_context(plain_checkpoints())
         stack.enter_context(_eager_experts(modules))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -129,8 +134,9 @@ def _training_flags(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def _buffers(modules: Sequence[nn.Module]) -> Iterator[None]:
-    saved = [(dict(module._buffers), _copies(module._buffers)) for module in modules]
-    with put_back([module._buffers for module in modules]):
+    registries = [buffers_of(module) for module in modules]
+    saved = [(dict(buffers), _copies(buffers)) for buffers in registries]
+    with put_back(registries):
         try:
             yield
         finally:
@@ -161,85 +167,38 @@ def _same(buffer: Tensor, content: Tensor) -> bool:
 @contextmanager
 def _unpatched_forward(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Without the autocast that accelerate writes over `forward`, on any module that carries its mark."""
-    patched = [
-        (module, module.__dict__["forward"], module.__dict__["_original_forward"])
-        for module in modules
-        if "forward" in module.__dict__ and "_original_forward" in module.__dict__
-    ]
+    patched = [(vars(module), original) for module in modules if (original := original_forward(module)) is not None]
+    saved = [attributes["forward"] for attributes, _ in patched]
     try:
-        for module, _, original in patched:
-            module.__dict__["forward"] = original
+        for attributes, original in patched:
+            attributes["forward"] = original
         yield
     finally:
-        for module, forward, _ in patched:
-            module.__dict__["forward"] = forward
+        for (attributes, _), forward in zip(patched, saved, strict=True):
+            attributes["forward"] = forward
 
 
 @contextmanager
 def _no_sharding_hooks(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """FSDP2 without its gathering: a probe passes whole parameters of its own, in full precision, and shards stay shards."""
+    """FSDP2 without its gathering: a probe passes gathered parameters of its own, in full precision, and shards stay shards."""
     reshard(modules)
-    hooked: list[Any] = [
-        hooks for module in modules if is_fully_sharded(module) for hooks in (module._forward_pre_hooks, module._forward_hooks)
-    ]
+    hooked: list[Any] = [hooks for module in modules if is_fully_sharded(module) for hooks in forward_hooks_of(module)]
     with put_back(hooked):
         for hooks in hooked:
-            for key in [key for key, hook in hooks.items() if _is_sharding_hook(hook)]:
+            for key in [key for key, hook in hooks.items() if is_sharding_hook(hook)]:
                 del hooks[key]
         yield
-
-
-def _is_sharding_hook(hook: Any) -> bool:
-    """By where it is written: for a group of modules it is no method of FSDP's state but a function."""
-    function = getattr(hook, "__func__", hook)
-    return str(getattr(function, "__module__", "")).startswith("torch.distributed.fsdp")
-
-
-@contextmanager
-def _no_checkpointing() -> Iterator[None]:
-    """Checkpointed functions as plain calls: recomputation happens outside what a probe sets up, and the reentrant kind knows
-    no `autograd.grad`. By the two names that `torch.utils.checkpoint.checkpoint` looks up, so that imported copies follow."""
-    module: Any = torch.utils.checkpoint
-    names = ("CheckpointFunction", "_checkpoint_without_reentrant_generator")
-    saved = {name: getattr(module, name) for name in names if hasattr(module, name)}
-    try:
-        if len(saved) == len(names):
-            module.CheckpointFunction = _PlainCall
-            module._checkpoint_without_reentrant_generator = _nothing_around
-        yield
-    finally:
-        for name, original in saved.items():
-            setattr(module, name, original)
 
 
 @contextmanager
 def _eager_experts(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Hugging Face's mixtures of experts one expert at a time: grouped products keep no sample apart and know no float64."""
-    configs: dict[int, Any] = {id(config): config for module in modules if (config := _expert_config(module)) is not None}
-    saved = [(config, config._experts_implementation) for config in configs.values()]
+    configs: dict[int, Any] = {id(module.config): module.config for module in modules if hasattr(module, "config")}
+    saved = [(config, name) for config in configs.values() if (name := experts_implementation(config)) not in (None, "eager")]
     try:
         for config, _ in saved:
-            config._experts_implementation = "eager"
+            set_experts_implementation(config, "eager")
         yield
     finally:
-        for config, implementation in saved:
-            config._experts_implementation = implementation
-
-
-def _expert_config(module: nn.Module) -> Any:
-    """The configuration of a module that says how its experts are run, where it says so."""
-    config = getattr(module, "config", None)
-    return None if getattr(config, "_experts_implementation", None) in (None, "eager") else config
-
-
-class _PlainCall:
-    """In place of the reentrant checkpoint."""
-
-    @staticmethod
-    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
-        return function(*args)
-
-
-def _nothing_around(*args: Any, **kwargs: Any) -> Iterator[None]:
-    """In place of what the other kind does before and after the call."""
-    yield
+        for config, name in saved:
+            set_experts_implementation(config, name)

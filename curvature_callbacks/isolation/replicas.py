@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from curvature_callbacks.isolation.objects import CONTAINERS, attributes, is_array, is_generator, slots
 from curvature_callbacks.isolation.snapshot import put_back
+from curvature_callbacks.library_internals.modules import internal_attributes, registries_of
 
 _LARGEST_TENSOR: Final = 1 << 22  # elements; larger tensors and arrays hold data, not running values
 _LONGEST_CONTAINER: Final = 1 << 16  # entries; of longer ones the entries are shared
 _DEPTH: Final = 3  # of plain objects within each other
 _LIBRARIES: Final = frozenset({"builtins", "torch", "lightning", "pytorch_lightning", "transformers", "accelerate", "peft"})
-_REGISTRIES: Final = [name for name, value in vars(nn.Module()).items() if isinstance(value, dict) and name != "_buffers"]
-_INTERNAL: Final = frozenset(nn.Module().__dict__)  # what torch keeps in a module: parameters, hooks, the training flag
 
 
 def replica(value: Any, memo: dict[int, Any]) -> Any:
@@ -45,16 +44,17 @@ def attributes_set_aside(modules: Sequence[nn.Module]) -> Iterator[None]:
     attributes, and would do it again. Modules kept in plain lists and dicts, which torch does not register, are set aside too.
     """
     memo: dict[int, Any] = {}
+    internal = internal_attributes()
     owners = list(dict.fromkeys([*modules, *_modules_in_containers(modules)]))
-    saved = [(owner, {name: value for name, value in owner.__dict__.items() if name not in _INTERNAL}) for owner in owners]
-    with put_back([vars(owner)[name] for owner in owners for name in _REGISTRIES]):
+    saved = [(owner, {name: value for name, value in owner.__dict__.items() if name not in internal}) for owner in owners]
+    with put_back([registry for owner in owners for registry in registries_of(owner)]):
         try:
             for owner, before in saved:
                 owner.__dict__.update({name: replica(value, memo) for name, value in before.items()})
             yield
         finally:
             for owner, before in saved:
-                for name in [name for name in owner.__dict__ if name not in _INTERNAL and name not in before]:
+                for name in [name for name in owner.__dict__ if name not in internal and name not in before]:
                     del owner.__dict__[name]
                 owner.__dict__.update(before)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from curvature_callbacks.isolation.objects import CONTAINERS, attributes, is_array, is_generator, reachable
+from curvature_callbacks.library_internals.tensors import version_of
 
 _MOST_ENTRIES: Final = 1 << 20  # copied of containers; 8 MB of pointers
 _MOST_ELEMENTS: Final = 1 << 20  # copied of tensors and arrays; counts and running values are small, data are not
@@ -66,7 +67,7 @@ def undisturbed(*owners: Any) -> AbstractContextManager[None]:
 
 def _restore_of(value: Any) -> Callable[[], None]:
     if isinstance(value, Tensor):
-        return partial(_rewrite_tensor, value, value.clone(), value._version)
+        return partial(_rewrite_tensor, value, value.clone(), version_of(value))
     if is_array(type(value)):
         return partial(_rewrite_array, value, value.copy())
     if isinstance(value, list | dict | set | deque):
@@ -98,7 +99,8 @@ def _rewrite_tensor(value: Tensor, saved: Tensor, version: int) -> None:
     """Written to only where it changed; one whose shape was changed in place is left alone."""
     if value.shape != saved.shape:
         return
-    if value._version != version or (value.is_cpu and not torch.equal(_bits(value), _bits(saved))):  # through a view of NumPy
+    is_changed = version_of(value) != version or (value.is_cpu and not torch.equal(_bits(value), _bits(saved)))
+    if is_changed:  # the bits tell what was written through a view of NumPy, which counts no version
         with torch.no_grad():
             value.copy_(saved)
 

@@ -1,37 +1,35 @@
 """Writes: what a loss changes in place, kept before it happens and put back."""
 
-from collections.abc import Iterator
-from typing import Any, Final, final
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Final, Self, final
 
 import torch
 from torch import Tensor, UntypedStorage, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from curvature_callbacks.library_internals.tensors import dispatch_mode, storage_address, written_arguments
 
 _PLAIN: Final = (Tensor, nn.Parameter, nn.Buffer)
 
 
 @final
-class WriteWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class WriteWatch:
     """Inside, whatever was there before and is written in place, through any view and `.data`, is copied first.
 
     Cost: some microseconds an operation, and a copy of each storage that is written.
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._made: set[int] = set()  # storages that began inside
-        self._kept: dict[int, tuple[UntypedStorage, UntypedStorage]] = {}
+        self._made: set[int] = set()  # addresses of storages that began inside
+        self._kept: dict[int, tuple[UntypedStorage, UntypedStorage]] = {}  # address to a storage, and a copy of it
+        self._mode = dispatch_mode(self._watched)
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Keep what the operation is about to write, then run it."""
-        kwargs = kwargs or {}
-        if function._schema.is_mutable:
-            for tensor in _written(function, args, kwargs):
-                self._keep(tensor)
-        result = function(*args, **kwargs)
-        given = {_address(tensor) for tensor in _tensors((args, kwargs))}
-        self._made |= {_address(tensor) for tensor in _tensors(result)} - given
-        return result
+    def __enter__(self) -> Self:
+        self._mode.__enter__()
+        return self
+
+    def __exit__(self, cls: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._mode.__exit__(cls, error, traceback)
 
     def changed(self, tensor: Tensor) -> bool:
         """Whether what `tensor` was before has been written, and to another content."""
@@ -46,17 +44,19 @@ class WriteWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if storage.nbytes() == before.nbytes() and not _equal(storage, before):
                 storage.copy_(before)
 
+    def _watched(self, operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        for tensor in _tensors(list(written_arguments(operation, args, kwargs))):
+            self._keep(tensor)
+        result = operation(*args, **kwargs)
+        given = {_address(tensor) for tensor in _tensors((args, kwargs))}
+        self._made |= {_address(tensor) for tensor in _tensors(result)} - given
+        return result
+
     def _keep(self, tensor: Tensor) -> None:
         address = _address(tensor)
         if address and address not in self._made and address not in self._kept:
             storage = tensor.untyped_storage()
             self._kept[address] = storage, storage.clone()  # type: ignore[no-untyped-call]
-
-
-def _written(function: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
-    for place, argument in enumerate(function._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            yield from _tensors(args[place] if place < len(args) else kwargs.get(argument.name))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -70,9 +70,10 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _address(tensor: Tensor) -> int:
-    """Of its storage object, which keeps it when resized; 0 where there is none (sparse, meta)."""
-    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided and tensor.device.type != "meta" else 0
+    """Of its storage; 0 where there is none (sparse, meta)."""
+    has_storage = tensor.layout is torch.strided and tensor.device.type != "meta"
+    return storage_address(tensor.untyped_storage()) if has_storage else 0
 
 
-def _equal(one: UntypedStorage, other: UntypedStorage) -> bool:
-    return torch.equal(*(torch.empty(0, dtype=torch.uint8, device=each.device).set_(each) for each in (one, other)))
+def _equal(first: UntypedStorage, second: UntypedStorage) -> bool:
+    return torch.equal(*(torch.empty(0, dtype=torch.uint8, device=each.device).set_(each) for each in (first, second)))

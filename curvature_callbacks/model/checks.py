@@ -8,6 +8,7 @@ from typing import Any, Final
 from torch import nn
 
 from curvature_callbacks.errors import ConfigurationError, RefusedError
+from curvature_callbacks.library_internals.frameworks import attention_implementation
 
 _TWICE_DIFFERENTIABLE: Final = ("eager", "sdpa")
 # How autograd says it: of its own operations, and of custom ones that are `once_differentiable`.
@@ -32,8 +33,8 @@ def second_order_obstacle(model: nn.Module) -> str | None:
     """
     for path, module in model.named_modules():
         config: Any = getattr(module, "config", None)
-        implementation = getattr(config, "_attn_implementation", None)
-        if isinstance(implementation, str) and implementation not in _TWICE_DIFFERENTIABLE:
+        implementation = attention_implementation(config)
+        if implementation is not None and implementation not in _TWICE_DIFFERENTIABLE:
             return (
                 f"`{path or type(module).__name__}` uses attention implementation {implementation!r}, which has no second "
                 f"derivative: load the model with `attn_implementation` {' or '.join(map(repr, _TWICE_DIFFERENTIABLE))}."

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Literal, final
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
+from curvature_callbacks.library_internals.modules import is_convolution
 from curvature_callbacks.model.layers import Layers, ancestors, owner_path
 
 Component = Literal["attention", "mixer", "mlp", "conv", "norm", "embedding", "head", "other"]
@@ -91,7 +91,7 @@ class _Judge:
             return evident
         if self._is_embedding(name, levels):
             return "embedding"
-        if isinstance(self._owner(name), _ConvNd):
+        if is_convolution(self._owner(name)):
             return "conv"
         if self._is_matrix(name):
             return "head" if owner_path(name) == self._last else "mlp"

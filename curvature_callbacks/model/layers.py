@@ -7,7 +7,9 @@ from typing import final
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-_WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})  # torch.compile, activation checkpointing
+from curvature_callbacks.library_internals.frameworks import declared_layers
+from curvature_callbacks.library_internals.modules import WRAPPERS
+
 _PARAMETRIZED = ".parametrizations."
 
 
@@ -41,7 +43,7 @@ class Layers:
         for prefix, around in self.base_prefixes:
             if short.startswith(prefix):
                 short = around + short[len(prefix) :]
-        return ".".join(segment for segment in short.split(".") if segment not in _WRAPPERS)
+        return ".".join(segment for segment in short.split(".") if segment not in WRAPPERS)
 
 
 def find_layers(model: nn.Module) -> Layers:
@@ -88,7 +90,7 @@ def _repeated(model: nn.Module, names: Iterable[str]) -> set[str]:
 def _declared_layer_classes(model: nn.Module) -> set[str]:
     """Names of the classes a Hugging Face model declares as its layers."""
     classes = {type(module) for module in model.modules()}
-    return {name for cls in classes for name in getattr(cls, "_no_split_modules", None) or ()}
+    return {name for cls in classes for name in declared_layers(cls)}
 
 
 def _is_list_of_layers(module: nn.Module, held: list[str], declared: set[str]) -> bool:
@@ -122,7 +124,7 @@ def _root(model: nn.Module, names: list[str]) -> str:
 
 def _unwrapped(module: nn.Module) -> nn.Module:
     """`module` without the wrappers of compilation and checkpointing around it."""
-    inner = next((child for name, child in module.named_children() if name in _WRAPPERS), None)
+    inner = next((child for name, child in module.named_children() if name in WRAPPERS), None)
     return module if inner is None else _unwrapped(inner)
 
 

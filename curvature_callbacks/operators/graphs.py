@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar, final
 
 import torch
@@ -11,6 +11,7 @@ from torch.autograd.graph import Node
 
 from curvature_callbacks.device import device_budget
 from curvature_callbacks.errors import ProbeError
+from curvature_callbacks.library_internals.tensors import saved_tensors, sparse_parts
 from curvature_callbacks.model.loss.sample_losses import SampleLosses
 from curvature_callbacks.model.objective import Objective
 from curvature_callbacks.operators.fused.forward import fused
@@ -239,7 +240,8 @@ def held_bytes(graph: ProductGraph, known: Iterable[Tensor] = ()) -> int:
     Cost: no arithmetic; 3 ms for a GPT-2 of four layers.
     """
     sizes: dict[int, int] = {}
-    for tensor in _dense((*graph.tensors(), *_saved_tensors(graph.nodes()))):
+    kept = [tensor for node in graph_nodes(graph.nodes()) for tensor in saved_tensors(node)]
+    for tensor in _dense([*graph.tensors(), *kept]):
         storage = tensor.untyped_storage()
         sizes[storage.data_ptr()] = storage.nbytes()
     for tensor in _dense(known):
@@ -251,7 +253,7 @@ def _dense(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
     """Those with a storage: of sparse ones the parts, of other layouts nothing."""
     for tensor in tensors:
         if tensor.layout is torch.sparse_coo:
-            yield from (tensor._indices(), tensor._values())
+            yield from sparse_parts(tensor)
         elif tensor.layout is torch.strided:
             yield tensor
 
@@ -267,16 +269,3 @@ def graph_nodes(starts: Iterable[Node]) -> Iterator[Node]:
         seen.add(node)
         yield node
         waiting += [following for following, _ in node.next_functions if following is not None]
-
-
-def _saved_tensors(starts: Iterable[Node]) -> Iterator[Tensor]:
-    for node in graph_nodes(starts):
-        for name in _saved_names(type(node)):
-            found: Any = getattr(node, name)
-            yield from (one for one in (found if isinstance(found, tuple) else (found,)) if isinstance(one, Tensor))
-
-
-@cache
-def _saved_names(kind: type) -> tuple[str, ...]:
-    """Attributes of a node under which its saved tensors are found."""
-    return tuple(name for name in dir(kind) if name.startswith("_saved_") or name == "saved_tensors")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
+from curvature_callbacks.library_internals.tensors import custom_module
 from curvature_callbacks.model.objective import Objective
 from curvature_callbacks.operators.difference import FiniteDifferenceHessianOperator
 from curvature_callbacks.operators.graphs import MicrobatchOperator, checked_scale, graph_nodes
@@ -118,14 +119,5 @@ class _GradientGraph:
 
 def _custom_functions(starts: Iterable[Node]) -> set[str]:
     """Names of the operations in a graph whose derivative was written outside PyTorch and outside this package."""
-    return {
-        node.name()
-        for node in graph_nodes(starts)
-        if isinstance(node, torch.autograd.function.BackwardCFunction) or node.name().startswith("torch::autograd::CppNode")
-        if not _is_own(node)
-    }
-
-
-def _is_own(node: Node) -> bool:
-    function = getattr(type(node), "_forward_cls", None)
-    return str(getattr(function, "__module__", "")).startswith(f"{_PACKAGE}.")
+    named = ((node.name(), custom_module(node)) for node in graph_nodes(starts))
+    return {name for name, module in named if module is not None and not module.startswith(f"{_PACKAGE}.")}

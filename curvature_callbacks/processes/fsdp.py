@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from curvature_callbacks.errors import ConfigurationError
-from curvature_callbacks.library_internals import sharded_parameters
+from curvature_callbacks.library_internals.fsdp import sharded_parameters
+from curvature_callbacks.library_internals.modules import buffers_of
 from curvature_callbacks.processes.world import World
 
 
@@ -64,8 +65,9 @@ def _fill(model: nn.Module, buffer: Tensor, content: Tensor) -> None:
         buffer.copy_(content)
         return
     for module in model.modules():
-        for name in [name for name, value in module._buffers.items() if value is buffer]:
-            module._buffers[name] = content
+        buffers = buffers_of(module)
+        for name in [name for name, value in buffers.items() if value is buffer]:
+            buffers[name] = content
 
 
 def _obstacle(model: nn.Module) -> str | None:

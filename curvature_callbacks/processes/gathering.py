@@ -15,12 +15,13 @@ from typing import Any, Final, Protocol, TypeVar, final
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from curvature_callbacks.batches import batch_size, take_rows
 from curvature_callbacks.device import device_budget
 from curvature_callbacks.errors import ConfigurationError
-from curvature_callbacks.library_internals import is_fully_sharded, sharded_parameters
+from curvature_callbacks.library_internals.fsdp import is_fully_sharded, sharded_parameters
+from curvature_callbacks.library_internals.modules import parameters_of
+from curvature_callbacks.library_internals.tensors import WeakStorage, without_torch_function
 from curvature_callbacks.processes.fsdp import is_split_evenly
 from curvature_callbacks.processes.world import World
 
@@ -92,7 +93,7 @@ class OnUse:
             ]
             if members:
                 self._groups.append((module, members))
-        self._gathered: dict[int, tuple[Any, _Member, Tensor]] = {}  # address of a storage to what it holds
+        self._gathered: dict[int, tuple[WeakStorage, _Member, Tensor]] = {}  # address of a storage to what it holds
         self.saved_bytes = 0
 
     @property
@@ -117,7 +118,7 @@ class OnUse:
             for module, members in self._groups:
                 stack.enter_context(self._gathering(module, members, shards, watch))
             yield
-        self._gathered = {key: found for key, found in self._gathered.items() if not found[0].expired()}
+        self._gathered = {key: found for key, found in self._gathered.items() if not found[0].is_freed()}
 
     @contextmanager
     def saving(self) -> Iterator[None]:
@@ -136,21 +137,21 @@ class OnUse:
         self, module: nn.Module, members: list[_Member], shards: Mapping[str, Tensor], watch: Watch | None
     ) -> Iterator[None]:
         there: list[Tensor] = []
-        before = [(place, attribute, place._parameters[attribute]) for one in members for place, attribute in one.places]
+        before = [(place, attribute, parameters_of(place)[attribute]) for one in members for place, attribute in one.places]
 
         def gather(*_: Any) -> None:
             for member in members:
-                with torch._C.DisableTorchFunction():  # what is put together here is not what the model computes
+                with without_torch_function():  # what is put together here is not what the model computes
                     whole = self._whole(member, shards[member.name])
                 there.append(whole)
                 if watch is not None:
                     watch.adopt(member.name, whole)
                 for place, attribute in member.places:
-                    place._parameters[attribute] = whole  # type: ignore[assignment]
+                    parameters_of(place)[attribute] = whole  # type: ignore[assignment]
 
         def let_go(*_: Any) -> None:
             for place, attribute, parameter in before:
-                place._parameters[attribute] = parameter
+                parameters_of(place)[attribute] = parameter
             while there:
                 whole = there.pop()
                 if watch is not None:
@@ -174,14 +175,14 @@ class OnUse:
     def _noted(self, whole: Tensor, member: _Member, shard: Tensor) -> Tensor:
         storage = whole.untyped_storage()
         if len(self._gathered) >= _MOST_NOTED:
-            self._gathered = {key: found for key, found in self._gathered.items() if not found[0].expired()}
-        self._gathered[storage.data_ptr()] = _weak(storage), member, shard.detach()
+            self._gathered = {key: found for key, found in self._gathered.items() if not found[0].is_freed()}
+        self._gathered[storage.data_ptr()] = WeakStorage(storage), member, shard.detach()
         return whole
 
     def _packed(self, tensor: Tensor) -> Any:
         storage = tensor.untyped_storage()
         found = self._gathered.get(storage.data_ptr())
-        if found is None or not _is(found[0], storage):
+        if found is None or not found[0].refers_to(storage):
             self.saved_bytes += storage.nbytes()
             return tensor
         _, member, shard = found
@@ -193,15 +194,6 @@ class OnUse:
         member, shard, shape, stride, offset = packed
         whole = self._noted(member.gathered(shard), member, shard)
         return whole.as_strided(shape, stride, offset)
-
-
-def _weak(storage: Any) -> Any:
-    return StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-
-
-def _is(weak: Any, storage: Any) -> bool:
-    """Whether the storage referred to is alive and this one: addresses are used again."""
-    return not weak.expired() and weak.cdata == storage._cdata
 
 
 def on_use_parameters(model: nn.Module, world: World, device: torch.device) -> OnUse | None:

@@ -21,7 +21,7 @@ from curvature_callbacks.errors import (
 )
 from curvature_callbacks.isolation.model import isolated
 from curvature_callbacks.isolation.writes import WriteWatch
-from curvature_callbacks.library_internals import reshard
+from curvature_callbacks.library_internals.fsdp import reshard
 from curvature_callbacks.measurements import Checked, Measurement, OfFisher, OfKronecker
 from curvature_callbacks.model.blocks import BlockStructure, check_block_structure, group_blocks
 from curvature_callbacks.model.loss.resolve import Loss, is_function

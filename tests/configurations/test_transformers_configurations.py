@@ -58,7 +58,7 @@ def test_training_is_bit_identical_whatever_is_measured(name: str, tmp_path: Pat
         ("batch norm", isolation, "_training_flags"),
         ("plain", isolation, "sdpa_kernel"),
         ("bf16", isolation, "_unpatched_forward"),
-        ("model's own checkpointing, reentrant", isolation, "_no_checkpointing"),
+        ("model's own checkpointing, reentrant", isolation, "plain_checkpoints"),
         ("own generator", probes, "undisturbed"),
     ],
 )

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from curvature_callbacks.gram.capture.derived import Derived, DerivedTensors, Pl
 from curvature_callbacks.gram.capture.pullback import Pullback
 from curvature_callbacks.gram.uses.operation import Operation
 from curvature_callbacks.gram.uses.uses import Tap
+from curvature_callbacks.library_internals.tensors import base_of
 
 Completed = Callable[[str, list[Placed]], None]
 
@@ -103,11 +104,11 @@ class Taps:
     def _hooked(self, output: Tensor, wanted: list[tuple[Derived, Tap]]) -> Tensor:
         # On the tensor and now: a later in-place activation must not change what the gradient refers to. Such a one replaces
         # the history of a view (what `F.linear` gives for three axes), not that of its base.
-        base: Any = output._base if output._is_view() else output
+        base = base_of(output)
         if base.numel() != output.numel() or not (base.is_contiguous() and output.is_contiguous()):
             base = output = output.clone()
         shape = output.shape
-        base.register_hook(lambda gradient: self._arrive(wanted, gradient.reshape(shape)))
+        base.register_hook(lambda gradient: self._arrive(wanted, gradient.reshape(shape)))  # type: ignore[no-untyped-call]
         return output
 
     def _arrive(self, wanted: list[tuple[Derived, Tap]], gradient: Tensor) -> None:

@@ -14,6 +14,7 @@ from curvature_callbacks.gram.uses.elementwise import BIAS, Elementwise
 from curvature_callbacks.gram.uses.operation import Operation
 from curvature_callbacks.gram.uses.sample_axis import Layout, LayoutOf
 from curvature_callbacks.gram.uses.uses import Tap, Use
+from curvature_callbacks.library_internals.tensors import convolution_backward
 
 # On a CPU thread samples as groups cost 1.0 to 2.0 times the gradient of the batch within these bounds; beyond them 16 times
 # at 128 channels (4 x 4, N = 64) and 7 times at 3, where patches cost 7 and 5 times.
@@ -156,7 +157,7 @@ class Convolution(Use):
         shape = (outputs.shape[1], inputs.shape[1] // (samples * groups), *g.kernel)
         weight = inputs.new_empty(()).expand(shape)
         mask = (False, True, False)
-        _, found, _ = torch.ops.aten.convolution_backward(
+        _, found, _ = convolution_backward(
             outputs, inputs, weight, None, g.stride, g.padding, g.dilation, False, [0] * len(g.kernel), samples * groups, mask
         )
         gradients: Tensor = found.reshape(samples, -1, *shape[1:])

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from curvature_callbacks.library_internals.tensors import functorch_is_active
+
 _CHUNK: Final = 1 << 19  # logits at a time on a CPU: they stay in its cache
 
 
@@ -51,7 +53,7 @@ def _is_standard(input: Tensor, target: Tensor) -> bool:
         and len(input) == len(target) > 0
         and input.dtype in (torch.float32, torch.float64)
         and target.dtype == torch.int64
-        and not torch._C._are_functorch_transforms_active()
+        and not functorch_is_active()
     )
 
 

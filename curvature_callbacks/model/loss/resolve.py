@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from curvature_callbacks.batches import batch_size
 from curvature_callbacks.errors import ConfigurationError, check_choice
+from curvature_callbacks.library_internals.modules import is_criterion
 from curvature_callbacks.model.loss.own import OwnLoss
 from curvature_callbacks.model.loss.sample_losses import (
     IGNORED,
@@ -52,7 +53,7 @@ _FORMS: Final[Mapping[TargetLossName, Callable[[Tensor, Tensor], SampleLosses]]]
 
 def is_function(loss: Loss) -> TypeGuard[LossCallable]:
     """Whether it is a function of the user's, and no criterion of torch (which all derive from one class)."""
-    return callable(loss) and not isinstance(loss, nn.modules.loss._Loss)
+    return callable(loss) and not is_criterion(loss)
 
 
 def resolve_loss(loss: Loss, batch: Any) -> LossFunction:
@@ -69,7 +70,7 @@ def resolve_loss(loss: Loss, batch: Any) -> LossFunction:
     Raises:
         ConfigurationError: the loss cannot be determined from these; for None at the first call, when the model gives none.
     """
-    if isinstance(loss, nn.modules.loss._Loss):
+    if is_criterion(loss):
         return _criterion_loss(loss, batch)
     if callable(loss):
         return _CallableLoss(loss)

@@ -10,6 +10,9 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from curvature_callbacks.library_internals.frameworks import is_activation
+from curvature_callbacks.library_internals.modules import has_global_forward_hooks
+from curvature_callbacks.library_internals.tensors import functorch_is_active, without_torch_function
 from curvature_callbacks.model.loss.cross_entropy_kernel import fused_cross_entropy
 from curvature_callbacks.operators.fused.linear import linear
 from curvature_callbacks.operators.fused.norm import layer_norm
@@ -19,7 +22,6 @@ from curvature_callbacks.operators.fused.pointwise import pointwise
 R = TypeVar("R")
 
 _POINTWISE: Final = (F.gelu, F.silu, F.mish)  # whose own second derivatives are composed of many kernels
-_ACTIVATIONS: Final = "transformers.activations"  # modules of one pointwise function, most of them composed
 
 
 def fused(forward: Callable[[], R], modules: Sequence[nn.Module], *, curved: bool) -> R:
@@ -117,7 +119,7 @@ def _fits(input: Tensor, *others: Tensor | None) -> bool:
         and not torch.is_autocast_enabled(input.device.type)
         and torch.is_grad_enabled()
         and any(tensor.requires_grad for tensor in tensors)
-        and not torch._C._are_functorch_transforms_active()
+        and not functorch_is_active()
         and all(_is_primal(tensor) for tensor in tensors)
     )
 
@@ -133,12 +135,12 @@ def _activations(modules: Sequence[nn.Module], order: Order) -> Iterator[None]:
     def replace(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
         if len(inputs) != 1 or not isinstance(inputs[0], Tensor) or not _fits(inputs[0]):
             return output
-        with torch._C.DisableTorchFunction():
+        with without_torch_function():
             return pointwise(order, inputs[0], module.forward)
 
     with ExitStack() as stack:
-        for module in modules if not torch.nn.modules.module._global_forward_hooks else ():  # these come first
-            if type(module).__module__ == _ACTIVATIONS and next(module.parameters(), None) is None:
+        for module in modules if not has_global_forward_hooks() else ():  # these come first
+            if is_activation(module):
                 handle = module.register_forward_hook(replace, prepend=True)
                 stack.callback(handle.remove)
         yield

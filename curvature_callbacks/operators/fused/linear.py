@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from curvature_callbacks.library_internals.tensors import unsafe_view
 from curvature_callbacks.operators.fused.order import Gradients, Order, no_further
 
 
@@ -24,7 +25,7 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(input if by_weight else None, weight if by_input else None)
         rows = F.linear(_rows(input), weight, bias)
         shape = [*input.shape[:-1], len(weight)]
-        result: Tensor = torch.ops.aten._unsafe_view(rows, shape)  # a view could not be changed in place
+        result: Tensor = unsafe_view(rows, shape)  # a view could not be changed in place
         return result
 
     @staticmethod

@@ -7,6 +7,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from curvature_callbacks.library_internals.tensors import layer_norm_backward
 from curvature_callbacks.operators.fused.order import Gradients, Order, no_further
 
 
@@ -103,7 +104,7 @@ class _Norm:
         self, g: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, scale: Tensor, needs: list[bool]
     ) -> Gradients:
         """Gradients by input, weight and bias."""
-        found = torch.ops.aten.native_layer_norm_backward(g, input, self.shape, mean, scale, weight, weight, needs)
+        found = layer_norm_backward(g, input, self.shape, mean, scale, weight, weight, needs)
         return tuple(one if need else None for one, need in zip(found, needs, strict=True))
 
     def projected(self, v: Tensor, input: Tensor, mean: Tensor, scale: Tensor) -> Tensor:

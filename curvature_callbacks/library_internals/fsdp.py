@@ -1,4 +1,4 @@
-"""Sharding: how a model lies over processes, as a whole on each (DDP) or in parts (FSDP2), and what cannot be measured."""
+"""Private names about FSDP2 (`fully_shard`): which parameters it has sharded, and the hooks by which it gathers them."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -8,8 +8,13 @@ from torch import nn
 from curvature_callbacks.errors import ConfigurationError
 
 
+def is_fully_sharded(module: nn.Module) -> bool:
+    """Whether `fully_shard` was applied to it."""
+    return hasattr(module, "_get_fsdp_state")
+
+
 def reshard(modules: Iterable[nn.Module]) -> None:
-    """Free whole parameters that FSDP2 holds: those of the root stay after a forward pass without gradients (validation).
+    """Free gathered parameters that FSDP2 holds: those of the root stay after a forward pass without gradients (validation).
 
     Nothing is lost: the next forward pass gathers them again.
     """
@@ -19,7 +24,11 @@ def reshard(modules: Iterable[nn.Module]) -> None:
 
 
 def sharded_parameters(module: nn.Module) -> list[tuple[nn.Parameter, list[tuple[nn.Module, str]]]]:
-    """Parameters that FSDP2 alone has sharded and gathers for `module`, each with the modules that know it and by what name."""
+    """Parameters that FSDP2 alone has sharded and gathers for `module`, each with the modules that know it and by what name.
+
+    Raises:
+        ConfigurationError: they are offloaded to the host.
+    """
     if not is_fully_sharded(module):
         return []
     state: Any = module._get_fsdp_state()  # type: ignore[operator]
@@ -29,14 +38,16 @@ def sharded_parameters(module: nn.Module) -> list[tuple[nn.Parameter, list[tuple
         raise ConfigurationError(
             "parameters of FSDP2 are offloaded to the host: that is not supported, leave out `CPUOffloadPolicy`."
         )
-    return [(member.sharded_param, _places(member._module_info)) for member in members]
+    return [(member.sharded_param, _owners(member._module_info)) for member in members]
 
 
-def _places(info: Any) -> list[tuple[nn.Module, str]]:
+def _owners(info: Any) -> list[tuple[nn.Module, str]]:
     shared = zip(info.shared_modules, info.shared_param_names, strict=True)
     return [(info.module, info.param_name), *shared]
 
 
-def is_fully_sharded(module: nn.Module) -> bool:
-    """Whether `fully_shard` was applied to it."""
-    return hasattr(module, "_get_fsdp_state")
+def is_sharding_hook(hook: Any) -> bool:
+    """Whether a forward hook is FSDP2's, by where it is written: for a group of modules it is no method of FSDP's state but a
+    function."""
+    function = getattr(hook, "__func__", hook)
+    return str(getattr(function, "__module__", "")).startswith("torch.distributed.fsdp")
