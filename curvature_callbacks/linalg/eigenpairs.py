@@ -1,10 +1,12 @@
 """Eigenpairs: Ritz values with their residuals, and what they say about negative curvature."""
 
 from dataclasses import dataclass
-from typing import final
+from typing import Final, final
 
 import torch
 from torch import Tensor
+
+NOISE: Final = 10.0  # noise floor of a residual, of an eigenvalue and of a beta, in units of eps |lambda|_max
 
 
 @final
@@ -118,6 +120,11 @@ class Eigenpairs:
             "ritz_negative_fraction": negative.double().mean().item(),
             "ritz_negative_mass": ritz[negative].abs().sum().item() / total if total > 0 else 0.0,
         }
+
+
+def noise_floor(dtype: torch.dtype, scale: float) -> float:
+    """The size below which residuals and eigenvalues are rounding, where the largest `|lambda|` is `scale`."""
+    return NOISE * torch.finfo(dtype).eps * scale
 
 
 def shortfalls(converged: Tensor, k: int, P: int, tol: float) -> tuple[str, ...]:

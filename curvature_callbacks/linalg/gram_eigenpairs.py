@@ -1,20 +1,17 @@
 """Eigenpairs of `J' J / c` from the Gram `J J'` of its S rows: no Krylov space, no S x P matrix."""
 
 import time
-from typing import Final, Protocol, final
+from typing import Protocol, final
 
 import torch
 from torch import Tensor
 
-from curvature_callbacks.linalg.accumulate import subtract_combination
-from curvature_callbacks.linalg.eigenpairs import Eigenpairs, shortfalls
+from curvature_callbacks.linalg.direct import NullVectors, direct_eigenpairs
+from curvature_callbacks.linalg.eigenpairs import Eigenpairs, noise_floor
 from curvature_callbacks.linalg.inner_products import InnerProducts
 from curvature_callbacks.linalg.lanczos.options import LanczosOptions
-from curvature_callbacks.linalg.lanczos.wanted import Which
+from curvature_callbacks.linalg.lanczos.wanted import Wanted
 from curvature_callbacks.linalg.operator import Operator
-
-_NOISE: Final = 10.0  # noise floor of a residual and of an eigenvalue, in units of eps lambda_max, as in `lanczos`
-_LOOKS: Final = 3  # at a residual, with a projection between two of them
 
 
 class FactoredOperator(Operator, Protocol):
@@ -34,7 +31,9 @@ class FactoredOperator(Operator, Protocol):
         ...
 
 
-def eigenpairs_of_gram(gram: Tensor, operator: FactoredOperator, options: LanczosOptions) -> Eigenpairs:
+def eigenpairs_of_gram(
+    gram: Tensor, operator: FactoredOperator, options: LanczosOptions, *, projections: int = 2
+) -> Eigenpairs:
     """The `k` outer eigenpairs of `A = J' J / c`, with true residuals.
 
     From `J J' w = s w` follow `A u = (s / c) u` with `u = J' w / sqrt(s)`: one backward pass each. Beyond the rank r of J all
@@ -43,13 +42,14 @@ def eigenpairs_of_gram(gram: Tensor, operator: FactoredOperator, options: Lanczo
     hold zeros (ask for `LA` to spend all k on the top). Eigenvalues below `10 eps lambda_max` count as zero.
 
     A pair whose residual misses `tol` has rounding errors along the other eigenvectors; these are known from `J u` and are
-    projected out, at most twice.
+    projected out, at most `projections` times.
 
     Args:
         gram: (S, S) `J J'`, finite.
         operator: A.
         options: at most P of `k` pairs are returned; of the ends `LM` is the largest here; a pair has converged when its
             residual is at most `max(tol theta, 10 eps lambda_max)`; `seed` is that of the start vectors in the null space.
+        projections: most projections of a pair that misses `tol`.
 
     Returns:
         The pairs, eigenvalues descending; `reorth_mode` is `gram` and `asymmetry` the Gram's.
@@ -67,42 +67,22 @@ def eigenpairs_of_gram(gram: Tensor, operator: FactoredOperator, options: Lanczo
         >>> eigenpairs_of_gram(J @ J.T, A, LanczosOptions(k=3)).eigenvalues.tolist()
         [4.5, 0.5, 0.0]
     """
-    start, k, tol = time.perf_counter(), options.k, options.tol
-    search = _Search(gram, operator, tol, options.seed)
-    P = search.dimension
-    chosen = _choose(min(k, P), P, options.which)
-    vectors = torch.empty(len(chosen), operator.shape[0], dtype=operator.dtype, device=operator.device)  # (k, P)
-    residuals = torch.stack([search.find(index, vectors, place) for place, index in enumerate(chosen)])
-    values = torch.stack([search.value(index) for index in chosen])
-    converged = residuals <= (tol * values).clamp_min(search.floor)
-    return Eigenpairs(
-        eigenvalues=values,
-        residuals=residuals.clamp_min(search.floor),
-        converged=converged,
-        eigenvectors=vectors.T if options.return_eigenvectors else None,
-        num_matvecs=search.num_matvecs,
-        which=options.which,
-        reorth_mode="gram",
-        is_psd=True,
-        tol=tol,
-        lambda_abs_max=search.scale,
-        asymmetry=search.asymmetry,
-        seconds=time.perf_counter() - start,
-        warnings=shortfalls(converged, k, P, tol),
-    )
+    start = time.perf_counter()
+    search = _GramSearch(gram, operator, options.seed, projections)
+    return direct_eigenpairs(search, options, solver="gram", start=start)
 
 
 @final
-class _Search:
+class _GramSearch:
     """The spectrum of the Gram and what turns it into vectors. Index i counts the P eigenvalues of A from the largest."""
 
-    def __init__(self, gram: Tensor, operator: FactoredOperator, tol: float, seed: int) -> None:
+    def __init__(self, gram: Tensor, operator: FactoredOperator, seed: int, projections: int) -> None:
         K = gram.to("cpu", torch.float64)
         size = K.abs().max().item()
         self.asymmetry = (K - K.T).abs().max().item() / size if size > 0 else 0.0
         values, vectors = torch.linalg.eigh((K + K.T) / 2)
         top = max(values[-1].item(), 0.0)
-        noise = _NOISE * torch.finfo(operator.dtype).eps * top
+        noise = noise_floor(operator.dtype, top)
         self._products = InnerProducts(operator)
         self.dimension = self._products.dimension(operator.shape[0])
         rank = min(int((values > noise).sum()), self.dimension)
@@ -111,51 +91,50 @@ class _Search:
         self.scale = top / operator.normaliser
         self.floor = noise / operator.normaliser
         self._operator = operator
-        self._tol = tol
-        self._generator = self._products.random(seed)
-        self._null: list[int] = []  # places of the null vectors found so far
+        self._projections = projections
+        self._null = NullVectors(operator, seed)
         self._half_products = 0
 
     @property
     def num_matvecs(self) -> int:
         return -(-self._half_products // 2)
 
-    def value(self, index: int) -> Tensor:
-        """0-d float64."""
-        own: Tensor = self.squares[index : index + 1].sum()  # empty beyond the rank
-        return own / self._operator.normaliser
+    def solve(self, ends: Wanted, tol: float) -> tuple[Tensor, Tensor, Tensor]:
+        chosen = [*range(ends.upper), *range(self.dimension - ends.lower, self.dimension)]
+        num_images = sum(index < len(self.squares) for index in chosen)  # null vectors come last
+        P = self._operator.shape[0]
+        vectors = torch.empty(len(chosen), P, dtype=self._operator.dtype, device=self._operator.device)  # (k, P)
+        values, residuals = [], []
+        for i, index in enumerate(chosen):
+            values.append(self._value(index))
+            vectors[i], residual = self._pair(index, values[-1], vectors[num_images:i], tol)
+            residuals.append(residual)
+        return torch.stack(values), vectors, torch.stack(residuals)
 
-    def find(self, index: int, vectors: Tensor, place: int) -> Tensor:
-        """Put eigenvector `index` into `vectors[place]`; its residual, 0-d."""
-        value = self.value(index)
-        target = max(self._tol * value.item(), self.floor)
-        null = index >= len(self.squares)
+    def _value(self, index: int) -> Tensor:
+        """Eigenvalue `index`, 0-d float64."""
+        square: Tensor = self.squares[index : index + 1].sum()  # empty beyond the rank
+        return square / self._operator.normaliser
+
+    def _pair(self, index: int, value: Tensor, before: Tensor, tol: float) -> tuple[Tensor, Tensor]:
+        """Eigenvector `index` (P,) of this `value`, orthogonal to the null vectors `before` (n, P), and its residual, 0-d."""
+        target = max(tol * value.item(), self.floor)
         u = self._start(index)
-        for looks_left in reversed(range(_LOOKS)):
-            self._normalise(u, vectors, null=null)
+        for projections_left in reversed(range(self._projections + 1)):
+            self._null.normalise(u, before, passes=2)
             image = self._jvp(u)
             residual = self._products.norm(self._vjp(image) / self._operator.normaliser - value.to(u) * u).cpu()
-            if looks_left == 0 or residual <= target:
+            if projections_left == 0 or residual <= target:
                 break
             u = self._projected(u, image, index)
-        vectors[place] = u
-        if null:
-            self._null.append(place)
-        return residual
+        return u, residual
 
     def _start(self, index: int) -> Tensor:
+        """An approximate eigenvector `index` (P,), of any length."""
         if index < len(self.squares):
             return self._vjp(self.weights[:, index])
-        u = torch.randn(self._operator.shape[0], generator=self._generator, dtype=self._operator.dtype)
-        u = u.to(self._operator.device)
+        u = self._null.draw()
         return self._projected(u, self._jvp(u), index)
-
-    def _normalise(self, u: Tensor, vectors: Tensor, *, null: bool) -> None:
-        """Unit length; null vectors, which the Gram does not tell apart, also orthogonal to those before."""
-        for _ in range(2 if null and self._null else 0):
-            before = vectors[self._null]
-            subtract_combination(u, before, self._products.coefficients(before, u))
-        u /= self._products.norm(u).clamp_min(torch.finfo(u.dtype).tiny)
 
     def _projected(self, u: Tensor, image: Tensor, index: int) -> Tensor:
         """`u` without its components `w_j' J u / sqrt(s_j)` along the eigenvectors `J' w_j / sqrt(s_j)` other than `index`."""
@@ -170,9 +149,3 @@ class _Search:
     def _vjp(self, u: Tensor) -> Tensor:
         self._half_products += 1
         return self._operator.vjp(u.to(self._operator.device, self._operator.dtype))
-
-
-def _choose(k: int, P: int, which: Which) -> list[int]:
-    """Indices of the wanted ones among P eigenvalues in descending order, none negative."""
-    bottom = {"LA": 0, "LM": 0, "SA": k, "BE": k // 2}[which]
-    return [*range(k - bottom), *range(P - bottom, P)]

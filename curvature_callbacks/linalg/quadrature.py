@@ -11,9 +11,9 @@ from torch import Tensor
 from curvature_callbacks.errors import ConfigurationError, ProbeError, check_positive
 from curvature_callbacks.linalg.accumulate import subtract_combination
 from curvature_callbacks.linalg.density import ESTIMATES, Density
-from curvature_callbacks.linalg.eigenpairs import Eigenpairs
+from curvature_callbacks.linalg.eigenpairs import NOISE, Eigenpairs
 from curvature_callbacks.linalg.inner_products import InnerProducts
-from curvature_callbacks.linalg.lanczos.krylov import NOISE, Krylov
+from curvature_callbacks.linalg.lanczos.krylov import Krylov
 from curvature_callbacks.linalg.operator import Operator
 from curvature_callbacks.space import LOCAL
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from curvature_callbacks.errors import ConfigurationError, ProbeError, RefusedError
-from curvature_callbacks.linalg.accumulate import coefficients, norm, subtract_combination
-from curvature_callbacks.linalg.eigenpairs import Eigenpairs, shortfalls
+from curvature_callbacks.linalg.accumulate import norm
+from curvature_callbacks.linalg.direct import NullVectors, direct_eigenpairs
+from curvature_callbacks.linalg.eigenpairs import Eigenpairs, noise_floor
 from curvature_callbacks.linalg.kronecker import KroneckerFactors, outer_pairs
 from curvature_callbacks.linalg.lanczos.options import LanczosOptions
-from curvature_callbacks.linalg.lanczos.wanted import Which
+from curvature_callbacks.linalg.lanczos.wanted import Wanted
 
-_NOISE: Final = 10.0  # noise floor of a residual, in units of eps lambda_max, as in `lanczos`
 _NULL_PASSES: Final = 2  # projections of a null vector; the second mends a random vector that lies almost in the range
 
 
@@ -118,27 +118,9 @@ class KFACOperator:
 
         Cost: one product a pair, two more for a zero. Memory: k vectors of size P.
         """
-        start, k, tol = time.perf_counter(), options.k, options.tol
-        search = _Search(self._layers, self, options.seed)
-        chosen = search.choose(min(k, self.shape[0]), options.which)
-        vectors, residuals = search.solve(chosen)
-        values = torch.tensor([pair.value for pair in chosen], dtype=torch.float64)
-        converged = residuals <= (tol * values).clamp_min(search.floor)
-        return Eigenpairs(
-            eigenvalues=values,
-            residuals=residuals.clamp_min(search.floor),
-            converged=converged,
-            eigenvectors=vectors.T if options.return_eigenvectors else None,
-            num_matvecs=search.num_matvecs,
-            which=options.which,
-            reorth_mode="kronecker",
-            is_psd=True,
-            tol=tol,
-            lambda_abs_max=search.scale,
-            asymmetry=0.0,
-            seconds=time.perf_counter() - start,
-            warnings=shortfalls(converged, k, self.shape[0], tol),
-        )
+        start = time.perf_counter()
+        search = _KroneckerSearch(self._layers, self, options.seed)
+        return direct_eigenpairs(search, options, solver="kronecker", start=start)
 
 
 @final
@@ -198,41 +180,43 @@ class _Pair:
 
 
 @final
-class _Search:
+class _KroneckerSearch:
     """Outer eigenpairs of the block-diagonal matrix from those of its layers."""
+
+    asymmetry = 0.0
 
     def __init__(self, layers: list[_Layer], operator: KFACOperator, seed: int) -> None:
         self._layers, self._operator = layers, operator
-        self._generator = torch.Generator().manual_seed(seed)
-        self._num_zeros = operator.shape[0] - sum(layer.spectrum.numel() for layer in layers)
+        self._null = NullVectors(operator, seed)
+        self.dimension = operator.shape[0]
+        self._num_zeros = self.dimension - sum(layer.spectrum.numel() for layer in layers)
         self.scale = max((pair.value for pair in self._outer(1, largest=True)), default=0.0)
-        self.floor = _NOISE * torch.finfo(operator.dtype).eps * self.scale
+        self.floor = noise_floor(operator.dtype, self.scale)
         self.num_matvecs = 0
 
-    def choose(self, k: int, which: Which) -> list[_Pair]:
+    def solve(self, ends: Wanted, tol: float) -> tuple[Tensor, Tensor, Tensor]:
+        chosen = self._choose(ends)
+        num_images = sum(pair.layer >= 0 for pair in chosen)  # null vectors come last
+        vectors = torch.zeros(len(chosen), self.dimension, dtype=self._operator.dtype, device=self._operator.device)  # (k, P)
+        residuals = []
+        for i, pair in enumerate(chosen):
+            if pair.layer < 0:
+                vectors[i] = self._null_vector(vectors[num_images:i])
+            else:
+                self._layers[pair.layer].write_eigenvector(pair.output, pair.input, vectors[i, :, None])
+            self.num_matvecs += 1
+            v = vectors[i]
+            residuals.append(norm(self._operator.matmat(v[:, None])[:, 0] - pair.value * v))
+        return torch.tensor([pair.value for pair in chosen], dtype=torch.float64), vectors, torch.stack(residuals).cpu()
+
+    def _choose(self, ends: Wanted) -> list[_Pair]:
         """The wanted ones of the P eigenvalues, descending."""
-        bottom = {"LA": 0, "LM": 0, "SA": k, "BE": k // 2}[which]
-        best = self._outer(k - bottom, largest=True)
-        zeros = min(k - len(best), self._num_zeros)
+        best = self._outer(ends.upper, largest=True)
+        zeros = min(ends.count - len(best), self._num_zeros)
         # Among equal eigenvalues both searches may meet the same pair.
-        missing = k - len(best) - zeros
+        missing = ends.count - len(best) - zeros
         smallest = [pair for pair in self._outer(missing + len(best), largest=False) if pair not in best][:missing]
         return [*best, *reversed(smallest), *[_Pair(0.0)] * zeros]
-
-    def solve(self, chosen: list[_Pair]) -> tuple[Tensor, Tensor]:
-        """Eigenvectors (k, P) and residuals (k,)."""
-        P = self._operator.shape[0]
-        vectors = torch.zeros(len(chosen), P, dtype=self._operator.dtype, device=self._operator.device)  # (k, P)
-        residuals = []
-        for place, pair in enumerate(chosen):
-            if pair.layer < 0:
-                vectors[place] = self._null_vector(vectors[len(chosen) - chosen.count(pair) : place])
-            else:
-                self._layers[pair.layer].write_eigenvector(pair.output, pair.input, vectors[place, :, None])
-            self.num_matvecs += 1
-            v = vectors[place]
-            residuals.append(norm(self._operator.matmat(v[:, None])[:, 0] - pair.value * v))
-        return vectors, torch.stack(residuals).cpu()
 
     def _outer(self, count: int, *, largest: bool) -> list[_Pair]:
         found = []
@@ -244,12 +228,11 @@ class _Search:
 
     def _null_vector(self, before: Tensor) -> Tensor:
         """A unit vector (P,) outside the ranges of all layers, orthogonal to the null vectors `before` (n, P)."""
-        v = torch.randn(before.shape[1], generator=self._generator, dtype=before.dtype).to(before.device)
+        v = self._null.draw()
         for _ in range(_NULL_PASSES):
             v -= self._operator.projected(v[:, None])[:, 0]
             self.num_matvecs += 1
-            subtract_combination(v, before, coefficients(before, v))
-            v /= norm(v).clamp_min(torch.finfo(v.dtype).tiny)
+            self._null.normalise(v, before, passes=1)
         return v
 
 

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from curvature_callbacks.linalg.accumulate import subtract_combination
+from curvature_callbacks.linalg.eigenpairs import NOISE
 from curvature_callbacks.linalg.inner_products import InnerProducts
 from curvature_callbacks.linalg.lanczos.reorthogonalisation import Full, Reorthogonalisation
 from curvature_callbacks.linalg.operator import Operator
 
-NOISE: Final = 10.0  # noise floor of a residual and of beta, in units of eps |lambda|_max
 _SECOND_PASS: Final = 0.7  # a pass that shrinks the vector below this share is repeated (Daniel et al. 1976: 1/sqrt(2))
 _RESTART_COLUMNS: Final = 1 << 16  # columns rotated at a time: a restart takes no second basis
 

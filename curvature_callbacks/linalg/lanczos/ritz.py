@@ -6,7 +6,8 @@ from typing import Final, final
 import torch
 from torch import Tensor
 
-from curvature_callbacks.linalg.lanczos.krylov import NOISE, Krylov
+from curvature_callbacks.linalg.eigenpairs import NOISE
+from curvature_callbacks.linalg.lanczos.krylov import Krylov
 from curvature_callbacks.linalg.lanczos.wanted import Wanted
 
 _INDEPENDENT: Final = 0.1  # least part of a unit Ritz vector outside those before it; a ghost's was below 1e-3
