@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import final
 
-from curvature_callbacks.lightning.framework import Logger, TensorBoardLogger, Trainer
+from curvature_callbacks.lightning.framework import Logger, Trainer
 from curvature_callbacks.record import Record, scalar_tags
 from curvature_callbacks.sinks import JSONLinesSink, Sink
-from curvature_callbacks.sinks.tensorboard import TensorBoardSink
+from curvature_callbacks.sinks.loggers import sink_of
 
 
 def logger_sinks(trainer: Trainer) -> list[Sink]:
@@ -16,11 +16,7 @@ def logger_sinks(trainer: Trainer) -> list[Sink]:
     if getattr(trainer, "fast_dev_run", False):
         return []
     path = Path(directory or trainer.default_root_dir) / "curvature.jsonl"
-    return [JSONLinesSink(path), *map(_logger_sink, trainer.loggers)]
-
-
-def _logger_sink(logger: Logger) -> Sink:
-    return TensorBoardSink(logger.experiment) if isinstance(logger, TensorBoardLogger) else _ScalarSink(logger)
+    return [JSONLinesSink(path), *(sink_of(logger) or _ScalarSink(logger) for logger in trainer.loggers)]
 
 
 @final

@@ -29,7 +29,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR  # noqa: E402
 
 from curvature_callbacks.transformers.frames import calling_trainer, resumed_from  # noqa: E402
 from curvature_callbacks.transformers.loss import ComputeLossWatch, departures, loss_of  # noqa: E402
-from curvature_callbacks.transformers.sinks import TrainerLog, TrainerTensorBoard  # noqa: E402
+from curvature_callbacks.transformers.sinks import TrainerLog, reporter_sinks  # noqa: E402
 
 _STATES = "curvature_callbacks: "  # what our keys among the Trainer's callback states begin with
 
@@ -171,7 +171,7 @@ class CurvatureCallback(TrainerCallback):
         sinks: list[Sink] = [
             self._memory,
             JSONLinesSink(Path(args.output_dir or ".") / "curvature.jsonl"),
-            TrainerTensorBoard(lambda: self.tensorboard_writer),
+            *reporter_sinks(self._trainer),
             TrainerLog(self._trainer, state),
         ]
         self._monitor = self._settings.monitor(model, probes=probes, sinks=sinks, loss=loss, optimizer=optimizer)

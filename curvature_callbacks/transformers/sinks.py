@@ -1,37 +1,42 @@
-"""Where the records of a Hugging Face run go beside the file: the Trainer's TensorBoard, and its log."""
+"""Where the records of a Hugging Face run go beside the file: reporters that have a sink, and the Trainer's log."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, final
+from collections.abc import Sequence
+from typing import final
 
-from transformers import Trainer, TrainerState
-from transformers.integrations.integration_utils import TensorBoardCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from curvature_callbacks.record import Record, headline
-from curvature_callbacks.sinks.tensorboard import TensorBoardSink
+from curvature_callbacks.sinks.base import Sink
+from curvature_callbacks.sinks.loggers import has_sink, sink_of
+
+
+def reporter_sinks(trainer: Trainer | None) -> list[Sink]:
+    """One sink for each reporter of `trainer` that can show more than the headline numbers."""
+    reporters = trainer.callback_handler.callbacks if trainer is not None else []
+    return [ReporterSink(reporter) for reporter in reporters if has_sink(reporter)]
 
 
 @final
-class TrainerTensorBoard:
-    """The Trainer's TensorBoard, whose writer may appear after the first records."""
+class ReporterSink:
+    """A reporter of the Trainer, whose writer may appear after the first records."""
 
-    def __init__(self, find_writer: Callable[[], Any]) -> None:
-        self._find_writer = find_writer
-        self._sink: TensorBoardSink | None = None
+    def __init__(self, reporter: TrainerCallback) -> None:
+        self._reporter = reporter
+        self._sink: Sink | None = None
         self._waiting: list[Sequence[Record]] = []
 
     def write(self, records: Sequence[Record]) -> None:
-        """Draw `records`, after those that waited, or let them wait."""
+        """Show `records`, after those that waited, or let them wait."""
         self._waiting.append(records)
-        writer = self._find_writer()
-        if self._sink is None and writer is not None:
-            self._sink = TensorBoardSink(writer)
+        if self._sink is None:
+            self._sink = sink_of(self._reporter)
         while self._sink is not None and self._waiting:
             self._sink.write(self._waiting.pop(0))
 
 
 @final
 class TrainerLog:
-    """Headline numbers through the Trainer to `log_history` and every reporter but TensorBoard, which has them already."""
+    """Headline numbers through the Trainer to `log_history` and the reporters that have no sink of their own."""
 
     every_process = True  # `log_history` is the same everywhere; reporters choose the writer themselves
 
@@ -48,7 +53,7 @@ class TrainerLog:
         handler, control = self._trainer.callback_handler, self._trainer.control
         callbacks, flags = handler.callbacks, dict(vars(control))
         try:
-            handler.callbacks = [callback for callback in callbacks if not isinstance(callback, TensorBoardCallback)]
+            handler.callbacks = [callback for callback in callbacks if not has_sink(callback)]
             Trainer.log(self._trainer, values)  # the base method: TRL's overrides flush their own metrics here
         finally:
             handler.callbacks = callbacks
