@@ -1,10 +1,13 @@
 """Curvature of the training loss, measured while the network trains.
 
-Glossary, one word per concept. *Step*: an optimizer step. *Probe*: one measurement time with its *microbatches*. *Block*: a
-named group of parameters. *Record*: what one measurement found about one block at one step. *Sink*: what receives records.
-*Operator*: a symmetric map known by its products (*matvec*). *Eigenpairs*: Ritz values with *residuals*.
+Glossary, one word per concept. *Step*: an optimizer step. *Probe*: one measurement time with its *microbatches*. *Row*: one
+sample of a batch. *Block*: a named group of parameters; what is about all of them is *model-wide*. *Measurement*: what is
+computed at a probe. *Record*: what one measurement says about one block at one step. *Sink*: what receives records. *Operator*:
+a symmetric map known by its products (*matvecs*). *Eigenpairs*: Ritz values with *residuals*. *Gram*: inner products of the
+gradients of samples. docs/architecture.md has all the words and the map of the code.
 
-Letters: P parameters, N samples, T positions (tokens), C outputs, B blocks, k kept eigenpairs.
+Letters: P parameters, N samples, S pseudo-samples, T positions (tokens), C outputs, B blocks, K vectors side by side, k kept
+eigenpairs, m steps of Lanczos.
 
 Conventions: sample i is one row, its loss `l_i` is the *sum* over its valid targets, `n_i` counts them; the objective is
 `L = sum_i l_i / sum_i n_i`; the empirical Fisher is `F = (1/N) sum_i g_i g_i'` with `g_i = grad l_i`. Everything is measured in

@@ -1,4 +1,4 @@
-"""What users import and call stays: every path, keyword name and default of public_api.txt, which may gain lines only."""
+"""What users import and call stays: every path, keyword name and default of data/public_api.txt, which may gain lines only."""
 
 import ast
 import dataclasses
@@ -12,7 +12,9 @@ import pytest
 
 import curvature_callbacks
 
-_LINES = [line for line in Path(__file__).with_name("public_api.txt").read_text().splitlines() if not line.startswith("#")]
+_LINES = [
+    line for line in (Path(__file__).parent / "data" / "public_api.txt").read_text().splitlines() if not line.startswith("#")
+]
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
