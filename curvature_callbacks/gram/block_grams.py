@@ -14,13 +14,13 @@ from curvature_callbacks.gram.capture.interception import Capture
 from curvature_callbacks.gram.certificate import certificate_errors, signature
 from curvature_callbacks.gram.collector import Collector
 from curvature_callbacks.gram.exchange import Exchange
-from curvature_callbacks.gram.kronecker.factors import LayerKronecker
 from curvature_callbacks.gram.memory import GramMemory
 from curvature_callbacks.gram.passes import Passed, pseudo_samples, run_passes
 from curvature_callbacks.gram.row_by_row import check_apart, finite_rows, row_grams
 from curvature_callbacks.gram.storage import MemoryBudget, Storage, memory_budget
 from curvature_callbacks.gram.uses.operation import Operation
 from curvature_callbacks.linalg.accumulate import finite_samples
+from curvature_callbacks.linalg.kronecker import LayerKronecker
 from curvature_callbacks.model.blocks import Blocks
 from curvature_callbacks.model.loss.fisher_type import EMPIRICAL, FisherType
 from curvature_callbacks.model.loss.sharing import Sharing

@@ -7,14 +7,14 @@ from typing import final
 from torch import Tensor
 
 from curvature_callbacks.gram.capture.derived import Placed
-from curvature_callbacks.gram.kronecker.factors import LayerKronecker, kronecker_factors
+from curvature_callbacks.gram.kronecker.factors import kronecker_factors
 from curvature_callbacks.gram.kronecker.positions import MicrobatchUses
 from curvature_callbacks.gram.passes import Passed
 from curvature_callbacks.gram.products.parameter_gram import parameter_gram
 from curvature_callbacks.gram.products.scratch import Scratch
 from curvature_callbacks.gram.uses.operation import factor_obstacle, is_layer_bias
 from curvature_callbacks.gram.uses.uses import Use
-from curvature_callbacks.linalg.kronecker import KroneckerFactors
+from curvature_callbacks.linalg.kronecker import KroneckerFactors, LayerKronecker
 from curvature_callbacks.model.loss.fisher_type import FisherType
 from curvature_callbacks.model.loss.sharing import Sharing
 
@@ -100,6 +100,7 @@ class Collector:
                 gram=grams[name] if (bias := self._bias(name)) is None else grams[name] + grams[bias].to(grams[name].device),
                 weight=name,
                 bias=bias,
+                transposed=self._passed.operations[name][0].transposed,
                 normaliser=normaliser,
             )
             for name, factors in self._factors.items()

@@ -9,10 +9,10 @@ import torch
 
 from curvature_callbacks.errors import LinAlgError
 from curvature_callbacks.gram.block_grams import BlockGrams, GramOptions, block_grams, parameter_operations
-from curvature_callbacks.gram.kronecker.factors import LayerKronecker
 from curvature_callbacks.gram.memory import GramMemory
 from curvature_callbacks.gram.storage import memory_budget
 from curvature_callbacks.gram.uses.operation import Operation
+from curvature_callbacks.linalg.kronecker import LayerKronecker
 from curvature_callbacks.model.blocks import Blocks
 from curvature_callbacks.model.loss.fisher_type import EMPIRICAL, FisherType
 from curvature_callbacks.model.loss.sharing import Sharing

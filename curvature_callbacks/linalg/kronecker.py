@@ -1,18 +1,14 @@
-"""Kronecker: the eigenbasis of `A x G` from its factors, and how well it stands for a Fisher matrix, with nothing P x P.
+"""Kronecker factors of layers: `A x G` by the eigenpairs of A and G, with nothing P x P.
 
 A layer's parameters are the matrix (d_out, d_in), with the bias as a last column; `A` (d_in, d_in) acts on its columns, `G`
 (d_out, d_out) on its rows: `(A x G) vec(V) = vec(G V A)`. The eigenvalues of `A x G` are the products of those of the factors.
 """
 
-import heapq
-import math
 from dataclasses import dataclass
-from typing import Final, final
+from typing import final
 
 import torch
 from torch import Tensor
-
-_CHUNK: Final = 1 << 12  # columns cast to float64 at a time
 
 
 @final
@@ -67,23 +63,28 @@ def factor_of_matrix(matrix: Tensor, *, dtype: torch.dtype) -> Factor:
     return Factor(eigenvalues=values[kept].flip(0), basis=vectors[:, kept].flip(1).to(dtype))
 
 
-def factor_of_rows(rows: Tensor, *, scale: float) -> Factor:
+def factor_of_rows(rows: Tensor, *, scale: float, chunk: int = 1 << 12) -> Factor:
     """Eigenpairs of `scale rows' rows` (d, d) from the Gram of its `rows` (n, d): for n < d, where d x d may not fit at all.
 
     One pair of nan where they are not finite. Products in float64: the eigenvectors `rows' v / sqrt(lambda)` of small
     eigenvalues would not be orthonormal otherwise.
 
+    Args:
+        rows: (n, d).
+        scale: of the products.
+        chunk: columns cast to float64 at a time.
+
     Cost: `2 n^2 d` operations and one n x n symmetric eigensolve in float64. Memory: n x n and the basis, d x r.
     """
     gram = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
-    for part in torch.split(rows, _CHUNK, dim=1):
+    for part in torch.split(rows, chunk, dim=1):
         gram.addmm_(part.double(), part.double().T)
     if not gram.isfinite().all():
         return _unknown(rows.shape[1], rows)
     values, vectors = torch.linalg.eigh(gram)
     kept = _kept(values)
     values, vectors = values[kept].flip(0), vectors[:, kept].flip(1)
-    basis = torch.cat([part.double().T @ vectors for part in torch.split(rows, _CHUNK, dim=1)]) / values.sqrt()
+    basis = torch.cat([part.double().T @ vectors for part in torch.split(rows, chunk, dim=1)]) / values.sqrt()
     return Factor(eigenvalues=values * scale, basis=basis.to(rows.dtype))
 
 
@@ -110,97 +111,33 @@ class KroneckerFactors:
     G: Factor
     corrected: Tensor | None = None
 
-    def metrics(self, *, rank_cut: float) -> dict[str, float]:
-        """The numbers of `A x G` and its factors, from their two lists of eigenvalues.
-
-        `lambda_max`, `trace`, `frobenius_norm` of `A x G`; `condition_number` (largest over smallest eigenvalue above
-        `rank_cut` times the largest) and `effective_rank` (exp of the entropy of those, Roy and Vetterli 2007) of A (`input_`),
-        of G (`output_`) and of `A x G`: products of the two, since entropies add. Empty where a factor is zero.
-        """
-        if min(len(self.A.eigenvalues), len(self.G.eigenvalues)) == 0:
-            return {}
-        a, g = self.A.eigenvalues, self.G.eigenvalues
-        conditions, ranks = zip(*(_condition_and_rank(values, rank_cut) for values in (a, g)), strict=True)
-        return {
-            "lambda_max": (a[0] * g[0]).item(),
-            "trace": (a.sum() * g.sum()).item(),
-            "frobenius_norm": (a.norm() * g.norm()).item(),
-            "condition_number": math.prod(conditions),
-            "effective_rank": math.prod(ranks),
-            "input_condition_number": conditions[0],
-            "output_condition_number": conditions[1],
-            "input_effective_rank": ranks[0],
-            "output_effective_rank": ranks[1],
-        }
-
-
-def top_eigenvalues(factors: KroneckerFactors, k: int) -> Tensor:
-    """The k largest eigenvalues of `A x G`, (min(k, r_A r_G),) float64 on CPU, descending; see `outer_pairs`."""
-    return outer_pairs(factors, k).eigenvalues
-
-
-def top_corrected_eigenvalues(factors: KroneckerFactors, k: int) -> Tensor:
-    """The k largest EKFAC eigenvalues, (min(k, r_A r_G),) float64 on CPU, descending."""
-    return outer_pairs(factors, k, corrected=True).eigenvalues
-
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class KroneckerPairs:
-    """Eigenpairs of `A x G` or of EKFAC by the eigenvectors of the factors their vectors are products of.
+class LayerKronecker:
+    """Kronecker factors of one layer, the parameters they belong to, and the Gram that tells how good they are.
 
     Attributes:
-        eigenvalues: (k,) float64 on CPU.
-        outputs: (k,) int64 on CPU, which eigenvector of G.
-        inputs: (k,) int64 on CPU, which eigenvector of A.
+        factors: of the matrix (d_out, d_in), the bias as its last column; a convolution's kernel is flattened into d_in. With
+            EKFAC's eigenvalues.
+        weight: parameter name.
+        bias: parameter name, or None without one.
+        transposed: whether the weight is stored as (d_in, d_out): Hugging Face's Conv1D and embedding tables.
+        gram: (S, S) float64, of the per-sample gradients of weight and bias, over the pseudo-samples the factors count.
+        normaliser: of the Fisher, `F = (1 / normaliser) sum_s g_s g_s'`.
     """
 
-    eigenvalues: Tensor
-    outputs: Tensor
-    inputs: Tensor
+    factors: KroneckerFactors
+    weight: str
+    bias: str | None
+    transposed: bool
+    gram: Tensor
+    normaliser: float
 
-
-def outer_pairs(factors: KroneckerFactors, k: int, *, corrected: bool = False, largest: bool = True) -> KroneckerPairs:
-    """The k largest (smallest) of the r_A r_G eigenvalues within the factors' ranks, the outermost first.
-
-    Best-first search over the two sorted lists: `(i, j)` is looked at after `(i, j - 1)`, or after `(i - 1, 0)` for j = 0.
-
-    Args:
-        factors: with `corrected` for EKFAC.
-        k: wanted; at most r_A r_G are returned.
-        corrected: EKFAC's eigenvalues rather than the products.
-        largest: the largest, descending; else the smallest, ascending.
-
-    Cost: O(k log k), the products are not formed; for EKFAC, whose eigenvalues follow no order, O(r_A r_G).
-    """
-    if corrected:
-        assert factors.corrected is not None
-        flat = factors.corrected.flatten()
-        values, places = (part.cpu() for part in flat.topk(min(k, len(flat)), largest=largest))
-        width = max(factors.corrected.shape[1], 1)
-        return KroneckerPairs(eigenvalues=values, outputs=places // width, inputs=places % width)
-    a, g = (factor.eigenvalues if largest else factor.eigenvalues.flip(0) for factor in (factors.A, factors.G))
-    found = _best_first(a[:k].tolist(), g[:k].tolist(), k, sign=-1.0 if largest else 1.0)
-    inputs, outputs = (torch.tensor([item[axis] for item in found], dtype=torch.int64) for axis in (1, 2))
-    return KroneckerPairs(
-        eigenvalues=torch.tensor([item[0] for item in found], dtype=torch.float64),
-        outputs=outputs if largest else len(g) - 1 - outputs,
-        inputs=inputs if largest else len(a) - 1 - inputs,
-    )
-
-
-def _best_first(a: list[float], g: list[float], k: int, *, sign: float) -> list[tuple[float, int, int]]:
-    """The first k of the products `a_i g_j` with i and j, in the order of `sign` times them; both lists are in it."""
-    front = [(sign * a[0] * g[0], 0, 0)] if a and g else []
-    found: list[tuple[float, int, int]] = []
-    while front and len(found) < k:
-        value, i, j = heapq.heappop(front)
-        found.append((sign * value, i, j))
-        if j + 1 < len(g):
-            heapq.heappush(front, (sign * a[i] * g[j + 1], i, j + 1))
-        if j == 0 and i + 1 < len(a):
-            heapq.heappush(front, (sign * a[i + 1] * g[0], i + 1, 0))
-    return found
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Names of the weight and, where there is one, of the bias."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
 
 def _unknown(size: int, like: Tensor) -> Factor:
@@ -212,9 +149,3 @@ def _kept(values: Tensor) -> Tensor:
     """Eigenvalues (ascending) above the rounding of a float64 eigensolve."""
     floor = len(values) * torch.finfo(torch.float64).eps * values[-1:].clamp_min(0.0)
     return values > floor
-
-
-def _condition_and_rank(eigenvalues: Tensor, rank_cut: float) -> tuple[float, float]:
-    kept = eigenvalues[eigenvalues > rank_cut * eigenvalues[0]]
-    share = kept / kept.sum()
-    return (kept[0] / kept[-1]).item(), math.exp(-(share * share.log()).sum().item())

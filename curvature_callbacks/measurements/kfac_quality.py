@@ -4,18 +4,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, final, get_args
 
-import torch
-
 from curvature_callbacks.errors import ProbeError, RefusedError, check_choice, check_positive
-from curvature_callbacks.gram.kronecker.factors import LayerKronecker
 from curvature_callbacks.linalg.accumulate import finite_samples
-from curvature_callbacks.linalg.kronecker import top_corrected_eigenvalues, top_eigenvalues
+from curvature_callbacks.linalg.kronecker import LayerKronecker
+from curvature_callbacks.linalg.kronecker_pairs import outer_pairs
 from curvature_callbacks.measurements.kfac_coverage import uncovered_parameters
 from curvature_callbacks.model.loss.fisher_type import Fisher, FisherType, SampleUnit
 from curvature_callbacks.model.loss.sharing import Sharing
 from curvature_callbacks.problem.problem import Problem
 from curvature_callbacks.record import Record
-from curvature_callbacks.statistics.kronecker_quality import Approximation, approximation, block_diagonal
+from curvature_callbacks.statistics.kronecker_quality import Approximation, approximation, block_diagonal, kronecker_metrics
+from curvature_callbacks.statistics.spectrum import rank_cut
 
 _HEADLINE: Final = ("kfac_cosine", "relative_error", "ekfac_cosine")
 _CURVES: Final = ("kfac_cosine",)
@@ -105,7 +104,7 @@ class KFACQuality:
         )
 
     def _layer(self, problem: Problem, name: str, layer: LayerKronecker, quality: Approximation) -> Record:
-        found = layer.factors.metrics(rank_cut=_rank_cut(len(layer.gram), problem.objective.dtype))
+        found = kronecker_metrics(layer.factors, rank_cut=rank_cut(len(layer.gram), problem.objective.dtype))
         prefixed = {
             metric if metric.startswith(("input_", "output_")) else f"product_{metric}": value
             for metric, value in found.items()
@@ -117,8 +116,8 @@ class KFACQuality:
             scalars={**_scalars(quality), "fisher_norm": quality.fisher_squared**0.5, **prefixed},
             curves=_CURVES,
             arrays={
-                "product_eigenvalues": top_eigenvalues(layer.factors, self.k).tolist(),
-                "corrected_eigenvalues": top_corrected_eigenvalues(layer.factors, self.k).tolist(),
+                "product_eigenvalues": outer_pairs(layer.factors, self.k).eigenvalues.tolist(),
+                "corrected_eigenvalues": outer_pairs(layer.factors, self.k, corrected=True).eigenvalues.tolist(),
             },
         )
 
@@ -180,9 +179,3 @@ def _layer_name(weight: str) -> str:
     """Module path of the layer; the parameter's own name where a module has several weights."""
     module, _, attribute = weight.rpartition(".")
     return module if module and attribute == "weight" else weight
-
-
-def _rank_cut(num_samples: int, dtype: torch.dtype) -> float:
-    """As for spectra of Grams: `N eps`."""
-    eps = 2.0**-8 if dtype in (torch.bfloat16, torch.float16) else torch.finfo(dtype).eps
-    return num_samples * eps

@@ -12,34 +12,12 @@ from curvature_callbacks.errors import ConfigurationError, ProbeError, RefusedEr
 from curvature_callbacks.linalg.accumulate import norm
 from curvature_callbacks.linalg.direct import NullVectors, direct_eigenpairs
 from curvature_callbacks.linalg.eigenpairs import Eigenpairs, noise_floor
-from curvature_callbacks.linalg.kronecker import KroneckerFactors, outer_pairs
+from curvature_callbacks.linalg.kronecker import LayerKronecker
+from curvature_callbacks.linalg.kronecker_pairs import outer_pairs
 from curvature_callbacks.linalg.lanczos.options import LanczosOptions
 from curvature_callbacks.linalg.lanczos.wanted import Wanted
 
 _NULL_PASSES: Final = 2  # projections of a null vector; the second mends a random vector that lies almost in the range
-
-
-@final
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class KroneckerLayer:
-    """The Kronecker factors of a layer and the parameters they belong to.
-
-    Attributes:
-        factors: of the matrix (d_out, d_in), the bias as its last column; a convolution's kernel is flattened into d_in.
-        weight: parameter name.
-        bias: parameter name, or None without one.
-        transposed: whether the weight is stored as (d_in, d_out): Hugging Face's Conv1D and embedding tables.
-    """
-
-    factors: KroneckerFactors
-    weight: str
-    bias: str | None
-    transposed: bool
-
-    @property
-    def members(self) -> tuple[str, ...]:
-        """Weight and, where there is one, bias."""
-        return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
 
 @final
@@ -73,7 +51,7 @@ class KFACOperator:
 
     is_psd = True
 
-    def __init__(self, layers: Iterable[KroneckerLayer], parameters: Mapping[str, Tensor], *, corrected: bool = False) -> None:
+    def __init__(self, layers: Iterable[LayerKronecker], parameters: Mapping[str, Tensor], *, corrected: bool = False) -> None:
         chosen = [layer for layer in layers if any(name in parameters for name in layer.members)]
         _check(chosen, parameters)
         covered = {name for layer in chosen for name in layer.members}
@@ -127,7 +105,7 @@ class KFACOperator:
 class _Layer:
     """The factors of one layer and where its parameters stand in a flat vector."""
 
-    def __init__(self, layer: KroneckerLayer, places: Mapping[str, slice], weight: Tensor, *, corrected: bool) -> None:
+    def __init__(self, layer: LayerKronecker, places: Mapping[str, slice], weight: Tensor, *, corrected: bool) -> None:
         self._weight = places[layer.weight]
         self._bias = None if layer.bias is None else places[layer.bias]
         self._stored = (weight.shape[0], weight.numel() // weight.shape[0])
@@ -236,7 +214,7 @@ class _KroneckerSearch:
         return v
 
 
-def _check(layers: list[KroneckerLayer], parameters: Mapping[str, Tensor]) -> None:
+def _check(layers: list[LayerKronecker], parameters: Mapping[str, Tensor]) -> None:
     if not layers:
         raise RefusedError(
             f"none of the {len(parameters)} parameters is in a layer with Kronecker factors: measure others, or ask for "

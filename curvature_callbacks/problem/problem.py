@@ -26,7 +26,7 @@ from curvature_callbacks.operators.difference import FiniteDifferenceHessianOper
 from curvature_callbacks.operators.fisher import EmpiricalFisherOperator, FisherOperator, SampledFisherOperator
 from curvature_callbacks.operators.ggn import GGNOperator
 from curvature_callbacks.operators.hessian import HessianOperator
-from curvature_callbacks.operators.kfac import KFACOperator, KroneckerLayer
+from curvature_callbacks.operators.kfac import KFACOperator
 from curvature_callbacks.operators.preconditioned import PreconditionedOperator
 from curvature_callbacks.operators.replicated import ReplicatedOperator, ShardedFisherOperator
 from curvature_callbacks.problem.memory import ProbeMemory
@@ -263,16 +263,7 @@ class Problem:
                 "K-FAC's matrix needs whole parameters on every process, and they do not fit: use `KFACQuality`."
             )
         layers = self.grams.kronecker(kind, sharing=sharing)
-        found = [
-            KroneckerLayer(
-                factors=layer.factors,
-                weight=layer.weight,
-                bias=layer.bias,
-                transposed=self.grams.operations[layer.weight][0].transposed,
-            )
-            for layer in layers.values()
-        ]
-        return KFACOperator(found, self.objective.leaves(names), corrected=corrected)
+        return KFACOperator(layers.values(), self.objective.leaves(names), corrected=corrected)
 
     def _over_processes(self, local: A, num_targets: int) -> A | ReplicatedOperator:
         return local if self._is_whole_world else ReplicatedOperator(local, num_targets, self.world)

@@ -1,8 +1,4 @@
-"""Kronecker: the eigenbasis of `A x G` from its factors, and how well it stands for a Fisher matrix, with nothing P x P.
-
-A layer's parameters are the matrix (d_out, d_in), with the bias as a last column; `A` (d_in, d_in) acts on its columns, `G`
-(d_out, d_out) on its rows: `(A x G) vec(V) = vec(G V A)`. The eigenvalues of `A x G` are the products of those of the factors.
-"""
+"""Kronecker quality: how well `A x G` stands for a Fisher matrix, and the numbers of `A x G` itself, with nothing P x P."""
 
 import math
 from collections.abc import Iterable
@@ -90,5 +86,35 @@ def block_diagonal(parts: Iterable[Approximation]) -> Approximation:
     )
 
 
+def kronecker_metrics(factors: KroneckerFactors, *, rank_cut: float) -> dict[str, float]:
+    """The numbers of `A x G` and its factors, from their two lists of eigenvalues.
+
+    `lambda_max`, `trace`, `frobenius_norm` of `A x G`; `condition_number` (largest over smallest eigenvalue above
+    `rank_cut` times the largest) and `effective_rank` (exp of the entropy of those, Roy and Vetterli 2007) of A (`input_`),
+    of G (`output_`) and of `A x G`: products of the two, since entropies add. Empty where a factor is zero.
+    """
+    if min(len(factors.A.eigenvalues), len(factors.G.eigenvalues)) == 0:
+        return {}
+    a, g = factors.A.eigenvalues, factors.G.eigenvalues
+    conditions, ranks = zip(*(_condition_and_rank(values, rank_cut) for values in (a, g)), strict=True)
+    return {
+        "lambda_max": (a[0] * g[0]).item(),
+        "trace": (a.sum() * g.sum()).item(),
+        "frobenius_norm": (a.norm() * g.norm()).item(),
+        "condition_number": math.prod(conditions),
+        "effective_rank": math.prod(ranks),
+        "input_condition_number": conditions[0],
+        "output_condition_number": conditions[1],
+        "input_effective_rank": ranks[0],
+        "output_effective_rank": ranks[1],
+    }
+
+
 def _ratio(numerator: float, denominator: float) -> float:
     return numerator / denominator if denominator > 0 else math.nan
+
+
+def _condition_and_rank(eigenvalues: Tensor, rank_cut: float) -> tuple[float, float]:
+    kept = eigenvalues[eigenvalues > rank_cut * eigenvalues[0]]
+    share = kept / kept.sum()
+    return (kept[0] / kept[-1]).item(), math.exp(-(share * share.log()).sum().item())

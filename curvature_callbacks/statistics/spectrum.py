@@ -112,7 +112,7 @@ def spectrum_of_gram(
     K = (centred(K, w / scale) if center else K) / scale
     values, jitter = _eigenvalues(K)
     values = values.cpu().flip(0)[: max(num_params, 0)]
-    kept = values[values > _rank_cut(N, dtype) * values[:1].clamp_min(0.0)] if N else values
+    kept = values[values > rank_cut(N, dtype) * values[:1].clamp_min(0.0)] if N else values
     return Spectrum(
         eigenvalues=kept,
         num_samples=N,
@@ -130,7 +130,7 @@ def union(spectra: Mapping[str, Spectrum], *, dtype: torch.dtype) -> Spectrum:
     values = torch.cat([part.eigenvalues for part in parts] or [torch.empty(0, dtype=torch.float64)])
     values = values.sort(descending=True).values
     return Spectrum(
-        eigenvalues=values[values > _rank_cut(N, dtype) * values[:1]] if len(values) else values,
+        eigenvalues=values[values > rank_cut(N, dtype) * values[:1]] if len(values) else values,
         num_samples=N,
         num_params=sum(part.num_params for part in parts),
         trace=math.fsum(part.trace for part in parts),
@@ -149,7 +149,8 @@ def centred(gram: Tensor, shares: Tensor | None = None) -> Tensor:
     return gram - rank_two + (u @ product) * torch.outer(u, u)
 
 
-def _rank_cut(N: int, dtype: torch.dtype) -> float:
+def rank_cut(N: int, dtype: torch.dtype) -> float:
+    """`N eps`: eigenvalues below this share of the largest are rounding where N gradients were computed in `dtype`."""
     eps = 2.0**-8 if dtype in (torch.bfloat16, torch.float16) else torch.finfo(dtype).eps
     return N * eps
 

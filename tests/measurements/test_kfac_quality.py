@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,10 +15,11 @@ from torch.nn import functional as F
 from curvature_callbacks import ConfigurationError, ProbeError, Problem, RefusedError
 from curvature_callbacks.compute.offline import offline_problem
 from curvature_callbacks.gram.capture.rules import LINEAR
-from curvature_callbacks.gram.kronecker.factors import LayerKronecker, kronecker_factors
+from curvature_callbacks.gram.kronecker.factors import kronecker_factors
 from curvature_callbacks.gram.kronecker.positions import MicrobatchUses
 from curvature_callbacks.gram.uses.elementwise import BIAS
 from curvature_callbacks.gram.uses.uses import Lookup, OuterProduct
+from curvature_callbacks.linalg.kronecker import LayerKronecker
 from curvature_callbacks.measurements.kfac_quality import KFACQuality
 from curvature_callbacks.model.loss.fisher_type import FisherType
 from curvature_callbacks.model.loss.sharing import Sharing
@@ -62,7 +64,9 @@ def layers_by_hooks(
         assert factors is not None
         g = stacked(gradients, members) * (scale or {}).get(name, 1.0)
         bias = members[1] if len(members) > 1 else None
-        found[members[0]] = LayerKronecker(factors=factors, gram=g @ g.T, weight=members[0], bias=bias, normaliser=float(N))
+        found[members[0]] = LayerKronecker(
+            factors=factors, gram=g @ g.T, weight=members[0], bias=bias, transposed=name == "0", normaliser=float(N)
+        )
     return found
 
 
@@ -238,7 +242,7 @@ def test_a_model_without_such_layers_is_refused():
 )
 def test_layers_are_named_by_their_module(name: str, block: str):
     (first, *_) = layers_by_hooks(in_general_position(network).double(), "expand").values()
-    layer = LayerKronecker(factors=first.factors, gram=first.gram, weight=name, bias=None, normaliser=first.normaliser)
+    layer = replace(first, weight=name, bias=None)
     assert set(records_of({name: layer})) == {None, block}
 
 

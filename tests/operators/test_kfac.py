@@ -10,51 +10,51 @@ from torch import Tensor
 
 from curvature_callbacks import ConfigurationError, KFACQuality, ProbeError, RefusedError
 from curvature_callbacks.compute.offline import offline_problem
-from curvature_callbacks.linalg.kronecker import Factor, KroneckerFactors, factor_of_diagonal, factor_of_matrix
+from curvature_callbacks.linalg.kronecker import Factor, KroneckerFactors, LayerKronecker, factor_of_diagonal, factor_of_matrix
 from curvature_callbacks.linalg.lanczos.options import LanczosOptions
 from curvature_callbacks.linalg.lanczos.solver import lanczos
 from curvature_callbacks.linalg.operator import Operator
 from curvature_callbacks.model.loss.fisher_type import FisherType
-from curvature_callbacks.operators.kfac import KFACOperator, KroneckerLayer
+from curvature_callbacks.operators.kfac import KFACOperator
 from tests.cases import CASES
+from tests.linalg.kronecker_cases import D, semidefinite
 from tests.reference import relative_error, sample_gradients
 
-D = torch.float64
 
-
-def semidefinite(d: int, *, rank: int | None = None, seed: int = 0) -> Tensor:
-    X = torch.randn(rank or 2 * d, d, generator=torch.Generator().manual_seed(seed), dtype=D)
-    return X.T @ X / len(X)
+def layer_with(factors: KroneckerFactors, *, weight: str, bias: str | None, transposed: bool) -> LayerKronecker:
+    """Without the Gram, which is of no account to the operator."""
+    gram = torch.zeros(0, 0, dtype=D)
+    return LayerKronecker(factors=factors, weight=weight, bias=bias, transposed=transposed, gram=gram, normaliser=1.0)
 
 
 def layer_of(
     name: str, d_out: int, d_in: int, *, bias: bool, transposed: bool = False, rank: int | None = None, seed: int = 0
-) -> tuple[KroneckerLayer, Tensor]:
+) -> tuple[LayerKronecker, Tensor]:
     """A layer with the dense (d_out d_in, d_out d_in) product of its factors; `d_in` counts the bias."""
     A, G = semidefinite(d_in, rank=rank, seed=seed), semidefinite(d_out, seed=seed + 1)
     corrected = torch.rand(d_out, min(d_in, rank or d_in), generator=torch.Generator().manual_seed(seed), dtype=D)
     factors = KroneckerFactors(A=factor_of_matrix(A, dtype=D), G=factor_of_matrix(G, dtype=D), corrected=corrected)
     named = f"{name}.bias" if bias else None
-    return KroneckerLayer(factors=factors, weight=f"{name}.weight", bias=named, transposed=transposed), torch.kron(G, A)
+    return layer_with(factors, weight=f"{name}.weight", bias=named, transposed=transposed), torch.kron(G, A)
 
 
-def embedding_layer() -> tuple[KroneckerLayer, Tensor]:
+def embedding_layer() -> tuple[LayerKronecker, Tensor]:
     """A table of 5 rows of which 3 were looked up, 2 columns."""
     diagonal, G = torch.tensor([0.5, 0.0, 2.0, 0.0, 1.0], dtype=D), semidefinite(2, seed=7)
     corrected = torch.rand(2, 3, generator=torch.Generator().manual_seed(7), dtype=D)
     factors = KroneckerFactors(A=factor_of_diagonal(diagonal), G=factor_of_matrix(G, dtype=D), corrected=corrected)
-    layer = KroneckerLayer(factors=factors, weight="table.weight", bias=None, transposed=True)
+    layer = layer_with(factors, weight="table.weight", bias=None, transposed=True)
     return layer, torch.kron(G, torch.diag(diagonal))
 
 
-def dense_corrected(layer: KroneckerLayer, d_in: int) -> Tensor:
+def dense_corrected(layer: LayerKronecker, d_in: int) -> Tensor:
     A, G = layer.factors.A, layer.factors.G
     U_A = torch.eye(d_in, dtype=D)[:, A.axes] if A.basis is None else A.basis
     U = torch.kron(G.basis, U_A)
     return U @ torch.diag(layer.factors.corrected.flatten()) @ U.T
 
 
-def elements(layer: KroneckerLayer, parameters: Mapping[str, Tensor]) -> list[tuple[str, int]]:
+def elements(layer: LayerKronecker, parameters: Mapping[str, Tensor]) -> list[tuple[str, int]]:
     """Name and flat index of each element of the layer, in the row-major order of (d_out, d_in)."""
     weight = parameters[layer.weight]
     index = torch.arange(weight.numel()).reshape(weight.shape[0], -1)
@@ -66,7 +66,7 @@ def elements(layer: KroneckerLayer, parameters: Mapping[str, Tensor]) -> list[tu
     return found
 
 
-def whole(layers: list[tuple[KroneckerLayer, Tensor]], parameters: Mapping[str, Tensor], names: tuple[str, ...]) -> Tensor:
+def whole(layers: list[tuple[LayerKronecker, Tensor]], parameters: Mapping[str, Tensor], names: tuple[str, ...]) -> Tensor:
     """The dense matrix over `names`, one element after another."""
     places = {element: p for p, element in enumerate((n, i) for n in names for i in range(parameters[n].numel()))}
     result = torch.zeros(len(places), len(places), dtype=D)
@@ -76,7 +76,7 @@ def whole(layers: list[tuple[KroneckerLayer, Tensor]], parameters: Mapping[str, 
     return result
 
 
-def network() -> tuple[list[tuple[KroneckerLayer, Tensor]], dict[str, Tensor]]:
+def network() -> tuple[list[tuple[LayerKronecker, Tensor]], dict[str, Tensor]]:
     """Every layout; in the parameters' order layers are mixed, and two have no factors."""
     layers = [
         layer_of("linear", 3, 5, bias=True),
@@ -195,7 +195,7 @@ def test_equal_eigenvalues_are_not_reported_twice(k: int, corrected: bool):
     """16 eigenvalues of 1 in two layers: both ends search the same ties."""
     eye = factor_of_matrix(torch.eye(2, 2, dtype=D), dtype=D), factor_of_matrix(torch.eye(4, dtype=D), dtype=D)
     factors = KroneckerFactors(A=eye[0], G=eye[1], corrected=torch.ones(4, 2, dtype=D))
-    layers = [KroneckerLayer(factors=factors, weight=name, bias=None, transposed=False) for name in "ab"]
+    layers = [layer_with(factors, weight=name, bias=None, transposed=False) for name in "ab"]
     operator = KFACOperator(layers, {name: torch.zeros(4, 2, dtype=D) for name in "ab"}, corrected=corrected)
     pairs = operator.eigenpairs(LanczosOptions(k=k, which="BE", return_eigenvectors=True))
     assert pairs.eigenvalues.tolist() == [1.0] * k
@@ -224,7 +224,7 @@ def test_lanczos_finds_the_same_top():
 
 def test_a_zero_factor_is_a_zero_block():
     zero = Factor(eigenvalues=torch.zeros(0, dtype=D), basis=torch.zeros(4, 0, dtype=D))
-    layer = KroneckerLayer(
+    layer = layer_with(
         factors=KroneckerFactors(A=zero, G=factor_of_matrix(torch.eye(3), dtype=D), corrected=torch.zeros(3, 0, dtype=D)),
         weight="w",
         bias=None,

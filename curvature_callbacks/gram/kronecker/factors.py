@@ -42,26 +42,6 @@ from curvature_callbacks.linalg.kronecker import Factor, KroneckerFactors, facto
 from curvature_callbacks.model.loss.sharing import Sharing
 
 
-@final
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class LayerKronecker:
-    """Kronecker factors of one layer, and the Gram that tells how good they are.
-
-    Attributes:
-        factors: with EKFAC's eigenvalues.
-        gram: (S, S) float64, of the per-sample gradients of weight and bias, over the pseudo-samples the factors count.
-        weight: parameter name.
-        bias: parameter name, or None without one.
-        normaliser: of the Fisher, `F = (1 / normaliser) sum_s g_s g_s'`.
-    """
-
-    factors: KroneckerFactors
-    gram: Tensor
-    weight: str
-    bias: str | None
-    normaliser: float
-
-
 def kronecker_factors(
     microbatches: Sequence[MicrobatchUses], *, bias: bool, sharing: Sharing, device: torch.device | None = None
 ) -> KroneckerFactors | None:

@@ -15,7 +15,7 @@ from curvature_callbacks.gram.uses.operation import Operation
 from curvature_callbacks.gram.uses.uses import Lookup, OuterProduct
 from curvature_callbacks.linalg.kronecker import Factor, KroneckerFactors
 from curvature_callbacks.model.loss.sharing import Sharing
-from curvature_callbacks.statistics.kronecker_quality import Approximation, approximation
+from curvature_callbacks.statistics.kronecker_quality import Approximation, approximation, kronecker_metrics
 from tests.reference import dense_fisher
 
 D = torch.float64
@@ -328,7 +328,7 @@ def test_gradients_that_all_vanish_give_zero_factors():
     data = [(a, [torch.zeros_like(b[0])], counts) for a, b, counts in random_data()]
     found = found_of(data)
     assert len(found.A.eigenvalues) == len(found.G.eigenvalues) == 0
-    assert found.metrics(rank_cut=1e-6) == {}
+    assert kronecker_metrics(found, rank_cut=1e-6) == {}
 
 
 def test_a_row_that_is_not_finite_gives_nan_and_does_not_raise():

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from curvature_callbacks.compute.offline import offline_problem
-from curvature_callbacks.gram.kronecker.factors import LayerKronecker
-from curvature_callbacks.linalg.kronecker import Factor
+from curvature_callbacks.linalg.kronecker import Factor, LayerKronecker
 from curvature_callbacks.model.loss.fisher_type import FisherType
 from curvature_callbacks.model.loss.sharing import Sharing
 from curvature_callbacks.statistics.kronecker_quality import approximation
@@ -127,6 +126,9 @@ def test_the_layers_are_those_that_have_factors():
     assert {"transformer.wpe.weight", "transformer.h.1.attn.c_attn.weight"} <= set(gpt2)
     assert gpt2["transformer.h.1.attn.c_attn.weight"].bias == "transformer.h.1.attn.c_attn.bias"
     assert gpt2["transformer.wpe.weight"].bias is None
+    assert gpt2["transformer.wpe.weight"].transposed
+    assert gpt2["transformer.h.1.attn.c_attn.weight"].transposed
+    assert not kronecker(CASES["mlp"], "expand")["0.weight"].transposed
 
 
 def exact_gradients(case: Case, names: list[str]) -> tuple[Tensor, int]:
