@@ -52,6 +52,11 @@ class Eigenpairs:
     product_error: float = 0.0
     warnings: tuple[str, ...] = ()
 
+    @property
+    def is_iterative(self) -> bool:
+        """Whether Lanczos found them from a start vector, rather than a decomposition of a Gram or of factors."""
+        return self.reorth_mode not in ("gram", "kronecker")
+
     def metrics(self) -> dict[str, float]:
         """Scalars to log; what the run cannot say is absent.
 

@@ -1,7 +1,7 @@
 """Eigenpairs of `J' J / c` from the Gram `J J'` of its S rows: no Krylov space, no S x P matrix."""
 
 import time
-from typing import Protocol, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -11,28 +11,11 @@ from curvature_callbacks.linalg.eigenpairs import Eigenpairs, noise_floor
 from curvature_callbacks.linalg.inner_products import InnerProducts
 from curvature_callbacks.linalg.lanczos.options import LanczosOptions
 from curvature_callbacks.linalg.lanczos.wanted import Wanted
-from curvature_callbacks.linalg.operator import Operator
-
-
-class FactoredOperator(Operator, Protocol):
-    """`A = J' J / normaliser`, with the products of both factors."""
-
-    @property
-    def normaliser(self) -> int:
-        """What `J' J` is divided by."""
-        ...
-
-    def jvp(self, v: Tensor) -> Tensor:
-        """`J v` (S,) for `v` (P,)."""
-        ...
-
-    def vjp(self, u: Tensor) -> Tensor:
-        """`J' u` (P,) for `u` (S,)."""
-        ...
+from curvature_callbacks.linalg.operator import JacobianOperator
 
 
 def eigenpairs_of_gram(
-    gram: Tensor, operator: FactoredOperator, options: LanczosOptions, *, projections: int = 2
+    gram: Tensor, operator: JacobianOperator, options: LanczosOptions, *, projections: int = 2
 ) -> Eigenpairs:
     """The `k` outer eigenpairs of `A = J' J / c`, with true residuals.
 
@@ -76,7 +59,7 @@ def eigenpairs_of_gram(
 class _GramSearch:
     """The spectrum of the Gram and what turns it into vectors. Index i counts the P eigenvalues of A from the largest."""
 
-    def __init__(self, gram: Tensor, operator: FactoredOperator, seed: int, projections: int) -> None:
+    def __init__(self, gram: Tensor, operator: JacobianOperator, seed: int, projections: int) -> None:
         K = gram.to("cpu", torch.float64)
         size = K.abs().max().item()
         self.asymmetry = (K - K.T).abs().max().item() / size if size > 0 else 0.0

@@ -35,6 +35,28 @@ class Operator(Protocol):
         ...
 
 
+class JacobianOperator(Operator, Protocol):
+    """An operator `A = J' B J / normaliser` that gives away its J (S, P); B is positive semi-definite, of a Fisher 1."""
+
+    @property
+    def normaliser(self) -> int:
+        """What the sum over the rows of J is divided by."""
+        ...
+
+    @property
+    def num_outputs(self) -> int:
+        """S, the rows of J."""
+        ...
+
+    def jvp(self, v: Tensor) -> Tensor:
+        """`J v` (S,) for `v` (P,)."""
+        ...
+
+    def vjp(self, u: Tensor) -> Tensor:
+        """`J' u` (P,) for `u` (S,)."""
+        ...
+
+
 @final
 class MatrixOperator:
     """A symmetric matrix as an operator. Cost of one product: `P^2` multiplications.

@@ -188,7 +188,7 @@ class _Run:
         left = seconds_left(problem.deadline, measurement.max_seconds)
         options = replace(measurement.solver, seed=problem.seed, max_seconds=left)
         pairs = task.solve(options, initial_vectors=self._start(task, block))
-        if measurement.warm_start and task.is_iterative:
+        if measurement.warm_start and pairs.is_iterative:
             self.starts[block or _WHOLE] = task.assembled(pairs.starting_vector())
         return Record(
             step=problem.step,

@@ -1,14 +1,20 @@
 """The Hessian of the mean loss by differences of the gradient, for models that cannot be differentiated twice."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Final, final
+from dataclasses import replace
+from typing import Any, Final, Protocol, final
 
 import torch
 from torch import Tensor
 
 from curvature_callbacks.errors import ConfigurationError, ProbeError, RefusedError
+from curvature_callbacks.linalg.eigenpairs import Eigenpairs
 from curvature_callbacks.linalg.inner_products import InnerProducts
+from curvature_callbacks.linalg.lanczos.options import LanczosOptions
+from curvature_callbacks.linalg.lanczos.solver import solve
+from curvature_callbacks.linalg.operator import Operator
 from curvature_callbacks.model.objective import Objective, gradients
+from curvature_callbacks.operators.capabilities import SelfCheck
 from curvature_callbacks.operators.vectors import flatten, unflatten
 
 # Longest step as a share of ||theta||: the best fixed one for random vectors on seven small models (largest error 1.1e-4 in
@@ -20,6 +26,7 @@ _LONGEST: Final = {torch.float32: 1e-3, torch.float64: 1e-4}
 # eigenvectors, that move about 150 parameters and reach 2e-3: there 1e-3 was off by 0.17.
 _SHORTEST: Final = 1e-2
 _EVEN: Final = 0.1
+_ESTIMATE_PRODUCTS: Final = 2  # what `error_estimate` spends
 _DISAGREEMENT: Final = 0.1  # of two steps; smooth models had 1e-3, a ResNet with max pooling at too long a step 0.8
 
 
@@ -96,6 +103,29 @@ class FiniteDifferenceHessianOperator:
         scale = self._norm(found).item()
         return self._norm(found - longer).item() / scale if scale else 0.0
 
+    def eigenpairs(self, options: LanczosOptions, *, initial_vectors: Tensor | None = None) -> Eigenpairs:
+        """The outer pairs by Lanczos, with the error of the products along the outermost of them."""
+        return eigenpairs_with_product_error(self, options, initial_vectors)
+
+    def self_check(self, seed: int) -> SelfCheck:
+        """How far the products of two steps are apart along a random vector, relative to one; 0 for a product of 0.
+
+        Raises:
+            RefusedError: above 0.1: kinks or rounding, not curvature.
+
+        Cost: four gradients, two products.
+        """
+        generator = InnerProducts(self).random(seed)
+        v = torch.randn(self.shape[0], generator=generator, dtype=self.dtype).to(self.device)
+        error = self.error_estimate(v)
+        if not error <= _DISAGREEMENT:
+            raise RefusedError(
+                f"finite differences with two steps are {error:.1e} apart: the loss has kinks that they step over (ReLU, max "
+                "pooling), or its gradient is noisy. Use `operator`='hessian' with eager implementations of the model's "
+                "kernels."
+            )
+        return SelfCheck(error, _ESTIMATE_PRODUCTS)
+
     def _product(self, v: Tensor, multiple: float = 1.0) -> Tensor:
         """`H v` with that multiple of its step."""
         length = self._norm(v).item()
@@ -144,20 +174,22 @@ class FiniteDifferenceHessianOperator:
         return flatten(gradients(losses.total, leaves).values()), int(losses.num_targets.sum())
 
 
-def check_differences(operator: FiniteDifferenceHessianOperator, *, seed: int) -> float:
-    """How far the products of two steps are apart along a random vector, relative to one; 0 for a product of 0.
+class ApproximateOperator(Operator, Protocol):
+    """An operator that tells how far off its products are."""
 
-    Raises:
-        RefusedError: above 0.1: kinks or rounding, not curvature.
+    def error_estimate(self, v: Tensor) -> float:
+        """Relative error of the product with v (P,). Cost: two products."""
+        ...
 
-    Cost: four gradients, two products.
-    """
-    generator = InnerProducts(operator).random(seed)
-    v = torch.randn(operator.shape[0], generator=generator, dtype=operator.dtype).to(operator.device)
-    error = operator.error_estimate(v)
-    if not error <= _DISAGREEMENT:
-        raise RefusedError(
-            f"finite differences with two steps are {error:.1e} apart: the loss has kinks that they step over (ReLU, max "
-            "pooling), or its gradient is noisy. Use `operator`='hessian' with eager implementations of the model's kernels."
-        )
-    return error
+
+def eigenpairs_with_product_error(
+    operator: ApproximateOperator, options: LanczosOptions, initial_vectors: Tensor | None
+) -> Eigenpairs:
+    """The pairs by Lanczos, and how far off the products are along the outermost of them. Cost: four products more."""
+    pairs = solve(operator, replace(options, return_eigenvectors=True), initial_vectors=initial_vectors)
+    assert pairs.eigenvectors is not None
+    outermost = {0, pairs.eigenvectors.shape[1] - 1}
+    error = max(operator.error_estimate(pairs.eigenvectors[:, column].contiguous()) for column in outermost)
+    vectors = pairs.eigenvectors if options.return_eigenvectors else None
+    spent = _ESTIMATE_PRODUCTS * len(outermost)
+    return replace(pairs, eigenvectors=vectors, product_error=error, num_matvecs=pairs.num_matvecs + spent)

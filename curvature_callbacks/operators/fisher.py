@@ -6,15 +6,24 @@ from typing import Any, final, get_args
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from curvature_callbacks.batches import batch_size, take_rows
 from curvature_callbacks.errors import ConfigurationError, ProbeError, check_choice
+from curvature_callbacks.linalg.eigenpairs import Eigenpairs
+from curvature_callbacks.linalg.gram_eigenpairs import eigenpairs_of_gram
+from curvature_callbacks.linalg.lanczos.options import LanczosOptions
+from curvature_callbacks.linalg.lanczos.solver import solve
+from curvature_callbacks.linalg.operator import JacobianOperator
+from curvature_callbacks.model.checks import refusing_single_derivatives
 from curvature_callbacks.model.loss.fisher_type import FisherType, SampleUnit
 from curvature_callbacks.model.loss.sample_losses import SampleLosses
 from curvature_callbacks.model.loss.surrogates import Surrogate, surrogates
 from curvature_callbacks.model.objective import Objective, gradients
+from curvature_callbacks.operators.capabilities import SelfCheck
 from curvature_callbacks.operators.graphs import MicrobatchOperator
 from curvature_callbacks.operators.jacobian import DirectRows, LossRows, SlopedRows
+from curvature_callbacks.operators.self_checks import ADJOINT_PRODUCTS, check_adjoint
 from curvature_callbacks.operators.vectors import unflatten
 
 
@@ -37,6 +46,7 @@ class FisherOperator(MicrobatchOperator[LossRows]):
         num_targets: sum of `n_i` over these.
         normaliser: `num_draws` times N for `sequence`, times `num_targets` for `token`.
         num_losses: S, the rows of J.
+        gram: (N, N) `J J'` where it is known and gives the eigenpairs; else None, and Lanczos finds them.
 
     Cost: 1.2 to 1.6 gradients to build, 1.1 to 1.3 a product (half of it for J v), 2.2 with convolutions; as much as to build
     once more for microbatches whose graph is not kept. Memory: about a gradient's for every kept one, of it a buffer as large
@@ -44,6 +54,7 @@ class FisherOperator(MicrobatchOperator[LossRows]):
     """
 
     is_psd = True
+    gram: Tensor | None = None
 
     def __init__(
         self,
@@ -74,7 +85,7 @@ class FisherOperator(MicrobatchOperator[LossRows]):
 
     @property
     def num_outputs(self) -> int:
-        """S as well, for `check_adjoint`."""
+        """S as well, as `JacobianOperator` calls it."""
         return self.num_losses
 
     def jvp(self, v: Tensor) -> Tensor:
@@ -88,10 +99,20 @@ class FisherOperator(MicrobatchOperator[LossRows]):
         pieces = iter(torch.split(u, self._counts))
         return self._sum(1, lambda graph: [graph.vjp(next(pieces))], 1.0)[0]
 
+    def eigenpairs(self, options: LanczosOptions, *, initial_vectors: Tensor | None = None) -> Eigenpairs:
+        """The outer pairs: from the Gram where it is known, with true residuals, else by Lanczos."""
+        return fisher_eigenpairs(self, self.gram, options, initial_vectors)
+
+    @override
+    def self_check(self, seed: int) -> SelfCheck:
+        with refusing_single_derivatives():
+            return SelfCheck(check_adjoint(self, seed=seed), ADJOINT_PRODUCTS)
+
     @abstractmethod
     def _rows(self, losses: SampleLosses, place: int) -> LossRows:
         """The rows of J of one microbatch."""
 
+    @override
     def _graph(self, place: int) -> LossRows:
         return self._rows(self._losses(place, curved=False), place)
 
@@ -141,11 +162,12 @@ class EmpiricalFisherOperator(FisherOperator):
         microbatches: what N spans.
         names: parameters to differentiate by, default all; only their part of the graph is built.
         sample_unit: `sequence` or `token`.
+        gram: `J J'` over all rows of the microbatches, used or not.
         memory_budget: bytes for graphs; default `device_budget`.
 
     Raises:
         ConfigurationError: losses of single rows (`token`: of single targets) are not known.
-        ProbeError: no row can be used.
+        ProbeError: no row can be used; a used one has an entry in the Gram that is not finite.
     """
 
     def __init__(
@@ -155,9 +177,11 @@ class EmpiricalFisherOperator(FisherOperator):
         names: Iterable[str] | None = None,
         *,
         sample_unit: SampleUnit = "sequence",
+        gram: Tensor | None = None,
         memory_budget: int | None = None,
     ) -> None:
         super().__init__(objective, microbatches, names, sample_unit=sample_unit, num_draws=1, memory_budget=memory_budget)
+        self.gram = None if gram is None else gram_of_rows(gram, self.rows)
 
     def _rows(self, losses: SampleLosses, place: int) -> LossRows:
         each, predictive = self._each(losses), losses.predictive
@@ -235,6 +259,28 @@ class SampledFisherOperator(FisherOperator):
         logits = losses.predictive.logits
         slopes = [_slope(surrogate(losses).sum(), logits) for surrogate in self._drawn[place]]
         return SlopedRows(losses, logits, slopes, self._leaves, by_target=self.sample_unit == "token")
+
+
+def fisher_eigenpairs(
+    operator: JacobianOperator, gram: Tensor | None, options: LanczosOptions, initial_vectors: Tensor | None
+) -> Eigenpairs:
+    """The outer pairs of a Fisher: from its Gram where it is known, with true residuals, else by Lanczos."""
+    if gram is None:
+        return solve(operator, options, initial_vectors=initial_vectors)
+    return eigenpairs_of_gram(gram, operator, options)
+
+
+def gram_of_rows(gram: Tensor, rows: Tensor) -> Tensor:
+    """The part of a Gram that belongs to these rows.
+
+    Raises:
+        ProbeError: an entry of it is not finite.
+    """
+    rows = rows.to(gram.device)
+    used = gram[rows][:, rows]
+    if not used.isfinite().all():
+        raise ProbeError("a row of this probe has a finite gradient in this block and one that is not finite in another.")
+    return used
 
 
 def _slope(total: Tensor, logits: Tensor) -> Tensor:

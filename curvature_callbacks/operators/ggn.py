@@ -6,12 +6,16 @@ from typing import Any, final
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
+from typing_extensions import override
 
 from curvature_callbacks.errors import ConfigurationError
+from curvature_callbacks.model.checks import refusing_single_derivatives
 from curvature_callbacks.model.loss.sample_losses import Predictive, SampleLosses
 from curvature_callbacks.model.objective import Objective
+from curvature_callbacks.operators.capabilities import SelfCheck
 from curvature_callbacks.operators.graphs import MicrobatchOperator, checked_scale
 from curvature_callbacks.operators.jacobian import Jacobian
+from curvature_callbacks.operators.self_checks import ADJOINT_PRODUCTS, check_adjoint
 from curvature_callbacks.operators.vectors import unflatten
 
 
@@ -73,6 +77,11 @@ class GGNOperator(MicrobatchOperator["_LogitGraph"]):
         """S, logits of all microbatches."""
         return sum(self._counts)
 
+    @property
+    def normaliser(self) -> int:
+        """`sum_i n_i`, at least 1: a process may have no target."""
+        return max(self.num_targets, 1)
+
     def jvp(self, v: Tensor) -> Tensor:
         """`J v` (S,) for `v` (P,), the rows of J unweighted. Cost: half a product."""
         parts, found = unflatten(v.contiguous(), self._shapes), []
@@ -84,6 +93,12 @@ class GGNOperator(MicrobatchOperator["_LogitGraph"]):
         pieces = iter(torch.split(u, self._counts))
         return self._sum(1, lambda graph: [graph.vjp(next(pieces))], 1.0)[0]
 
+    @override
+    def self_check(self, seed: int) -> SelfCheck:
+        with refusing_single_derivatives():
+            return SelfCheck(check_adjoint(self, seed=seed), ADJOINT_PRODUCTS)
+
+    @override
     def _graph(self, place: int) -> "_LogitGraph":
         return _LogitGraph(self._losses(place, curved=False), self._leaves)
 

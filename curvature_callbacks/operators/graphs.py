@@ -14,6 +14,7 @@ from curvature_callbacks.errors import ProbeError
 from curvature_callbacks.library_internals.tensors import saved_tensors, sparse_parts
 from curvature_callbacks.model.loss.sample_losses import SampleLosses
 from curvature_callbacks.model.objective import Objective
+from curvature_callbacks.operators.capabilities import SelfCheck
 from curvature_callbacks.operators.fused.forward import fused
 from curvature_callbacks.operators.vectors import accumulate, unflatten
 
@@ -161,6 +162,14 @@ class MicrobatchOperator(ABC, Generic[G]):
         """`A V` for `V` (P, K), column by column: several at once gain nothing on CPU and cost memory."""
         columns = [unflatten(column.contiguous(), self._shapes) for column in V.T]
         return self._sum(V.shape[1], lambda graph: map(graph.product, columns), self._scale).T
+
+    @abstractmethod
+    def self_check(self, seed: int) -> SelfCheck:
+        """The largest relative error of its products, with random vectors of this seed.
+
+        Raises:
+            RefusedError: the products are wrong.
+        """
 
     @abstractmethod
     def _graph(self, place: int) -> G:

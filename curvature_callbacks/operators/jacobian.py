@@ -10,33 +10,6 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from curvature_callbacks.model.loss.sample_losses import SampleLosses
 
 
-class HasJacobian(Protocol):
-    """An operator `J' A J` that gives its J away, for `check_adjoint`."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of all vectors."""
-        ...
-
-    @property
-    def device(self) -> torch.device:
-        """Device of all vectors."""
-        ...
-
-    @property
-    def num_outputs(self) -> int:
-        """S, the rows of J."""
-        ...
-
-    def jvp(self, v: Tensor) -> Tensor:
-        """`J v` (S,) for `v` (P,)."""
-        ...
-
-    def vjp(self, u: Tensor) -> Tensor:
-        """`J' u` (P,) for `u` (S,)."""
-        ...
-
-
 @final
 class Jacobian:
     """J of `outputs` in the `leaves`: no output-by-parameter matrix, two backward passes.

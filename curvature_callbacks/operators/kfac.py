@@ -16,6 +16,7 @@ from curvature_callbacks.linalg.kronecker import LayerKronecker
 from curvature_callbacks.linalg.kronecker_pairs import outer_pairs
 from curvature_callbacks.linalg.lanczos.options import LanczosOptions
 from curvature_callbacks.linalg.lanczos.wanted import Wanted
+from curvature_callbacks.operators.capabilities import SelfCheck
 
 _NULL_PASSES: Final = 2  # projections of a null vector; the second mends a random vector that lies almost in the range
 
@@ -63,6 +64,10 @@ class KFACOperator:
         places = _places(self.names, parameters)
         self.shape = (places[self.names[-1]].stop, places[self.names[-1]].stop)
         self._layers = [_Layer(layer, places, parameters[layer.weight], corrected=corrected) for layer in chosen]
+
+    def self_check(self, seed: int) -> SelfCheck:
+        """Nothing to check: its products are those of matrices, and nothing is differentiated."""
+        return SelfCheck(0.0, 0)
 
     def matmat(self, V: Tensor) -> Tensor:
         """`A V` for `V` (P, K), all columns at once."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from curvature_callbacks.errors import ProbeError
 from curvature_callbacks.linalg.operator import Operator
+from curvature_callbacks.operators.capabilities import SelfCheck, self_check
 from curvature_callbacks.space import LOCAL
 
 
@@ -53,6 +54,10 @@ class PreconditionedOperator:
         self.dtype = inner.dtype
         self.device = inner.device
         self.is_psd = inner.is_psd
+
+    def self_check(self, seed: int) -> SelfCheck:
+        """That of A: a product with a diagonal cannot be wrong."""
+        return self_check(self.inner, seed)
 
     def matmat(self, V: Tensor) -> Tensor:
         """`D^1/2 (A + C) D^1/2 V` for `V` (P, K)."""

@@ -7,8 +7,12 @@ import torch
 from torch import Tensor
 
 from curvature_callbacks.errors import ProbeError
+from curvature_callbacks.linalg.eigenpairs import Eigenpairs
+from curvature_callbacks.linalg.lanczos.options import LanczosOptions
 from curvature_callbacks.linalg.operator import Operator
-from curvature_callbacks.operators.fisher import FisherOperator
+from curvature_callbacks.operators.capabilities import SelfCheck, self_check
+from curvature_callbacks.operators.difference import FiniteDifferenceHessianOperator, eigenpairs_with_product_error
+from curvature_callbacks.operators.fisher import FisherOperator, fisher_eigenpairs, gram_of_rows
 from curvature_callbacks.processes.world import World
 
 
@@ -57,12 +61,34 @@ class ReplicatedOperator:
             product = self.local.matmat(whole.T) * self._weight
         return self._world.reduced(product.T.contiguous()).T
 
-    def checked(self, check: Callable[[Operator], tuple[float, int]]) -> tuple[float, int]:
-        """The worst of what `check` finds on each process's own operator (nan before all), and the products it spends."""
+    def self_check(self, seed: int) -> SelfCheck:
+        """The worst of the checks that every process makes of its own derivatives."""
+        return self._worst(lambda: self_check(self.local, seed))
+
+    def _worst(self, check: Callable[[], SelfCheck]) -> SelfCheck:
+        """The largest of the processes' errors (nan before all), and the products it took."""
         with self._world.together():
-            found = check(self.local)
-        worst: tuple[float, int] = max(self._world.gathered(found), key=lambda one: (one[0] != one[0], one))
+            checked = check()
+        worst: SelfCheck = max(self._world.gathered(checked), key=lambda other: (other.error != other.error, other))
         return worst
+
+
+@final
+class ReplicatedDifferencesOperator(ReplicatedOperator):
+    """`ReplicatedOperator` of finite differences, which knows how far off its products are."""
+
+    def __init__(self, local: FiniteDifferenceHessianOperator, count: int, world: World) -> None:
+        super().__init__(local, count, world)
+        self._differences = local
+
+    def error_estimate(self, v: Tensor) -> float:
+        """The largest of the processes' estimates for their own rows, along `v` (held here,)."""
+        vector = self._world.assembled(v[None], self._length)[0]
+        return self._worst(lambda: SelfCheck(self._differences.error_estimate(vector), 0)).error
+
+    def eigenpairs(self, options: LanczosOptions, *, initial_vectors: Tensor | None = None) -> Eigenpairs:
+        """The outer pairs by Lanczos, with the error of the products along the outermost of them."""
+        return eigenpairs_with_product_error(self, options, initial_vectors)
 
 
 @final
@@ -74,9 +100,10 @@ class ShardedFisherOperator(ReplicatedOperator):
         num_targets: valid targets of these.
         normaliser: of all processes.
         sample_unit: `sequence` or `token`.
+        gram: (N, N) `J J'` where it is known and gives the eigenpairs; else None, and Lanczos finds them.
     """
 
-    def __init__(self, local: FisherOperator, num_rows: int, world: World) -> None:
+    def __init__(self, local: FisherOperator, num_rows: int, world: World, *, gram: Tensor | None = None) -> None:
         super().__init__(local, local.normaliser, world)
         self._fisher = local
         self.sample_unit = local.sample_unit
@@ -86,6 +113,12 @@ class ShardedFisherOperator(ReplicatedOperator):
         self.num_samples = len(self.rows)
         self.num_targets = sum(targets for _, _, targets, _ in found)
         self._counts = [losses for *_, losses in found]
+        self.gram = None if gram is None else gram_of_rows(gram, self.rows)
+
+    @property
+    def num_outputs(self) -> int:
+        """S, the rows of J."""
+        return sum(self._counts)
 
     def jvp(self, v: Tensor) -> Tensor:
         """`J v` (S,) for `v` (held here,)."""
@@ -101,6 +134,10 @@ class ShardedFisherOperator(ReplicatedOperator):
         with self._world.together():
             own = self._fisher.vjp(torch.split(u, self._counts)[self._world.rank])
         return self._world.reduced(own[None])[0]
+
+    def eigenpairs(self, options: LanczosOptions, *, initial_vectors: Tensor | None = None) -> Eigenpairs:
+        """The outer pairs: from the Gram where it is known, with true residuals, else by Lanczos."""
+        return fisher_eigenpairs(self, self.gram, options, initial_vectors)
 
 
 def _numbered(rows: Sequence[Sequence[int]], sizes: Sequence[int]) -> Tensor:

@@ -1,4 +1,7 @@
-"""Self-checks of operators: a kernel whose derivatives are wrong is caught, never measured."""
+"""Checks of an operator's products: a kernel whose derivatives are wrong is caught, never measured.
+
+An operator says in its `self_check` which of these is its own.
+"""
 
 from typing import Final
 
@@ -7,48 +10,15 @@ import torch
 from curvature_callbacks.errors import RefusedError
 from curvature_callbacks.linalg.accumulate import dot
 from curvature_callbacks.linalg.inner_products import InnerProducts
-from curvature_callbacks.linalg.operator import Operator
-from curvature_callbacks.operators.hessian import HessianOperator
-from curvature_callbacks.operators.jacobian import HasJacobian
+from curvature_callbacks.linalg.operator import JacobianOperator, Operator
 
-_DISAGREEMENT: Final = 2e-2  # central differences are good to 5e-5 on smooth models; a dropped kernel missed by 0.7
-
-
-def check_second_order(hessian: HessianOperator, *, seed: int) -> float:
-    """Largest relative error the self-checks found: repeatability, symmetry, and agreement with central differences.
-
-    Symmetry catches a kernel in the middle of the model. One at its end (a fused loss) leaves a symmetric, wrong product: so
-    models with operations whose derivative was written outside PyTorch are also compared with differences of the gradient.
-
-    Raises:
-        RefusedError: one of the three fails.
-
-    Cost: three products; with such operations one more and two gradients.
-    """
-    error = check_symmetric(hessian, seed=seed)
-    if not hessian.custom_functions:
-        return error
-    products = InnerProducts(hessian)
-    norm = products.norm
-    v = torch.randn(hessian.shape[0], generator=products.random(seed), dtype=hessian.dtype).to(hessian.device)
-    product, difference = hessian.matmat(v[:, None])[:, 0], hessian.difference_product(v)
-    scale = max(norm(product).item(), norm(difference).item())
-    disagreement = norm(product - difference).item() / scale if scale > 0 else 0.0
-    if not disagreement <= _DISAGREEMENT:
-        raise RefusedError(
-            f"the Hessian product differs from finite differences by {disagreement:.1e}: one of the custom operations "
-            f"{', '.join(hessian.custom_functions)} has no second derivative and was taken as a constant (or the loss has "
-            "kinks that differences cannot resolve). Load the model with eager implementations of these."
-        )
-    return max(error, disagreement)
-
+ADJOINT_PRODUCTS: Final = 2  # what `check_adjoint` spends: one and a half
+SYMMETRY_PRODUCTS: Final = 3  # what `check_symmetric` spends
 
 _ADJOINT_DISAGREEMENT: Final = 1e-3  # rounding gives 1e-6 in float32, kinks no more; a dropped kernel its share of `||J'u||^2`
 
-CHECK_PRODUCTS: Final = 2  # one and a half
 
-
-def check_adjoint(operator: HasJacobian, *, seed: int) -> float:
+def check_adjoint(operator: JacobianOperator, *, seed: int) -> float:
     """Larger of `|u' J J' u - ||J'u||^2| / ||J'u||^2` and `||J'u - (J'u again)|| / ||J'u||` for a random u.
 
     `J'u` is one backward pass and trusted; `J v` differentiates it, and a kernel without a second derivative is taken as a

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, partial
-from typing import Any, TypeVar, final
+from typing import Any, Final, TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from curvature_callbacks.operators.ggn import GGNOperator
 from curvature_callbacks.operators.hessian import HessianOperator
 from curvature_callbacks.operators.kfac import KFACOperator
 from curvature_callbacks.operators.preconditioned import PreconditionedOperator
-from curvature_callbacks.operators.replicated import ReplicatedOperator, ShardedFisherOperator
+from curvature_callbacks.operators.replicated import ReplicatedDifferencesOperator, ReplicatedOperator, ShardedFisherOperator
 from curvature_callbacks.problem.memory import ProbeMemory
 from curvature_callbacks.processes.fsdp import shard, unsharded
 from curvature_callbacks.processes.gathering import in_step, on_use_parameters
@@ -37,6 +37,10 @@ from curvature_callbacks.processes.world import SINGLE, World
 A = TypeVar("A", bound=Operator)
 AnyFisher = FisherOperator | ShardedFisherOperator
 Names = Iterable[str] | None  # of parameters to differentiate by, default all
+
+# The Gram of all rows cost 1.39 gradients where one product with the Fisher cost 1.41: any spectrum for the price of one step
+# of Lanczos. Its eigensolve and its N x N products grow as N^3 and N^2; at 1000 rows they were still small.
+_MAX_GRAM_ROWS: Final = 1000
 
 
 @final
@@ -59,6 +63,7 @@ class Problem:
 
     Attributes:
         grams: `problem.grams()` gives the block Grams of a type of Fisher; its methods what else their passes tell.
+        max_gram_rows: most rows of all processes at which the empirical Fisher's eigenpairs are those of its Gram.
 
     Raises:
         ConfigurationError: no trainable parameter, an undeterminable loss, no microbatch.
@@ -103,6 +108,7 @@ class Problem:
             memory.blocks = names, group_blocks(model, names, block_structure)
         self.blocks: Blocks = memory.blocks[1]
         self.deadline: float | None = None  # of `time.perf_counter`, for iterative measurements
+        self.max_gram_rows = _MAX_GRAM_ROWS
         self.gradient_seconds = 0.0  # wall time of one gradient, once `gradients` was asked for
         self.grams = ProbeGrams(
             self.objective,
@@ -177,11 +183,13 @@ class Problem:
             local = HessianOperator(self.objective, self.microbatches, names)
         return self._over_processes(local, local.num_targets)
 
-    def finite_difference_hessian(self, names: Names = None) -> FiniteDifferenceHessianOperator | ReplicatedOperator:
+    def finite_difference_hessian(self, names: Names = None) -> FiniteDifferenceHessianOperator | ReplicatedDifferencesOperator:
         """The same by differences of the gradient, for models without a second derivative."""
         with self.world.together():
             local = FiniteDifferenceHessianOperator(self.objective, self.microbatches, names)
-        return self._over_processes(local, self._num_targets)
+        if self._is_whole_world:
+            return local
+        return ReplicatedDifferencesOperator(local, self._num_targets, self.world)
 
     def ggn(self, names: Names = None) -> GGNOperator | ReplicatedOperator:
         """The generalised Gauss-Newton matrix of the mean loss, restricted to the named parameters.
@@ -224,8 +232,12 @@ class Problem:
         hessian = self.hessian(stability.names)
         return PreconditionedOperator(hessian, InnerProducts(hessian).part(1 / stability.preconditioner))
 
-    def empirical_fisher(self, names: Names = None, *, sample_unit: SampleUnit = "sequence") -> AnyFisher:
+    def empirical_fisher(
+        self, names: Names = None, *, sample_unit: SampleUnit = "sequence", gram: Tensor | None = None
+    ) -> AnyFisher:
         """The empirical Fisher of all microbatches, restricted to the named parameters.
+
+        `gram` (N, N) of these parameters, over the rows of all processes, is where its eigenpairs are then from.
 
         Raises:
             ConfigurationError: the losses of single rows (`token`: of single targets) are not known.
@@ -233,8 +245,14 @@ class Problem:
         """
         self._refuse_single_derivatives()
         with self.world.together():
-            local = EmpiricalFisherOperator(self.objective, self.microbatches, names, sample_unit=sample_unit)
-        return local if self._is_whole_world else ShardedFisherOperator(local, self._own_rows, self.world)
+            local = EmpiricalFisherOperator(
+                self.objective,
+                self.microbatches,
+                names,
+                sample_unit=sample_unit,
+                gram=gram if self._is_whole_world else None,
+            )
+        return local if self._is_whole_world else ShardedFisherOperator(local, self._own_rows, self.world, gram=gram)
 
     def sampled_fisher(self, names: Names = None, *, sample_unit: SampleUnit = "sequence", num_draws: int = 1) -> AnyFisher:
         """The Fisher of labels drawn from the predictive with the probe's seed, restricted to the named parameters.

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from curvature_callbacks import ConfigurationError, MatrixOperator, RefusedError, compute_spectrum
-from curvature_callbacks.problem import eigenproblem
+from curvature_callbacks.compute.offline import offline_problem
+from curvature_callbacks.linalg.lanczos.options import LanczosOptions
+from curvature_callbacks.problem.eigenproblem import eigenproblem
+from curvature_callbacks.problem.matrix import MatrixChoice
 from tests.cases import CASES, Case
 from tests.reference import (
     IGNORED,
@@ -95,19 +98,18 @@ def test_fisher_pairs_in_float32(name: str):
 
 @pytest.mark.parametrize("which", ["LA", "SA", "LM", "BE"])
 @pytest.mark.parametrize("parameters", ["", "2.bias"], ids=["N<P", "N>P"])
-def test_the_gram_and_lanczos_find_the_same(parameters: str, which: str, monkeypatch: pytest.MonkeyPatch):
+def test_the_gram_and_lanczos_find_the_same(parameters: str, which: Any):
     """Zeros included: with 6 samples of 73 parameters the small end is zero, of the 4 parameters it is not."""
-    options: dict[str, Any] = {
-        "loss": CASE.loss,
-        "params_filter": lambda name, _: name.startswith(parameters),
-        "k": 3,
-        "which": which,
-        "tol": 1e-8,
-        "return_eigenvectors": True,
-    }
-    gram = compute_spectrum(CASE.model(), CASE.microbatches(), **FISHER, **options)
-    monkeypatch.setattr(eigenproblem, "_MAX_GRAM_SAMPLES", 5)
-    lanczos = compute_spectrum(CASE.model(), CASE.microbatches(), **FISHER, **options)
+    options = LanczosOptions(k=3, which=which, tol=1e-8, return_eigenvectors=True)
+    chosen = offline_problem(
+        CASE.model(), CASE.microbatches(), loss=CASE.loss, params_filter=lambda name, _: name.startswith(parameters)
+    )
+    with chosen as problem:
+        gram = eigenproblem(problem, MatrixChoice(operator="empirical_fisher")).solve(options)
+        problem.max_gram_rows = 5
+        lanczos = eigenproblem(problem, MatrixChoice(operator="empirical_fisher")).solve(options)
+    assert gram.eigenvectors is not None
+    assert lanczos.eigenvectors is not None
     assert (gram.reorth_mode, lanczos.reorth_mode) == ("gram", "partial")
     assert torch.allclose(gram.eigenvalues, lanczos.eigenvalues, rtol=1e-9, atol=1e-12)
     assert gram.converged.all()
@@ -116,7 +118,6 @@ def test_the_gram_and_lanczos_find_the_same(parameters: str, which: str, monkeyp
 
 
 def test_up_to_a_thousand_rows_come_from_the_gram():
-    assert eigenproblem._MAX_GRAM_SAMPLES == 1000
     options: dict[str, Any] = {"loss": CASE.loss, "k": 1, "which": "LA"}
     for rows_, mode in ((1000, "gram"), (1001, "partial")):
         microbatches = CASE.microbatches((rows_,))

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from curvature_callbacks import MatrixOperator, Problem
 from curvature_callbacks.compute.offline import offline_problem
 from curvature_callbacks.linalg.combination import LinearCombination
+from curvature_callbacks.linalg.lanczos.options import LanczosOptions
 from curvature_callbacks.linalg.operator import Operator
 from curvature_callbacks.model.stability import read_stability
+from curvature_callbacks.operators.capabilities import eigenpairs, self_check
 from curvature_callbacks.operators.difference import FiniteDifferenceHessianOperator
 from curvature_callbacks.operators.fisher import EmpiricalFisherOperator, SampledFisherOperator
 from curvature_callbacks.operators.ggn import GGNOperator
@@ -233,6 +235,22 @@ class TestOperator:
         U = vectors(operator, 8)
         forms = (U * operator.matmat(U)).sum(0)
         assert not operator.is_psd or (forms >= -subject.tolerance * forms.abs().max()).all()
+
+    def test_its_self_check_passes_with_the_same_numbers_twice(self, subject: Subject) -> None:
+        operator = subject.build()
+        checked = self_check(operator, 0)
+        assert 0 <= checked.error < 10 * subject.tolerance
+        assert checked.num_matvecs >= 0
+        assert self_check(operator, 0) == checked
+
+    def test_its_own_eigenpairs_are_a_matrix_of_eigenvectors(self, subject: Subject) -> None:
+        operator = subject.build()
+        pairs = eigenpairs(operator, LanczosOptions(k=1, tol=1e-2, max_matvecs=40, return_eigenvectors=True))
+        v = pairs.eigenvectors
+        assert v is not None
+        assert v.shape == (operator.shape[0], 1)
+        assert (operator.matmat(v) - v * pairs.eigenvalues.to(v)).norm() <= 2 * pairs.residuals[0] + subject.tolerance
+        assert v.norm().item() == pytest.approx(1, abs=1e-5)
 
     def test_nothing_is_touched(self, subject: Subject) -> None:
         for parameter in subject.problem.model.parameters():

@@ -9,7 +9,6 @@ from torch.nn import functional as F
 from curvature_callbacks import ConfigurationError, FisherSpectrum, RefusedError, TopEigenpairs
 from curvature_callbacks.compute.offline import offline_problem
 from curvature_callbacks.operators.fisher import EmpiricalFisherOperator
-from curvature_callbacks.problem import eigenproblem
 from curvature_callbacks.record import scalar_tags
 from tests.cases import CASES
 from tests.reference import case_loss, dense_hessian, fisher_eigenvalues, sample_gradients, stacked
@@ -46,10 +45,10 @@ def test_the_measurement_reports_the_whole_model_and_its_blocks():
 
 
 @pytest.mark.parametrize("gram", [True, False], ids=["gram", "lanczos"])
-def test_the_fisher_of_the_whole_model_and_its_blocks(gram: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(eigenproblem, "_MAX_GRAM_SAMPLES", 6 if gram else 5)
+def test_the_fisher_of_the_whole_model_and_its_blocks(gram: bool):
     measurement = TopEigenpairs(operator="empirical_fisher", k=4, tol=1e-8, per_block=True)
     with problem_of() as problem:
+        problem.max_gram_rows = 6 if gram else 5
         (whole, *blocks), state = measurement.measure(problem, measurement.init(problem))
         names = dict(problem.blocks)
         again, _ = measurement.measure(problem, state)
@@ -121,11 +120,12 @@ def test_the_gram_is_shared_with_the_fisher_spectrum():
 
 @pytest.mark.parametrize("gram", [True, False], ids=["gram", "lanczos"])
 def test_wrong_products_are_refused_at_the_first_probe(gram: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(eigenproblem, "_MAX_GRAM_SAMPLES", 6 if gram else 5)
     right = EmpiricalFisherOperator.jvp
     monkeypatch.setattr(EmpiricalFisherOperator, "jvp", lambda self, v: 0.9 * right(self, v))
-    with problem_of() as problem, pytest.raises(RefusedError, match="same Jacobian"):
-        TopEigenpairs(operator="empirical_fisher", k=2).measure(problem, None)
+    with problem_of() as problem:
+        problem.max_gram_rows = 6 if gram else 5
+        with pytest.raises(RefusedError, match="same Jacobian"):
+            TopEigenpairs(operator="empirical_fisher", k=2).measure(problem, None)
 
 
 def test_a_loss_known_as_a_mean_only_is_asked_for_by_row():

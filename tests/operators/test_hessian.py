@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from curvature_callbacks import ProbeError, Problem, RefusedError, compute_spectrum
 from curvature_callbacks.compute.offline import offline_problem
 from curvature_callbacks.operators.hessian import HessianOperator
-from curvature_callbacks.operators.self_checks import check_second_order
 from tests.cases import CASES, CLASSES, Case, in_general_position
 from tests.reference import case_loss, dense_hessian, finite_difference_hessian, hessian_product, relative_error
 
@@ -305,7 +304,7 @@ def test_such_a_kernel_after_everything_measured_is_refused_too(place: str, loss
     batch = CASES["mlp"].microbatches((4,))[0]
     options: Mapping[str, Any] = {"loss": loss, "params_filter": lambda name, _: name.startswith(prefix)}
     with problem_of(CASES["mlp"], fused(place), [batch], **options) as problem, pytest.raises(RefusedError):
-        check_second_order(problem.hessian(), seed=0)
+        problem.hessian().self_check(0)
 
 
 @pytest.mark.parametrize(("place", "prefix"), [("first", ""), ("inside", "b")])
@@ -313,7 +312,7 @@ def test_such_a_kernel_before_everything_measured_does_no_harm(place: str, prefi
     model, batch = fused(place), CASES["mlp"].microbatches((4,))[0]
     truth = dense_hessian(model, lambda m: F.cross_entropy(m(batch[0]), batch[1]), names_of(model, (prefix,)))
     with hessian(CASES["mlp"], model, [batch], params_filter=lambda name, _: name.startswith(prefix)) as operator:
-        assert check_second_order(operator, seed=0) < 1e-4
+        assert operator.self_check(0).error < 1e-4
         assert relative_error(dense(operator), truth) < 1e-10
 
 
@@ -339,7 +338,7 @@ def test_a_custom_operation_with_a_second_derivative_is_measured(dtype: torch.dt
 
     truth = dense_hessian(model, lambda m: loss(m, batch).mean(), names_of(model, ("",)))
     with hessian(CASES["mlp"], model, [batch], loss=loss) as operator:
-        assert check_second_order(operator, seed=0) < 2e-3
+        assert operator.self_check(0).error < 2e-3
         assert relative_error(dense(operator), truth) < 1e-5
 
 

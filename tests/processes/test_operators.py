@@ -17,7 +17,8 @@ from curvature_callbacks.linalg.inner_products import InnerProducts
 from curvature_callbacks.linalg.lanczos.krylov import Krylov
 from curvature_callbacks.linalg.lanczos.options import LanczosOptions
 from curvature_callbacks.model.loss.fisher_type import FisherType
-from curvature_callbacks.operators.replicated import ReplicatedOperator, ShardedFisherOperator
+from curvature_callbacks.operators.capabilities import eigenpairs, self_check
+from curvature_callbacks.operators.replicated import ReplicatedDifferencesOperator, ReplicatedOperator, ShardedFisherOperator
 from curvature_callbacks.problem.problem import Problem
 from curvature_callbacks.processes.group import current_world
 from tests.processes.ranks import Ranks
@@ -190,3 +191,23 @@ def test_a_vector_lies_in_parts_that_make_it_up(two: Ranks) -> None:
     for squared, is_whole in two(inner_products):
         assert squared == (size - 1) * size * (2 * size - 1) / 6
         assert is_whole
+
+
+def pairs_of_differences() -> tuple[list[float], float, float]:
+    with problem_here(torch.float64) as problem:
+        operator = problem.finite_difference_hessian(BLOCK)
+        assert isinstance(operator, ReplicatedDifferencesOperator)
+        checked = self_check(operator, 0)
+        assert checked.num_matvecs == 2
+        pairs = eigenpairs(operator, LanczosOptions(k=4, which="BE", tol=1e-4, max_matvecs=60))
+        return pairs.eigenvalues.tolist(), checked.error, pairs.product_error
+
+
+def test_differences_over_two_processes_say_how_coarse_they_are(two: Ranks) -> None:
+    values = torch.linalg.eigvalsh(reference("hessian", 2, BLOCK)).flip(0)
+    first, second = two(pairs_of_differences)
+    assert first == second, "the same bits on all"
+    eigenvalues, checked, along_the_ends = first
+    assert eigenvalues == pytest.approx(torch.cat([values[:2], values[-2:]]).tolist(), abs=1e-3 * values[0].item())
+    assert 0 < checked < 1e-2
+    assert 0 < along_the_ends < 1e-2
