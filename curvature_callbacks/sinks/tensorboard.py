@@ -56,8 +56,7 @@ class TensorBoardSink:
     def _write_histogram(self, record: Record, name: str, step: int) -> None:
         exponents = [math.log10(value) for value in record.arrays[name] if 0 < value < math.inf]
         if len(exponents) == len(record.arrays[name]) > 1:
-            part = record.block or name.removesuffix("_eigenvalues")
-            tag = f"curvature_{tag_segment(record.measurement)}_spectrum/{tag_segment(part)}"
+            tag = f"curvature_{tag_segment(record.measurement)}_spectrum/{tag_segment(_spectrum_of(record, name))}"
             self._writer.add_histogram(tag, torch.tensor(exponents), step)
 
     def _write_density(self, record: Record, name: str, step: int) -> None:
@@ -95,6 +94,13 @@ class TensorBoardSink:
         errors = [f"`{record.measurement}`: {record.error}" for record in records if record.error]
         if errors:
             self._writer.add_text("curvature/errors", "\n\n".join(errors), step)
+
+
+def _spectrum_of(record: Record, array: str) -> str:
+    """What a histogram is of: a block, a part of the model, or another array of theirs."""
+    if record.block is None:
+        return array.removesuffix("_eigenvalues")
+    return record.block if array == "eigenvalues" else f"{record.block}.{array}"
 
 
 def _table(records: Sequence[Record]) -> str:
