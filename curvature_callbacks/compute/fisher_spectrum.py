@@ -10,12 +10,12 @@ from curvature_callbacks.batches import as_microbatches, batch_size, take_rows
 from curvature_callbacks.compute.gradient_sources import PerSampleGradients, spectra_of_gradients
 from curvature_callbacks.compute.offline import offline_problem
 from curvature_callbacks.errors import check_positive
-from curvature_callbacks.measurements.fisher_spectrum import spectra_of_problem
+from curvature_callbacks.measurements.fisher_spectrum import FisherSpectrum, spectra_of_problem
 from curvature_callbacks.model.blocks import BlockStructure
-from curvature_callbacks.model.loss.fisher_type import Fisher, FisherType, SampleUnit
+from curvature_callbacks.model.loss.fisher_type import Fisher, SampleUnit
 from curvature_callbacks.model.loss.resolve import Loss
 from curvature_callbacks.model.objective import ParamsFilter
-from curvature_callbacks.statistics.fisher_spectra import EigensolveDevice, FisherSpectra, SpectrumOptions, warned
+from curvature_callbacks.statistics.fisher_spectra import EigensolveDevice, FisherSpectra, warned
 
 
 def compute_fisher_spectrum(
@@ -111,8 +111,11 @@ def compute_fisher_spectrum(
         >>> torch.allclose(spectra.full.eigenvalues[0].float(), torch.linalg.eigvalsh(dense)[-1], rtol=1e-4)
         True
     """
-    options = SpectrumOptions(
-        kind=FisherType(fisher=fisher, sample_unit=sample_unit, num_draws=num_draws, num_targets=num_targets),
+    options = FisherSpectrum(
+        fisher=fisher,
+        sample_unit=sample_unit,
+        num_draws=num_draws,
+        num_targets=num_targets,
         center_gradients=center_gradients,
         max_params_per_block=max_params_per_block,
         max_sample_grad_norm=max_sample_grad_norm,

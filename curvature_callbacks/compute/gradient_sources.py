@@ -9,10 +9,11 @@ from curvature_callbacks.batches import dtype_name
 from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.isolation.model import deterministic_algorithms
 from curvature_callbacks.linalg.accumulate import gram
+from curvature_callbacks.measurements.fisher_spectrum import FisherSpectrum, settings_of
 from curvature_callbacks.model.blocks import BlockStructure, group_blocks
-from curvature_callbacks.model.loss.fisher_type import FisherType
+from curvature_callbacks.model.loss.fisher_type import EMPIRICAL
 from curvature_callbacks.model.objective import ParamsFilter
-from curvature_callbacks.statistics.fisher_spectra import FisherSpectra, SpectrumOptions, WeightedGradients, fisher_spectra
+from curvature_callbacks.statistics.fisher_spectra import FisherSpectra, WeightedGradients, fisher_spectra
 
 PerSampleGradients = Sequence[Mapping[str, Tensor]]
 
@@ -22,10 +23,10 @@ def spectra_of_gradients(
     gradients: PerSampleGradients,
     structure: BlockStructure,
     params_filter: ParamsFilter | None,
-    options: SpectrumOptions,
+    options: FisherSpectrum,
 ) -> FisherSpectra:
     """Spectra of gradients the user already has; parameters missing from them are left out."""
-    if options.kind != FisherType() or options.max_params_per_block is not None or options.memory_budget is not None:
+    if options.fisher_type != EMPIRICAL or options.max_params_per_block is not None or options.memory_budget is not None:
         raise ConfigurationError(
             "`precomputed_gradients` are what they are: leave `fisher`, `sample_unit`, `num_draws`, `num_targets`, "
             "`max_params_per_block` and `memory_budget` at their defaults."
@@ -52,7 +53,7 @@ def spectra_of_gradients(
     with deterministic_algorithms(first.device, enabled=options.deterministic):
         given = _as_samples(gradients, blocks, {name: trainable[name].numel() for name in names}, first.dtype)
         precomputed = {"fisher": "precomputed", "sample_unit": "precomputed", "dtype": dtype_name(first.dtype)}
-        return fisher_spectra(given, options, options.metadata() | precomputed)
+        return fisher_spectra(given, options, settings_of(options) | precomputed)
 
 
 def _as_samples(

@@ -2,10 +2,12 @@
 
 import logging
 from dataclasses import dataclass
-from typing import Final, final
+from typing import Any, Final, final, get_args
+
+import torch
 
 from curvature_callbacks.batches import dtype_name
-from curvature_callbacks.errors import ConfigurationError, ProbeError
+from curvature_callbacks.errors import ConfigurationError, ProbeError, check_choice, check_positive
 from curvature_callbacks.isolation.model import deterministic_algorithms
 from curvature_callbacks.model.loss.fisher_type import Fisher, FisherType, SampleUnit
 from curvature_callbacks.problem.problem import Problem
@@ -13,7 +15,6 @@ from curvature_callbacks.record import Record
 from curvature_callbacks.statistics.fisher_spectra import (
     EigensolveDevice,
     FisherSpectra,
-    SpectrumOptions,
     WeightedGradients,
     failed_certificates,
     fisher_spectra,
@@ -90,7 +91,16 @@ class FisherSpectrum:
     deterministic: bool = False
 
     def __post_init__(self) -> None:
-        self._options()
+        _ = self.fisher_type  # which checks its options
+        check_choice("eigensolve_device", self.eigensolve_device, get_args(EigensolveDevice))
+        if self.eigensolve_device == "cuda" and not torch.cuda.is_available():
+            raise ConfigurationError("`eigensolve_device`='cuda' but no CUDA device is available: use 'auto' or 'cpu'.")
+        if self.max_params_per_block is not None:
+            check_positive("max_params_per_block", self.max_params_per_block)
+        if self.memory_budget is not None:
+            check_positive("memory_budget", self.memory_budget)
+        if self.max_sample_grad_norm is not None:
+            self._check_clipping(self.max_sample_grad_norm)
         if not self.damping > 0:
             raise ConfigurationError(f"`damping` must be positive, got {self.damping!r}.")
 
@@ -112,7 +122,7 @@ class FisherSpectrum:
 
     def measure(self, problem: Problem, state: tuple[str, ...]) -> tuple[list[Record], tuple[str, ...]]:
         """One record a block and one for the whole model."""
-        spectra = spectra_of_problem(problem, self._options())
+        spectra = spectra_of_problem(problem, self)
         if spectra.full.num_samples < 2:
             raise ProbeError("fewer than two samples of this probe have a finite gradient.")
         failed = [name for name in failed_certificates(spectra) if name not in state]
@@ -120,16 +130,13 @@ class FisherSpectrum:
             _logger.warning("%s: %s This is said once.", self.name, warning_of(failed))
         return [self._whole(problem, spectra), *self._blocks(problem, spectra)], (*state, *failed)
 
-    def _options(self) -> SpectrumOptions:
-        return SpectrumOptions(
-            kind=self.fisher_type,
-            center_gradients=self.center_gradients,
-            max_params_per_block=self.max_params_per_block,
-            max_sample_grad_norm=self.max_sample_grad_norm,
-            memory_budget=self.memory_budget,
-            eigensolve_device=self.eigensolve_device,
-            deterministic=self.deterministic,
-        )
+    def _check_clipping(self, norm: float) -> None:
+        if not norm > 0:
+            raise ConfigurationError(f"`max_sample_grad_norm` must be positive, got {norm!r}.")
+        if self.fisher == "exact":
+            raise ConfigurationError(
+                "`max_sample_grad_norm` clips gradients of labels, and an exact Fisher has none: use 'sampled'."
+            )
 
     def _whole(self, problem: Problem, spectra: FisherSpectra) -> Record:
         parts = {"full": spectra.full, "block_diagonal": spectra.block_diagonal}
@@ -165,12 +172,12 @@ class FisherSpectrum:
         ]
 
 
-def spectra_of_problem(problem: Problem, options: SpectrumOptions) -> FisherSpectra:
+def spectra_of_problem(problem: Problem, options: FisherSpectrum) -> FisherSpectra:
     """Spectra of a probe. Cost: see `compute_fisher_spectrum`."""
     objective = problem.objective
     with deterministic_algorithms(objective.device, enabled=options.deterministic):
         found = problem.grams(
-            options.kind, max_params_per_block=options.max_params_per_block, memory_budget=options.memory_budget
+            options.fisher_type, max_params_per_block=options.max_params_per_block, memory_budget=options.memory_budget
         )
         gradients = WeightedGradients(
             grams=found.grams,
@@ -181,7 +188,7 @@ def spectra_of_problem(problem: Problem, options: SpectrumOptions) -> FisherSpec
             dtype=objective.dtype,
         )
         metadata = {
-            **options.metadata(),
+            **settings_of(options),
             "batch_norm": "eval",
             "dtype": dtype_name(objective.dtype),
             "seed": problem.seed,
@@ -191,3 +198,19 @@ def spectra_of_problem(problem: Problem, options: SpectrumOptions) -> FisherSpec
             "certificate_error": found.certificate_error,
         }
         return fisher_spectra(gradients, options, metadata)
+
+
+def settings_of(options: FisherSpectrum) -> dict[str, Any]:
+    """The options that had an effect on the result, for its metadata."""
+    drawn = {"num_draws": options.num_draws} if options.fisher == "sampled" else {}
+    if options.sample_unit == "token" and options.fisher != "exact":
+        drawn["num_targets_per_row"] = options.num_targets
+    limits = {"max_params_per_block": options.max_params_per_block, "max_sample_grad_norm": options.max_sample_grad_norm}
+    return {
+        "fisher": options.fisher,
+        "sample_unit": options.sample_unit,
+        **drawn,
+        "centered": options.center_gradients,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        **{name: value for name, value in limits.items() if value is not None},
+    }

@@ -2,13 +2,14 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, final, get_args
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, Protocol, final
 
 import torch
 from torch import Tensor
 
-from curvature_callbacks.errors import CERTIFICATE_FAILED, ConfigurationError, check_choice, check_positive
+from curvature_callbacks.errors import CERTIFICATE_FAILED
 from curvature_callbacks.linalg.accumulate import finite_samples
 from curvature_callbacks.model.loss.fisher_type import FisherType
 from curvature_callbacks.statistics.spectrum import Spectrum, spectrum_of_gram, union
@@ -35,53 +36,28 @@ class FisherSpectra:
     metadata: Mapping[str, Any]
 
 
-@final
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SpectrumOptions:
-    """What `FisherSpectrum` and `compute_fisher_spectrum` have in common; checked here, explained there."""
+class SpectrumOptions(Protocol):
+    """The options that `fisher_spectra` reads: those of the measurement `FisherSpectrum`, which explains and checks them."""
 
-    kind: FisherType = field(default_factory=FisherType)
-    center_gradients: bool = False
-    max_params_per_block: int | None = None
-    max_sample_grad_norm: float | None = None
-    memory_budget: int | None = None
-    eigensolve_device: EigensolveDevice = "auto"
-    deterministic: bool = False
+    @property
+    def fisher_type(self) -> FisherType:
+        """Which Fisher: its normaliser."""
+        ...
 
-    def __post_init__(self) -> None:
-        check_choice("eigensolve_device", self.eigensolve_device, get_args(EigensolveDevice))
-        if self.eigensolve_device == "cuda" and not torch.cuda.is_available():
-            raise ConfigurationError("`eigensolve_device`='cuda' but no CUDA device is available: use 'auto' or 'cpu'.")
-        if self.max_params_per_block is not None:
-            check_positive("max_params_per_block", self.max_params_per_block)
-        if self.memory_budget is not None:
-            check_positive("memory_budget", self.memory_budget)
-        if self.max_sample_grad_norm is not None:
-            self._check_clipping(self.max_sample_grad_norm)
+    @property
+    def center_gradients(self) -> bool:
+        """Whether the mean gradient is subtracted."""
+        ...
 
-    def _check_clipping(self, norm: float) -> None:
-        if not norm > 0:
-            raise ConfigurationError(f"`max_sample_grad_norm` must be positive, got {norm!r}.")
-        if self.kind.fisher == "exact":
-            raise ConfigurationError(
-                "`max_sample_grad_norm` clips gradients of labels, and an exact Fisher has none: use 'sampled'."
-            )
+    @property
+    def max_sample_grad_norm(self) -> float | None:
+        """Norm that longer gradients are scaled down to."""
+        ...
 
-    def metadata(self) -> dict[str, Any]:
-        """What of it belongs in the metadata of a result: that which had an effect."""
-        kind = self.kind
-        drawn = {"num_draws": kind.num_draws} if kind.fisher == "sampled" else {}
-        if kind.sample_unit == "token" and kind.fisher != "exact":
-            drawn["num_targets_per_row"] = kind.num_targets
-        limits = {"max_params_per_block": self.max_params_per_block, "max_sample_grad_norm": self.max_sample_grad_norm}
-        return {
-            "fisher": kind.fisher,
-            "sample_unit": kind.sample_unit,
-            **drawn,
-            "centered": self.center_gradients,
-            "deterministic": torch.are_deterministic_algorithms_enabled(),
-            **{name: value for name, value in limits.items() if value is not None},
-        }
+    @property
+    def eigensolve_device(self) -> EigensolveDevice:
+        """Where the eigensolves run."""
+        ...
 
 
 @final
@@ -124,16 +100,17 @@ def fisher_spectra(gradients: WeightedGradients, options: SpectrumOptions, metad
     weights = gradients.weights.cpu()[kept]
     if options.max_sample_grad_norm is not None:
         grams, metadata["num_clipped"] = _clipped(grams, weights, options.max_sample_grad_norm)
-    solve: dict[str, Any] = {
-        "dtype": gradients.dtype,
-        "normaliser": options.kind.normaliser(gradients.num_targets.cpu()[usable]),
-        "weights": weights,
-        "samples": gradients.rows.cpu()[kept],
-        "center": options.center_gradients,
-        "device": None if options.eigensolve_device == "auto" else torch.device(options.eigensolve_device),
-    }
-    blocks = {block: spectrum_of_gram(K, num_params=gradients.sizes[block], **solve) for block, K in grams.items()}
-    full = spectrum_of_gram(_total(grams), num_params=sum(gradients.sizes.values()), **solve)
+    solve = partial(
+        spectrum_of_gram,
+        dtype=gradients.dtype,
+        normaliser=options.fisher_type.normaliser(gradients.num_targets.cpu()[usable]),
+        weights=weights,
+        samples=gradients.rows.cpu()[kept],
+        center=options.center_gradients,
+        device=None if options.eigensolve_device == "auto" else torch.device(options.eigensolve_device),
+    )
+    blocks = {block: solve(K, num_params=gradients.sizes[block]) for block, K in grams.items()}
+    full = solve(_total(grams), num_params=sum(gradients.sizes.values()))
     return FisherSpectra(blocks=blocks, full=full, block_diagonal=union(blocks, dtype=gradients.dtype), metadata=metadata)
 
 
