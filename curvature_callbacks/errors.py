@@ -22,7 +22,10 @@ class RefusedError(RuntimeError):
 
 @final
 class ProbeError(RuntimeError):
-    """This probe has no answer (a non-finite loss, no valid target); the next one may have."""
+    """This probe has no answer (a non-finite loss, no valid target); the next one may have.
+
+    Of the draw that is checked before step 1 it stops the run as a `ConfigurationError`: no probe has shown yet that any has.
+    """
 
 
 def check_choice(parameter: str, value: Any, choices: Iterable[str]) -> None:

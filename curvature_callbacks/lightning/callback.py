@@ -131,8 +131,8 @@ class CurvatureCallback(Callback):
         if probes is None:
             probes = self._captured = self._settings.captured_probes()
         sinks: list[Sink] = [self._memory, *logger_sinks(trainer)]
-        self._monitor = self._settings.monitor(
-            pl_module, probes=probes, sinks=sinks, loss=loss, optimizer=trainer.optimizers or None
+        self._monitor = CurvatureMonitor.of_settings(
+            pl_module, self._settings, probes=probes, sinks=sinks, loss=loss, optimizer=trainer.optimizers or None
         )
         if self._loaded is not None:
             self._monitor.load_state_dict(self._loaded)

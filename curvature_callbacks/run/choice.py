@@ -14,25 +14,27 @@ from curvature_callbacks.measurements.top_eigenpairs import TopEigenpairs
 from curvature_callbacks.model.stability import Optimizers, read_stability
 
 
-def checked_measurements(measure: Sequence[Measurement] | None) -> list[Measurement]:
-    """`measure` or the default, each of the right kind and name."""
-    default: list[Measurement] = [FisherSpectrum(), TopEigenpairs(), KFACCoverage()]
-    chosen = default if measure is None else list(measure)
-    for measurement in chosen:
+def chosen_measurements(measure: Sequence[Measurement] | None) -> list[Measurement]:
+    """`measure`, or the default: Fisher spectrum, Hessian eigenpairs, K-FAC coverage."""
+    return [FisherSpectrum(), TopEigenpairs(), KFACCoverage()] if measure is None else list(measure)
+
+
+def check_measurements(measure: Sequence[Measurement]) -> None:
+    """Raise a `ConfigurationError` for what is no measurement, and for two of one name."""
+    for measurement in measure:
         if isinstance(measurement, type) or not isinstance(measurement, Measurement):
             raise ConfigurationError(
                 f"`measure` must hold measurements such as FisherSpectrum(), got {measurement!r}: pass an instance with "
                 "`name`, `init` and `measure`."
             )
-    names = [measurement.name for measurement in chosen]
+    names = [measurement.name for measurement in measure]
     if len(set(names)) < len(names):
         raise ConfigurationError(f"`measure` must hold measurements of different names, got {names}.")
-    return chosen
 
 
 def check_optimizer(measure: Sequence[Measurement], optimizer: Optimizers | None, parameters: Mapping[str, Tensor]) -> None:
-    """Raise a `ConfigurationError` where one of them has no optimizer of these."""
-    reading = [one.name for one in measure if isinstance(one, OfOptimizer) and one.needs_optimizer]
+    """Raise a `ConfigurationError` where a measurement needs an optimizer of these parameters, and there is none."""
+    reading = [each.name for each in measure if isinstance(each, OfOptimizer) and each.needs_optimizer]
     if not reading:
         return
     if optimizer is None:

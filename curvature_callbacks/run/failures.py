@@ -1,7 +1,8 @@
 """Failures: what went wrong in the probes of a run, said once, and what is therefore not tried again."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Final, final
 
 from curvature_callbacks.errors import RefusedError, named
@@ -38,12 +39,12 @@ class Failures:
         self.counts[name] = 0
 
     def failed(self, name: str, step: int, error: Exception) -> Record:
-        """Count a failed measurement; its record."""
+        """Count a failed measurement, which may switch it off; its record."""
         self.counts[name] = _MAX_FAILURES if isinstance(error, RefusedError) else self.counts.get(name, 0) + 1
         return self.recorded(name, step, error)
 
     def recorded(self, name: str, step: int, error: Exception) -> Record:
-        """The record of a failure that is tried again in any case, which is reported like any other."""
+        """The record of a failure that does not count towards switching off; a warning, the first time."""
         if name not in self._said:
             self._said.add(name)
             off = name in self.switched_off
@@ -57,10 +58,27 @@ class Failures:
         return Record(step=step, measurement=name, error=_cause(error))
 
     def say(self, key: str, what: str, error: Exception) -> None:
-        """Report what is no measurement's failure, once for every `key`."""
+        """Warn of what is no measurement's failure, once for every `key`."""
         if key not in self._said:
             self._said.add(key)
             _logger.warning("%s: %s. Training is not affected. This is said once.", what, _cause(error))
+
+    @contextmanager
+    def reported(self, key: str, what: str, *, is_known: bool = False) -> Iterator[None]:
+        """An exception inside ends here and is warned of, once for every `key`; interrupts pass.
+
+        Args:
+            key: of what is said once.
+            what: went wrong.
+            is_known: whether a warning has named the cause already; a line for debugging is enough then.
+        """
+        try:
+            yield
+        except Exception as error:
+            if is_known:
+                _logger.debug("%s: %s", what, _cause(error))
+            else:
+                self.say(key, what, error)
 
 
 def _cause(error: Exception) -> str:

@@ -3,44 +3,28 @@
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any, final, get_args
+from typing import Any, final
 
 from torch import nn
 from torch.utils.data import DataLoader
 
-from curvature_callbacks.errors import (
-    ConfigurationError,
-    check_choice,
-    check_positive,
-    check_seconds,
-    check_share,
-    is_out_of_memory,
-    named,
-)
-from curvature_callbacks.isolation.model import isolated
-from curvature_callbacks.isolation.writes import WriteWatch
-from curvature_callbacks.library_internals.fsdp import reshard
-from curvature_callbacks.measurements import Checked, Measurement, OfFisher, OfKronecker
-from curvature_callbacks.model.blocks import BlockStructure, check_block_structure, group_blocks
-from curvature_callbacks.model.loss.resolve import Loss, is_function
+from curvature_callbacks.errors import ConfigurationError, is_out_of_memory, named
+from curvature_callbacks.measurements import Checked, Measurement, OfFisher
+from curvature_callbacks.model.blocks import BlockStructure
+from curvature_callbacks.model.loss.resolve import Loss
 from curvature_callbacks.model.objective import ParamsFilter
 from curvature_callbacks.model.stability import Optimizers
 from curvature_callbacks.probes import CapturedProbes, Draw, Probes, as_probes, stable_seed
-from curvature_callbacks.problem.memory import ProbeMemory
-from curvature_callbacks.problem.problem import Problem
-from curvature_callbacks.processes.fsdp import check_model_over_processes, take_buffers
 from curvature_callbacks.processes.group import current_world
-from curvature_callbacks.processes.world import World
 from curvature_callbacks.record import PROBE, Record
-from curvature_callbacks.run.choice import check_optimizer, checked_measurements
+from curvature_callbacks.run.choice import chosen_measurements
 from curvature_callbacks.run.failures import Failures
 from curvature_callbacks.run.pace import Pace, Trigger
-from curvature_callbacks.run.probe import Probing
+from curvature_callbacks.run.probe import Probe, Probing, Subject, isolated_probe
 from curvature_callbacks.run.probe_record import PROBE_HEADLINE, probe_record
-from curvature_callbacks.run.schedules import EveryNSteps, LossSpike, Schedule
-from curvature_callbacks.run.states import States
+from curvature_callbacks.run.schedules import LossSpike, Schedule
+from curvature_callbacks.run.settings import EVERY_N_STEPS, Settings
 from curvature_callbacks.sinks import MemorySink, Sink
 
 _logger = logging.getLogger("curvature_callbacks")
@@ -117,32 +101,64 @@ class CurvatureMonitor:
         seed: int = 0,
         optimizer: Optimizers | None = None,
     ) -> None:
-        check_choice("draw", draw, get_args(Draw))
-        check_block_structure(block_structure)
-        check_positive("num_microbatches", num_microbatches)
-        check_positive("microbatch_size", microbatch_size)
-        self._model = model
-        self._probes = as_probes(probes, num_microbatches=num_microbatches, microbatch_size=microbatch_size)
-        self._measure = checked_measurements(measure)
-        check_share("max_overhead", max_overhead)
-        check_seconds("max_seconds", max_seconds)
-        schedule = when if isinstance(when, Schedule) else EveryNSteps(n=when)
-        self._timing = Pace(schedule, max_overhead=max_overhead, spike=spike)
-        self._max_seconds = max_seconds
+        settings = Settings(
+            every_n_steps=EVERY_N_STEPS if isinstance(when, Schedule) else when,
+            schedule=when if isinstance(when, Schedule) else None,
+            measure=measure,
+            num_microbatches=num_microbatches,
+            microbatch_size=microbatch_size,
+            draw=draw,
+            params_filter=params_filter,
+            block_structure=block_structure,
+            seed=seed,
+            max_overhead=max_overhead,
+            max_seconds=max_seconds,
+            spike=spike,
+        )
+        source = as_probes(probes, num_microbatches=num_microbatches, microbatch_size=microbatch_size)
+        self._set_up(model, settings, probes=source, sinks=sinks, loss=loss, optimizer=optimizer)
+
+    @classmethod
+    def of_settings(
+        cls,
+        model: nn.Module,
+        settings: Settings,
+        *,
+        probes: Probes,
+        sinks: Sequence[Sink],
+        loss: Loss,
+        optimizer: Optimizers | None,
+    ) -> "CurvatureMonitor":
+        """The monitor of a callback, whose arguments are validated already; its loss and its rows are the framework's."""
+        monitor = cls.__new__(cls)
+        monitor._set_up(model, settings, probes=probes, sinks=sinks, loss=loss, optimizer=optimizer)
+        return monitor
+
+    def _set_up(
+        self,
+        model: nn.Module,
+        settings: Settings,
+        *,
+        probes: Probes,
+        sinks: Sequence[Sink],
+        loss: Loss,
+        optimizer: Optimizers | None,
+    ) -> None:
+        self._settings = settings
+        self._subject = Subject(
+            model=model,
+            loss=loss,
+            params_filter=settings.params_filter,
+            block_structure=settings.block_structure,
+            optimizer=optimizer,
+        )
+        self._probes = probes
+        self._measure = chosen_measurements(settings.measure)
+        self._pace = Pace(settings.when, max_overhead=settings.max_overhead, spike=settings.spike)
+        self._failures = Failures()
+        self._probing = Probing(self._measure, self._failures, self._subject.memory.grams)
         self._memory = MemorySink()
         self._sinks: list[Sink] = [self._memory, *sinks]
-        self._problem_options: dict[str, Any] = {
-            "loss": loss,
-            "params_filter": params_filter,
-            "block_structure": block_structure,
-        }
-        self._draw = draw
-        self._seed = seed
-        self._optimizer = optimizer
-        self._known = ProbeMemory()
-        self._states = States()
-        self._failures = Failures()
-        self._measuring = Probing(self._measure, self._failures, self._states, self._known.grams)
         self._sink_seconds = 0.0  # what the sinks took at the previous probe
         self._checked = False
 
@@ -159,32 +175,14 @@ class CurvatureMonitor:
 
         Cost: one draw and two forward passes over it, one more for each measurement that has to ask the loss.
         """
-        world = current_world()
+        world, seed = current_world(), self._probe_seed(step)
         with world.together():
-            reshard(self._model.modules())
-            check_model_over_processes(self._model, world)
-            trainable = {name: value for name, value in self._model.named_parameters() if value.requires_grad}
-            if not trainable:
-                raise ConfigurationError("the model has no trainable parameter: nothing to measure.")
-            keep = self._problem_options["params_filter"]
-            names = [name for name, value in trainable.items() if keep is None or keep(name, value)]
-            group_blocks(self._model, names, self._problem_options["block_structure"])
-            check_optimizer(self._measure, self._optimizer, {name: trainable[name] for name in names})
-        seed = self._probe_seed(step)
+            self._subject.check(self._measure, world)
         self._checked = True
         try:
-            with world.together(), isolated(self._model, seed=world.seed(seed)):
-                take_buffers(self._model, world)
-                microbatches = self._probes.draw(seed)
-                if not world.anywhere(microbatches is None):
-                    assert microbatches is not None
-                    problem = self._problem(microbatches, seed, step, world)
-                    with ExitStack() as stack:
-                        stack.callback(_watched(problem).put_back)
-                        problem.check([one.fisher_type for one in self._measure if isinstance(one, OfFisher)])
-                        for one in self._measure:
-                            if isinstance(one, Checked):
-                                one.check(problem)
+            with isolated_probe(self._subject, self._probes, seed=seed, step=step, world=world) as probe:
+                if probe is not None:
+                    self._check_probe(probe)
         except ConfigurationError:
             raise
         except Exception as error:
@@ -196,6 +194,14 @@ class CurvatureMonitor:
                 "the training set and the loss function."
             ) from error
 
+    def _check_probe(self, probe: Probe) -> None:
+        problem = probe.problem(probe.microbatches, sharing=self._probing.sharing)
+        probe.watch_writes(problem)
+        problem.check([each.fisher_type for each in self._measure if isinstance(each, OfFisher)])
+        for measurement in self._measure:
+            if isinstance(measurement, Checked):
+                measurement.check(problem)
+
     def step(self, step: int, loss: Any = None, *, logged_as: int | None = None) -> list[Record]:
         """Measure if `step` is due; the records of this probe, empty when it is not.
 
@@ -204,7 +210,7 @@ class CurvatureMonitor:
             loss: of training since the last call, for `spike`.
             logged_as: the step the records carry, where the loop's loggers count otherwise; default `step`.
         """
-        trigger = self._timing.due(step, loss, current_world())
+        trigger = self._pace.due(step, loss, current_world())
         if trigger is None:
             return []
         shown = step if logged_as is None else logged_as
@@ -214,9 +220,9 @@ class CurvatureMonitor:
         records = self._probe(shown, trigger)
         if not records:
             return []  # no data yet: still due at the next call
-        self._timing.probed(step)
+        self._pace.probed(step)
         self._hand_on(records)
-        self._timing.spent(time.perf_counter() - start)
+        self._pace.spent(time.perf_counter() - start)
         return records
 
     def draw_from(self, probes: Probes) -> None:
@@ -227,10 +233,8 @@ class CurvatureMonitor:
         """Show a training batch to probes that watch the loop (`CapturedProbes`); what cannot be kept is reported once."""
         if not isinstance(self._probes, CapturedProbes):
             return
-        try:
+        with self._failures.reported("captured batches", "curvature probes could not keep a training batch"):
             self._probes.offer(batch)
-        except Exception as error:
-            self._failures.say("captured batches", "curvature probes could not keep a training batch", error)
 
     def state_dict(self, *, tensors: bool = True) -> dict[str, Any]:
         """What a checkpoint needs: the last step seen, the failures in a row, and the states of measurements.
@@ -239,47 +243,38 @@ class CurvatureMonitor:
             tensors: False for a checkpoint in JSON; the vectors that eigensolvers start from are then left out.
         """
         return {
-            **self._timing.state(),
+            **self._pace.state(),
             "failures": dict(self._failures.counts),
-            "states": self._states.saved(tensors=tensors),
+            "states": self._probing.states.saved(tensors=tensors),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`."""
-        self._timing.load(state)
+        self._pace.load(state)
         self._failures.load(state["failures"])
-        self._states.load(state.get("states", {}))  # which the first checkpoints did not have
+        self._probing.states.load(state.get("states", {}))  # which the first checkpoints did not have
 
     def _probe(self, step: int, trigger: Trigger) -> list[Record]:
-        start = time.perf_counter()
-        seed, world = self._probe_seed(step), current_world()
+        start, seed, world = time.perf_counter(), self._probe_seed(step), current_world()
         records: list[Record] = []
         try:
-            with world.together(), isolated(self._model, seed=world.seed(seed)):
-                take_buffers(self._model, world)
-                microbatches = self._probes.draw(seed)
-                if world.anywhere(microbatches is None):
+            with isolated_probe(
+                self._subject, self._probes, seed=seed, step=step, world=world, max_seconds=self._settings.max_seconds
+            ) as probe:
+                if probe is None:
                     return []
-                assert microbatches is not None
-
-                def build(found: Sequence[Any]) -> Problem:
-                    return self._problem(found, seed, step, world)
-
-                with ExitStack() as stack:
-                    if is_function(self._problem_options["loss"]):  # which may write at some steps only
-                        stack.callback(_watched(build(microbatches)).put_back)
-                    problem, records = self._measuring.run(microbatches, build, max_seconds=self._max_seconds)
-                    seconds = time.perf_counter() - start
-                    summary = probe_record(
-                        problem,
-                        records,
-                        seconds=seconds,
-                        sink_seconds=self._sink_seconds,
-                        switched_off=self._failures.switched_off,
-                        skipped=self._measuring.skipped,
-                        overhead=self._timing.overhead(seconds),
-                        about={"draw": self._draw, "trigger": trigger},
-                    )
+                problem, records = self._probing.run(probe)
+                seconds = time.perf_counter() - start
+                summary = probe_record(
+                    problem,
+                    records,
+                    failures=self._failures,
+                    seconds=seconds,
+                    sink_seconds=self._sink_seconds,
+                    skipped=self._probing.skipped,
+                    overhead=self._pace.overhead(seconds),
+                    about={"draw": self._settings.draw, "trigger": trigger},
+                )
         except Exception as error:
             failed = self._failures.recorded(PROBE, step, error)
             scalars = {"failed": 1.0, "probe_seconds": time.perf_counter() - start}
@@ -288,32 +283,11 @@ class CurvatureMonitor:
 
     def _hand_on(self, records: Sequence[Record]) -> None:
         start, is_writer = time.perf_counter(), current_world().rank == 0
-        for sink in [one for one in self._sinks if is_writer or getattr(one, "every_process", False)]:
-            try:
+        for sink in [each for each in self._sinks if is_writer or getattr(each, "every_process", False)]:
+            name = type(sink).__name__
+            with self._failures.reported(name, f"curvature sink `{name}` failed"):
                 sink.write(records)
-            except Exception as error:
-                name = type(sink).__name__
-                self._failures.say(name, f"curvature sink `{name}` failed", error)
         self._sink_seconds = time.perf_counter() - start
 
-    def _problem(self, microbatches: Sequence[Any], seed: int, step: int, world: World) -> Problem:
-        active = [one for one in self._measure if one.name not in self._failures.switched_off]
-        sharing = {one.fisher_type: one.sharing for one in reversed(active) if isinstance(one, OfKronecker)}
-        return Problem(
-            self._model,
-            microbatches,
-            seed=seed,
-            step=step,
-            memory=self._known,
-            sharing=sharing,
-            optimizer=self._optimizer,
-            world=world,
-            **self._problem_options,
-        )
-
     def _probe_seed(self, step: int) -> int:
-        return stable_seed(self._seed, step if self._draw == "fresh" else "fixed")
-
-
-def _watched(problem: Problem) -> WriteWatch:
-    return problem.objective.watch_writes(problem.microbatches[0])
+        return stable_seed(self._settings.seed, step if self._settings.draw == "fresh" else "fixed")

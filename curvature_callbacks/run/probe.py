@@ -1,23 +1,166 @@
-"""Probing: the measurements of a run, probe after probe, with what they carry on and what goes wrong."""
+"""One probe: isolate the model, draw microbatches, build the problem, run the measurements, with less memory where needed."""
 
 import gc
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 import torch
+from torch import nn
 
 from curvature_callbacks.batches import at_most, batch_size
-from curvature_callbacks.errors import is_out_of_memory
+from curvature_callbacks.errors import ConfigurationError, is_out_of_memory
 from curvature_callbacks.gram.memory import GramMemory
-from curvature_callbacks.measurements import Measurement
+from curvature_callbacks.isolation.model import isolated
+from curvature_callbacks.library_internals.fsdp import reshard
+from curvature_callbacks.measurements import Measurement, OfKronecker
+from curvature_callbacks.model.blocks import BlockStructure, group_blocks
+from curvature_callbacks.model.loss.fisher_type import FisherType
+from curvature_callbacks.model.loss.resolve import Loss, is_function
+from curvature_callbacks.model.loss.sharing import Sharing
+from curvature_callbacks.model.objective import ParamsFilter
+from curvature_callbacks.model.stability import Optimizers
+from curvature_callbacks.probes import Probes
+from curvature_callbacks.problem.memory import ProbeMemory
 from curvature_callbacks.problem.problem import Problem
+from curvature_callbacks.processes.fsdp import check_model_over_processes, take_buffers
+from curvature_callbacks.processes.world import World
 from curvature_callbacks.record import Record
+from curvature_callbacks.run.choice import check_optimizer
 from curvature_callbacks.run.failures import Failures
 from curvature_callbacks.run.states import States
 
-Build = Callable[[Sequence[Any]], Problem]
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Subject:
+    """What all probes of a run look at.
+
+    Attributes:
+        model: the module training runs, unwrapped.
+        loss: see `resolve_loss`.
+        params_filter: `(name, parameter) -> bool`, which trainable parameters are measured; None for all.
+        block_structure: see `group_blocks`.
+        optimizer: what trains the model, or several of them; only read.
+        memory: what the probes so far have learnt.
+    """
+
+    model: nn.Module
+    loss: Loss
+    params_filter: ParamsFilter | None
+    block_structure: BlockStructure
+    optimizer: Optimizers | None
+    memory: ProbeMemory = field(default_factory=ProbeMemory)
+
+    def check(self, measure: Sequence[Measurement], world: World) -> None:
+        """Raise a `ConfigurationError` where model, blocks or optimizer rule these measurements out; no data is drawn."""
+        reshard(self.model.modules())
+        check_model_over_processes(self.model, world)
+        trainable = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+        if not trainable:
+            raise ConfigurationError("the model has no trainable parameter: nothing to measure.")
+        keeps = self.params_filter
+        names = [name for name, value in trainable.items() if keeps is None or keeps(name, value)]
+        group_blocks(self.model, names, self.block_structure)
+        check_optimizer(measure, self.optimizer, {name: trainable[name] for name in names})
+
+
+@final
+class Probe:
+    """The microbatches of one probe, and the problems that are made of them.
+
+    A problem is built once, and again, after the one before was let go, only where memory has run out.
+
+    Args:
+        subject: of the run.
+        microbatches: as they were drawn.
+        seed: of all random choices.
+        step: optimizer steps completed.
+        world: the processes, each with microbatches of its own.
+        max_seconds: after which nothing is begun; None for no limit.
+        written: where it is noted what has to be put back after the probe.
+
+    Attributes:
+        microbatches: as they were drawn.
+        world: the processes.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        microbatches: Sequence[Any],
+        *,
+        seed: int,
+        step: int,
+        world: World,
+        max_seconds: float | None,
+        written: ExitStack,
+    ) -> None:
+        self.microbatches = microbatches
+        self.world = world
+        self._subject = subject
+        self._seed = seed
+        self._step = step
+        self._deadline = None if max_seconds is None else time.perf_counter() + max_seconds
+        self._written = written
+
+    def problem(self, microbatches: Sequence[Any], *, sharing: Mapping[FisherType, Sharing]) -> Problem:
+        """The problem of these microbatches.
+
+        Args:
+            microbatches: those drawn, or smaller ones of the same rows.
+            sharing: types of Fisher whose Grams are to come with Kronecker factors, and how positions enter these.
+        """
+        subject = self._subject
+        problem = Problem(
+            subject.model,
+            microbatches,
+            loss=subject.loss,
+            params_filter=subject.params_filter,
+            block_structure=subject.block_structure,
+            seed=self._seed,
+            step=self._step,
+            memory=subject.memory,
+            sharing=sharing,
+            optimizer=subject.optimizer,
+            world=self.world,
+        )
+        problem.deadline = self._deadline
+        return problem
+
+    def watch_writes(self, problem: Problem) -> None:
+        """Find out what the loss changes in place; it is put back now and after the probe. Cost: one forward pass."""
+        self._written.callback(problem.objective.watch_writes(problem.microbatches[0]).put_back)
+
+    @property
+    def may_write(self) -> bool:
+        """Whether the loss may change parameters or other tensors, at some steps only: then each probe has to watch it."""
+        return is_function(self._subject.loss)
+
+    def is_late(self) -> bool:
+        """Whether the time of this probe is up on any process."""
+        return self._deadline is not None and self.world.anywhere(time.perf_counter() > self._deadline)
+
+
+@contextmanager
+def isolated_probe(
+    subject: Subject, probes: Probes, *, seed: int, step: int, world: World, max_seconds: float | None = None
+) -> Iterator[Probe | None]:
+    """The probe of `step`, inside which nothing leaks into training; None while there is no data.
+
+    Processes leave together: all normally, or all with an exception.
+    """
+    with world.together(), isolated(subject.model, seed=world.seed(seed)):
+        take_buffers(subject.model, world)
+        microbatches = probes.draw(seed)
+        if world.anywhere(microbatches is None):
+            yield None
+            return
+        assert microbatches is not None
+        with ExitStack() as written:
+            yield Probe(subject, microbatches, seed=seed, step=step, world=world, max_seconds=max_seconds, written=written)
 
 
 @final
@@ -31,68 +174,67 @@ class Probing:
     Args:
         measure: what to measure.
         failures: of the run.
-        states: what measurements carry from probe to probe.
         memory: of the run; holds the size that worked.
 
     Attributes:
+        states: what measurements carry from probe to probe.
         skipped: names of those that the last probe had no time for.
     """
 
-    def __init__(self, measure: Sequence[Measurement], failures: Failures, states: States, memory: GramMemory) -> None:
+    def __init__(self, measure: Sequence[Measurement], failures: Failures, memory: GramMemory) -> None:
         self._measure = measure
         self._failures = failures
-        self._states = states
         self._memory = memory
+        self.states = States()
         self.skipped: list[str] = []
 
-    def run(self, microbatches: Sequence[Any], build: Build, *, max_seconds: float | None) -> tuple[Problem, list[Record]]:
-        """The problem that was measured last, and the records.
+    @property
+    def sharing(self) -> dict[FisherType, Sharing]:
+        """The types of Fisher whose Kronecker factors are measured, and how positions enter these."""
+        return {each.fisher_type: each.sharing for each in reversed(self._active()) if isinstance(each, OfKronecker)}
 
-        Args:
-            microbatches: of the probe.
-            build: makes a problem of them.
-            max_seconds: after which nothing is begun; None for no limit.
-        """
+    def run(self, probe: Probe) -> tuple[Problem, list[Record]]:
+        """The problem that was measured last, and the records."""
         limit = self._memory.row_limit
-        problem = build(microbatches if limit is None else at_most(microbatches, limit))
-        deadline = None if max_seconds is None else time.perf_counter() + max_seconds
-        problem.deadline = deadline
+        problem = probe.problem(
+            probe.microbatches if limit is None else at_most(probe.microbatches, limit), sharing=self.sharing
+        )
+        if probe.may_write:
+            probe.watch_writes(problem)
         waited, self.skipped = self.skipped, []
         records: list[Record] = []
-        for measurement in sorted(self._active(), key=lambda one: _place(one.name, waited)):
-            late = deadline is not None and problem.world.anywhere(time.perf_counter() > deadline)
-            if late and records:  # something is measured in any case
+        for measurement in sorted(self._active(), key=lambda each: _turn(each.name, waited)):
+            if probe.is_late() and records:  # something is measured in any case
                 self.skipped.append(measurement.name)
                 continue
-            found = self._tried(measurement, problem)
-            while found is None:
+            measured = self._tried(measurement, problem)
+            while measured is None:
                 microbatches = problem.microbatches
                 del problem  # its graphs must be gone before the next one is built
-                problem = build(self._smaller(microbatches))
-                problem.deadline = deadline
-                found = self._tried(measurement, problem)
-            records += found
+                problem = probe.problem(self._smaller(microbatches), sharing=self.sharing)
+                measured = self._tried(measurement, problem)
+            records += measured
         return problem, records
 
     def _active(self) -> list[Measurement]:
-        return [one for one in self._measure if one.name not in self._failures.switched_off]
+        return [each for each in self._measure if each.name not in self._failures.switched_off]
 
     def _tried(self, measurement: Measurement, problem: Problem) -> list[Record] | None:
         """The records of one measurement; None where memory ran out and there are smaller microbatches."""
         name, start, world = measurement.name, time.perf_counter(), problem.world
         try:
             with world.together():
-                state = self._states[name] if name in self._states else measurement.init(problem)
-                found, state = measurement.measure(problem, state)
+                state = self.states[name] if name in self.states else measurement.init(problem)
+                records, state = measurement.measure(problem, state)
                 seconds = world.average(time.perf_counter() - start)
         except Exception as error:
             if is_out_of_memory(error) and world.anywhere(max(map(batch_size, problem.microbatches)) > 1):
                 self._failures.say("memory", f"memory ran out in `{name}`, which is tried with smaller microbatches", error)
                 return None
             return [self._failures.failed(name, problem.step, error)]
-        self._states[name] = state  # only now: it is everybody's
+        self.states[name] = state  # only now: every process has got here
         self._failures.succeeded(name)
-        return [replace(record, seconds=seconds) for record in found]
+        return [replace(record, seconds=seconds) for record in records]
 
     def _smaller(self, microbatches: Sequence[Any]) -> list[Any]:
         """Halves, after what the failed try held was let go."""
@@ -104,6 +246,6 @@ class Probing:
         return at_most(microbatches, limit)
 
 
-def _place(name: str, waited: Sequence[str]) -> int:
+def _turn(name: str, waited: Sequence[str]) -> int:
     """Those that waited come first, the longest wait before the others, or one of three would never have its turn."""
     return waited.index(name) if name in waited else len(waited)

@@ -1,6 +1,5 @@
 """The record a probe writes about itself: what it looked at, what it cost, what failed."""
 
-import logging
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
@@ -10,31 +9,30 @@ import torch
 from curvature_callbacks.batches import batch_size
 from curvature_callbacks.problem.problem import Problem
 from curvature_callbacks.record import PROBE, Record
+from curvature_callbacks.run.failures import Failures
 
 PROBE_HEADLINE: Final = ("probe_seconds", "failed")
-
-_logger = logging.getLogger("curvature_callbacks")
 
 
 def probe_record(
     problem: Problem,
     records: Sequence[Record],
     *,
+    failures: Failures,
     seconds: float,
     sink_seconds: float,
-    switched_off: Collection[str],
     skipped: Collection[str],
     overhead: float,
     about: Mapping[str, Any],
 ) -> Record:
-    """The probe about itself.
+    """What a probe looked at, what it cost and what failed.
 
     Args:
         problem: what it measured.
         records: of its measurements.
+        failures: of the run.
         seconds: wall time it took.
         sink_seconds: wall time the sinks took at the probe before.
-        switched_off: measurements that are not tried again.
         skipped: measurements that it had no time for.
         overhead: share of wall time that all probes of the run have taken so far.
         about: why and how it was drawn, for the metadata.
@@ -50,10 +48,10 @@ def probe_record(
         "microbatch_size": float(max(problem.world.gathered(max(map(batch_size, problem.microbatches))))),
         "overhead": average(overhead),
         "skipped": float(len(skipped)),
-        "failed": float(len({record.measurement for record in records if record.failed}.union(switched_off))),
+        "failed": float(len({record.measurement for record in records if record.failed}.union(failures.switched_off))),
         "non_finite": float(sum(not math.isfinite(value) for record in records for value in record.scalars.values())),
     }
-    if _has_gradient(problem):
+    if _has_gradient(problem, records, failures):
         scalars["gradient_equivalents"] = scalars["probe_seconds"] / average(problem.gradient_seconds)
     metadata = {
         "seed": problem.seed,
@@ -66,11 +64,9 @@ def probe_record(
     )
 
 
-def _has_gradient(problem: Problem) -> bool:
-    """Whether one gradient, the unit of all costs, could be timed."""
-    try:
-        with problem.world.together():
-            return len(problem.gradients) > 0
-    except Exception as error:  # the measurements have met and reported what is wrong
-        _logger.debug("no gradient to compare the cost of this probe with: %s", error)
-        return False
+def _has_gradient(problem: Problem, records: Sequence[Record], failures: Failures) -> bool:
+    """Whether one gradient, the unit of all costs, could be timed; where nothing else failed it is warned of once."""
+    what = "the gradient in which the cost of a curvature probe is counted cannot be computed"
+    with failures.reported("gradient", what, is_known=any(record.failed for record in records)), problem.world.together():
+        return len(problem.gradients) > 0
+    return False

@@ -1,10 +1,9 @@
-"""The arguments both callbacks share, validated in one place, and the monitor they make."""
+"""Settings: the arguments of both callbacks and of the monitor, validated in one place, and the rows they ask for."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Final, final, get_args
 
-from torch import nn
 from torch.utils.data import default_collate
 
 from curvature_callbacks.batches import cut_sequences
@@ -13,44 +12,41 @@ from curvature_callbacks.measurements import Measurement
 from curvature_callbacks.model.blocks import BlockStructure, check_block_structure
 from curvature_callbacks.model.loss.resolve import Loss, TargetLossName
 from curvature_callbacks.model.objective import ParamsFilter
-from curvature_callbacks.model.stability import Optimizers
 from curvature_callbacks.probes import CapturedProbes, Draw, Prepare, Probes, dataset_probes, probes_from_loader
-from curvature_callbacks.run.choice import checked_measurements
+from curvature_callbacks.run.choice import check_measurements, chosen_measurements
 from curvature_callbacks.run.fingerprint import fingerprint, settings_text
-from curvature_callbacks.run.monitor import CurvatureMonitor
 from curvature_callbacks.run.schedules import EveryNSteps, LossSpike, Schedule
-from curvature_callbacks.sinks import Sink
 
 _NOT_IN_FINGERPRINT: Final = ("max_overhead", "max_seconds", "spike")  # may be changed in the middle of a run
 
-_EVERY: Final = 200  # the default of `every_n_steps`
+EVERY_N_STEPS: Final = 200  # the default of `every_n_steps`
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Arguments of `CurvatureCallback`; see there.
+    """Arguments of `CurvatureCallback`; see there. A monitor has those of them that are not a framework's.
 
     Raises:
         ConfigurationError: at construction, for a bad value.
     """
 
-    every_n_steps: int
-    measure: Sequence[Measurement] | None
-    num_microbatches: int
-    microbatch_size: int
-    draw: Draw
-    loss_fn: Loss
-    params_filter: ParamsFilter | None
-    block_structure: BlockStructure
-    seed: int
-    schedule: Schedule | None
-    max_overhead: float | None
-    max_seconds: float | None
-    spike: LossSpike | None
-    probe_dataset: Any
-    probe_dataloader: Any
-    max_sequence_length: int | None
+    every_n_steps: int = EVERY_N_STEPS
+    measure: Sequence[Measurement] | None = None
+    num_microbatches: int = 4
+    microbatch_size: int = 8
+    draw: Draw = "fresh"
+    loss_fn: Loss = None
+    params_filter: ParamsFilter | None = None
+    block_structure: BlockStructure = "layer"
+    seed: int = 0
+    schedule: Schedule | None = None
+    max_overhead: float | None = None
+    max_seconds: float | None = None
+    spike: LossSpike | None = None
+    probe_dataset: Any = None
+    probe_dataloader: Any = None
+    max_sequence_length: int | None = None
 
     def __post_init__(self) -> None:
         check_positive("every_n_steps", self.every_n_steps)
@@ -58,7 +54,7 @@ class Settings:
         check_positive("microbatch_size", self.microbatch_size)
         check_choice("draw", self.draw, get_args(Draw))
         check_block_structure(self.block_structure)
-        checked_measurements(self.measure)
+        check_measurements(chosen_measurements(self.measure))
         check_share("max_overhead", self.max_overhead)
         check_seconds("max_seconds", self.max_seconds)
         self._check_choices()
@@ -77,7 +73,7 @@ class Settings:
     @property
     def key(self) -> str:
         """Names the state of this callback in a checkpoint; where any argument differs, it is another state."""
-        names = ",".join(measurement.name for measurement in checked_measurements(self.measure))
+        names = ",".join(measurement.name for measurement in chosen_measurements(self.measure))
         return f"{names} {fingerprint(self.description)}"
 
     @property
@@ -85,29 +81,37 @@ class Settings:
         """The arguments, for a state that may be read by another callback."""
         found = {option.name: getattr(self, option.name) for option in fields(self) if option.name not in _NOT_IN_FINGERPRINT}
         data = {name: type(found[name]).__name__ for name in ("probe_dataset", "probe_dataloader")}
-        return settings_text(found | data | {"measure": checked_measurements(self.measure)})
+        return settings_text(found | data | {"measure": chosen_measurements(self.measure)})
 
     def probes(self, loader: Any, *, prepare: Prepare | None = None) -> Probes | None:
-        """Rows of data of one's own, else of the training data; None where these cannot be indexed."""
-        options: dict[str, Any] = {**self._sizes(), "prepare": self._prepare(prepare)}
+        """Rows of `probe_dataset` or `probe_dataloader`, else of the training data; None where these cannot be indexed."""
+        prepare = self._prepare(prepare)
         if self.probe_dataset is not None:
-            return dataset_probes(self.probe_dataset, getattr(loader, "collate_fn", None) or default_collate, **options)
-        if self.probe_dataloader is None:
-            return probes_from_loader(loader, **options)
-        found = probes_from_loader(self.probe_dataloader, **options)
-        if found is None:
+            return dataset_probes(
+                self.probe_dataset,
+                getattr(loader, "collate_fn", None) or default_collate,
+                num_microbatches=self.num_microbatches,
+                microbatch_size=self.microbatch_size,
+                prepare=prepare,
+            )
+        probes = probes_from_loader(
+            loader if self.probe_dataloader is None else self.probe_dataloader,
+            num_microbatches=self.num_microbatches,
+            microbatch_size=self.microbatch_size,
+            prepare=prepare,
+        )
+        if probes is None and self.probe_dataloader is not None:
             raise ConfigurationError(
                 "`probe_dataloader` must be a DataLoader over a map-style dataset, whose rows can be indexed, got "
                 f"{type(self.probe_dataloader).__name__}."
             )
-        return found
+        return probes
 
     def captured_probes(self) -> CapturedProbes:
         """A source for training batches that can only be watched go by."""
-        return CapturedProbes(**self._sizes(), prepare=self._prepare(None))
-
-    def _sizes(self) -> dict[str, Any]:
-        return {"num_microbatches": self.num_microbatches, "microbatch_size": self.microbatch_size}
+        return CapturedProbes(
+            num_microbatches=self.num_microbatches, microbatch_size=self.microbatch_size, prepare=self._prepare(None)
+        )
 
     def _prepare(self, prepare: Prepare | None) -> Prepare | None:
         """What the loop does to a batch, then the cut of its sequences."""
@@ -117,8 +121,8 @@ class Settings:
         return lambda batch: cut_sequences(prepare(batch) if prepare else batch, longest)
 
     def _check_choices(self) -> None:
-        """Raise a `ConfigurationError` for arguments that exclude each other or are of another kind."""
-        if self.schedule is not None and self.every_n_steps != _EVERY:
+        """Raise a `ConfigurationError` for arguments that exclude each other or have the wrong type."""
+        if self.schedule is not None and self.every_n_steps != EVERY_N_STEPS:
             raise ConfigurationError("`schedule` and `every_n_steps` both say when to probe: give one of them.")
         if self.schedule is not None and not isinstance(self.schedule, Schedule):
             raise ConfigurationError(f"`schedule` must have a method `due(step, previous)`, got {self.schedule!r}.")
@@ -128,19 +132,3 @@ class Settings:
             raise ConfigurationError("`probe_dataset` and `probe_dataloader` both say what to measure on: give one of them.")
         if self.max_sequence_length is not None:
             check_positive("max_sequence_length", self.max_sequence_length)
-
-    def monitor(
-        self, model: nn.Module, *, probes: Probes, sinks: Sequence[Sink], loss: Loss, optimizer: Optimizers | None
-    ) -> CurvatureMonitor:
-        """The monitor of one run."""
-        shared: dict[str, Any] = {
-            "params_filter": self.params_filter,
-            "block_structure": self.block_structure,
-            "draw": self.draw,
-            "seed": self.seed,
-            "optimizer": optimizer,
-            "max_overhead": self.max_overhead,
-            "max_seconds": self.max_seconds,
-            "spike": self.spike,
-        }
-        return CurvatureMonitor(model, probes=probes, measure=self.measure, when=self.when, sinks=sinks, loss=loss, **shared)

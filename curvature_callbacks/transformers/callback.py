@@ -174,7 +174,9 @@ class CurvatureCallback(TrainerCallback):
             *reporter_sinks(self._trainer),
             TrainerLog(self._trainer, state),
         ]
-        self._monitor = self._settings.monitor(model, probes=probes, sinks=sinks, loss=loss, optimizer=optimizer)
+        self._monitor = CurvatureMonitor.of_settings(
+            model, self._settings, probes=probes, sinks=sinks, loss=loss, optimizer=optimizer
+        )
         self._resume(args, state)
         self._monitor.check(state.global_step)
         self._step(state)

@@ -154,9 +154,9 @@ def test_averages_go_on_after_a_checkpoint() -> None:
 
 
 def test_a_checkpoint_without_states_begins_them_anew() -> None:
-    watching, fresh = monitor(measure=[GradientNoise()]), monitor(measure=[GradientNoise()])
+    model = nn.Linear(6, 3)
+    watching, fresh = (monitor(model, measure=[GradientNoise()]) for _ in range(2))
     watching.load_state_dict({"previous": 0, "failures": {}})
-    watching._model = fresh._model
     watching.step(1)
     fresh.step(1)
     assert noise(watching) == noise(fresh) != []

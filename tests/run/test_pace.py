@@ -119,7 +119,7 @@ def test_clocks_of_processes_are_asked_at_candidates_only() -> None:
 
 def test_the_monitor_says_what_share_it_took() -> None:
     clock, watching = Clock(), monitor(max_overhead=0.5)
-    watching._timing._clock = clock
+    watching._pace._clock = clock
     shares = {}
     for step in range(40):
         for record in watching.step(step):
