@@ -110,9 +110,6 @@ def test_what_cannot_be_measured_on_is_refused_before_training(changes: dict[str
         lightning(tmp_path, **changes)
 
 
-# ------------------------------------------------------------------------------------------------------------ sequences
-
-
 def test_everything_as_long_as_the_tokens_is_cut() -> None:
     batch = {
         "input_ids": torch.arange(12).view(2, 6),

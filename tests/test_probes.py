@@ -80,9 +80,6 @@ def test_a_prepared_batch_is_what_is_measured() -> None:
     assert indices(numbered(prepare=lambda batch: batch + 100).draw(0)) == [i + 100 for i in indices(numbered().draw(0))]
 
 
-# -------------------------------------------------------------------------------------------- nothing a source owns moves
-
-
 def draws(data: AugmentedRows) -> Any:
     """What the dataset's own generators give next."""
     nested = data.nested
@@ -187,9 +184,6 @@ def test_drawing_rows_moves_no_global_generator_by_itself() -> None:
     assert_equal(before, (torch.get_rng_state(), np.random.get_state(), random.getstate()))
 
 
-# ------------------------------------------------------------------------------------------------------ what can be indexed
-
-
 @pytest.mark.parametrize(
     "source",
     [
@@ -210,9 +204,6 @@ def test_an_empty_dataset_is_refused() -> None:
     empty = TensorDataset(torch.zeros(0, 2))
     with pytest.raises(ConfigurationError, match="the dataset is empty"):
         probes_from_loader(DataLoader(empty, batch_size=2), **SIZES)
-
-
-# ------------------------------------------------------------------------------------------------------- captured and fixed
 
 
 def test_captured_probes_are_the_latest_batches_oldest_first() -> None:

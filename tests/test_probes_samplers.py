@@ -131,9 +131,6 @@ def test_a_sampler_without_rows_is_refused() -> None:
         probes_from_loader(loader(SubsetRandomSampler([])), **SIZES)
 
 
-# ------------------------------------------------------------------------------------------------ samplers of another class
-
-
 class Unknown(Sampler[int]):
     """Not to be iterated."""
 
@@ -192,9 +189,6 @@ def test_an_unknown_sampler_is_not_iterated_and_said_to_be_so(
     assert all("`probe_dataset=` or `probe_dataloader=`" in message and "`Unknown" in message for message in said)
 
 
-# --------------------------------------------------------------------------------------------------------- many processes
-
-
 class Rank:
     """As much of a world as a draw looks at."""
 
@@ -219,9 +213,6 @@ def test_one_process_says_what_is_not_known(monkeypatch: pytest.MonkeyPatch, cap
     monkeypatch.setattr(probes, "current_world", lambda: Rank(1, 2))
     assert drawn(loader(Unknown(5))) == ALL
     assert not caplog.records
-
-
-# ------------------------------------------------------------------------------------------------------- filtered batches
 
 
 class Filtering:

@@ -191,9 +191,6 @@ def global_generators() -> list[Any]:
     return [torch.get_rng_state(), np.random.get_state(), random.getstate()]
 
 
-# ----------------------------------------------------------------------------------------------------------------- data
-
-
 class Rows(Dataset[Any]):
     """Three classes of points. Rows are fixed unless a subclass disturbs them."""
 
@@ -236,9 +233,6 @@ class Stream(IterableDataset[Any]):
 
 def loader(dataset: Dataset[Any] | None = None, **changes: Any) -> DataLoader[Any]:
     return DataLoader(Rows() if dataset is None else dataset, **({"batch_size": 4, "shuffle": True} | changes))
-
-
-# ------------------------------------------------------------------------------------------------------------ Lightning
 
 
 class Net(pl.LightningModule):
@@ -375,8 +369,6 @@ def lightning_run(
         records=list(callback.history) if callback else [],
     )
 
-
-# --------------------------------------------------------------------------------------------------------- Hugging Face
 
 VOCABULARY = 17
 

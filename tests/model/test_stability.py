@@ -225,9 +225,6 @@ def test_reading_leaves_no_trace() -> None:
     assert not read(sgd, named).preconditioner.requires_grad  # type: ignore[union-attr]
 
 
-# ------------------------------------------------------------------------------------------------------ what does not move
-
-
 def test_before_the_first_step_an_adaptive_optimizer_has_no_preconditioner() -> None:
     named = parameters()
     found = read(Adam(list(named.values()), lr=0.1), named)
@@ -276,9 +273,6 @@ def test_narrow_states_are_widened() -> None:
     assert found.preconditioner is not None
     assert found.preconditioner.dtype == torch.float32
     torch.testing.assert_close(found.preconditioner, 0.1 * (weight.grad.float() + 1e-8), rtol=1e-2, atol=0)
-
-
-# ---------------------------------------------------------------------------------------------------------------- kinds
 
 
 class Tagged(Adam):

@@ -25,12 +25,22 @@ def chosen_targets(valid: Tensor, count: int, generator: torch.Generator) -> Ite
         yield order[:, index].to(valid.device), active.to(valid.device), weights.to(valid.device)
 
 
-def drawn_labels(logits: Tensor, rows: Tensor, positions: Tensor, generator: torch.Generator) -> Tensor:
-    """One label from `softmax(logits[row, position])` for each pair, by the inverse of its distribution function."""
+def drawn_labels(
+    logits: Tensor, rows: Tensor, positions: Tensor, generator: torch.Generator, *, max_elements: int = _DRAW_ELEMENTS
+) -> Tensor:
+    """One label from `softmax(logits[row, position])` for each pair, by the inverse of its distribution function.
+
+    Args:
+        logits: (N, M, C).
+        rows: of the pairs.
+        positions: of the pairs.
+        generator: on the CPU.
+        max_elements: probabilities that are computed at a time.
+    """
     C = logits.shape[-1]
     uniform = torch.rand(len(rows), 1, generator=generator, dtype=torch.float64).to(logits.device)
     labels = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
-    step = max(1, _DRAW_ELEMENTS // C)
+    step = max(1, max_elements // C)
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
         p = logits.detach()[rows[part], positions[part]].double().softmax(-1)  # (step, C)

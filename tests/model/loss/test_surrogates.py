@@ -13,15 +13,13 @@ from torch.nn import functional as F
 
 from curvature_callbacks import ConfigurationError
 from curvature_callbacks.batches import take_rows
-from curvature_callbacks.model.loss import draws
 from curvature_callbacks.model.loss.fisher_type import FisherType
 from curvature_callbacks.model.loss.resolve import resolve_loss
 from curvature_callbacks.model.loss.sample_losses import SampleLosses
 from curvature_callbacks.model.loss.surrogates import Surrogate, surrogates
+from tests.model.loss.surrogate_cases import TYPES, UNITS, generator, randn
 
 N, T, V, D = 4, 5, 4, 3
-UNITS = ("sequence", "token")
-TYPES = [(fisher, unit) for fisher in ("empirical", "sampled", "exact") for unit in UNITS]
 
 
 class TinyForCausalLM(nn.Module):
@@ -36,14 +34,6 @@ class TinyForCausalLM(nn.Module):
         logits = self.head(torch.tanh(self.table(input_ids).cumsum(1)))
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         return SimpleNamespace(loss=loss, logits=logits)
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
 
 
 def text_batch() -> dict[str, Tensor]:
@@ -348,53 +338,6 @@ def test_a_microbatch_without_valid_target_has_no_pseudo_sample(fisher: str, uni
         (surrogate,) = surrogates(FisherType(fisher=fisher, sample_unit=unit), losses, seed=0)
         assert not surrogate(losses).any()
         assert not surrogate.active.any() or fisher == "empirical"
-
-
-def test_draws_follow_the_softmax():
-    logits = torch.tensor([[0.3, -1.0, 2.0, -torch.inf], [-torch.inf, 1.0, 1.0, 0.0]])[:, None].double()
-    count = 20_000
-    rows = torch.arange(2).repeat_interleave(count)
-    labels = draws.drawn_labels(logits, rows, torch.zeros_like(rows), generator()).reshape(2, count)
-    for i in range(2):
-        p = logits[i, 0].softmax(0)
-        share = labels[i].bincount(minlength=4) / count
-        assert ((share - p).abs() <= 4 * (p * (1 - p) / count).sqrt()).all()
-
-
-def test_labels_are_drawn_in_bounded_memory_with_the_same_result(monkeypatch: pytest.MonkeyPatch):
-    logits = randn(6, 7, 5)
-    rows, positions = torch.ones(6, 7, dtype=torch.bool).nonzero(as_tuple=True)
-    whole = draws.drawn_labels(logits, rows, positions, generator())
-    monkeypatch.setattr(draws, "_DRAW_ELEMENTS", 23)
-    assert torch.equal(draws.drawn_labels(logits, rows, positions, generator()), whole)
-    assert len(whole.unique()) == 5
-
-
-def test_all_types_have_names_of_their_own():
-    names = [FisherType(fisher=fisher, sample_unit=unit).name for fisher, unit in TYPES]
-    assert names == [
-        "empirical_fisher",
-        "empirical_fisher_token",
-        "sampled_fisher",
-        "sampled_fisher_token",
-        "exact_fisher",
-        "exact_fisher_token",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"fisher": "true"}, "`fisher` must be one of 'empirical', 'sampled', 'exact'"),
-        ({"sample_unit": "row"}, "`sample_unit` must be one of 'sequence', 'token'"),
-        ({"fisher": "sampled", "num_draws": 0}, "`num_draws`"),
-        ({"num_targets": 1.5}, "`num_targets`"),
-        ({"fisher": "exact", "num_draws": 2}, "draws no labels"),
-    ],
-)
-def test_bad_options_are_named(options: dict[str, Any], message: str):
-    with pytest.raises(ConfigurationError, match=message):
-        FisherType(**options)
 
 
 def test_an_exact_fisher_of_too_many_passes_is_refused():
