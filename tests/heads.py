@@ -7,19 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.cases import (
-    CLASSES,
-    FAMILIES,
-    TEXT,
-    VOCABULARY,
-    causal_batch,
-    classified_text_batch,
-    family,
-    hugging_face,
-    image_batch,
-    masked_batch,
-    seq2seq_batch,
-)
+from tests.cases import CLASSES, VOCABULARY, causal_batch, classified_text_batch, image_batch, masked_batch, seq2seq_batch
+from tests.families import FAMILIES, TEXT, family, hugging_face
 
 Batch = dict[str, Tensor]
 Draw = Callable[[int, int, torch.Generator], Any]  # of a size and a length

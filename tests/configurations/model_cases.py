@@ -24,19 +24,15 @@ from curvature_callbacks import (
 from curvature_callbacks.transformers.callback import CurvatureCallback
 from tests.cases import (
     CLASSES,
-    GROUPED,
-    IMAGE,
-    SPEECH,
-    TEXT,
     VOCABULARY,
     causal_batch,
     classified_text_batch,
-    hugging_face,
     image_batch,
     in_general_position,
     masked_batch,
     seq2seq_batch,
 )
+from tests.families import GROUPED, IMAGE, SPEECH, TEXT, hugging_face
 from tests.heads import Batch, Draw, bert, headed
 from tests.training_cases import assert_equal, assert_same_training, transformers_run
 

@@ -18,12 +18,12 @@ from tests.cases import (
     SIZES,
     Case,
     causal_batch,
-    family,
     image_batch,
     in_general_position,
     masked_batch,
     seq2seq_batch,
 )
+from tests.families import family
 from tests.reference import fisher_eigenvalues, gradients_of, relative_error, sample_gradients, stacked
 
 SWEEP = {"causal": causal_batch, "tokens": masked_batch, "row": image_batch, "seq2seq": seq2seq_batch}

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from curvature_callbacks.isolation.model import isolated
-from tests.cases import family
+from tests.families import family
 from tests.training_cases import assert_equal, global_generators, seed_everything
 
 

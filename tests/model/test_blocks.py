@@ -11,7 +11,8 @@ from curvature_callbacks import ConfigurationError, CurvatureMonitor, compute_fi
 from curvature_callbacks.model.blocks import group_blocks
 from curvature_callbacks.probes import CapturedProbes
 from curvature_callbacks.record import tag_segment
-from tests.cases import CASES, ConvNet, family
+from tests.cases import CASES, ConvNet
+from tests.families import family
 from tests.model.block_cases import EARLY, assert_partition, component_names, trainable
 
 

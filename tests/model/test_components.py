@@ -8,7 +8,7 @@ from torch import nn
 
 from curvature_callbacks.model.components import components
 from curvature_callbacks.model.layers import find_layers
-from tests.cases import FAMILIES, family
+from tests.families import FAMILIES, family
 
 Table = dict[str, str]  # component: modules (`*` is a layer number) or raw parameters, in words
 

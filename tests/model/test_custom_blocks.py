@@ -7,7 +7,7 @@ from torch import nn
 
 from curvature_callbacks import ConfigurationError
 from curvature_callbacks.model.blocks import group_blocks
-from tests.cases import family
+from tests.families import family
 from tests.model.block_cases import EARLY, assert_partition, trainable
 
 

@@ -6,7 +6,8 @@ import pytest
 from torch import nn
 
 from curvature_callbacks.model.blocks import group_blocks
-from tests.cases import CASES, FAMILIES, family
+from tests.cases import CASES
+from tests.families import FAMILIES, family
 from tests.model.block_cases import assert_partition, component_names, trainable
 
 LAYER = "attention norm mlp"

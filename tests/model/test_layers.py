@@ -9,7 +9,8 @@ from torch.nn.utils import parametrize
 
 from curvature_callbacks.model.blocks import group_blocks
 from curvature_callbacks.model.layers import find_layers
-from tests.cases import CASES, FAMILIES, ConvNet, family
+from tests.cases import CASES, ConvNet
+from tests.families import FAMILIES, family
 
 
 def trainable(model: nn.Module) -> list[str]:

@@ -7,7 +7,8 @@ from torch.nn import functional as F
 
 from curvature_callbacks import ConfigurationError, Problem
 from curvature_callbacks.model.objective import Objective
-from tests.cases import CASES, CLASSES, family
+from tests.cases import CASES, CLASSES
+from tests.families import family
 from tests.reference import case_loss
 
 

@@ -18,7 +18,8 @@ from curvature_callbacks.operators.difference import FiniteDifferenceHessianOper
 from curvature_callbacks.operators.fisher import EmpiricalFisherOperator, SampledFisherOperator
 from curvature_callbacks.operators.ggn import GGNOperator
 from curvature_callbacks.operators.hessian import HessianOperator
-from tests.cases import CASES, causal_batch, family, in_general_position
+from tests.cases import CASES, causal_batch, in_general_position
+from tests.families import family
 from tests.reference import float64_copy, relative_error
 
 OPERATORS = (HessianOperator, GGNOperator, EmpiricalFisherOperator, SampledFisherOperator, FiniteDifferenceHessianOperator)

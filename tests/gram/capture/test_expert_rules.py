@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.cases import Case, causal_batch, family
+from tests.cases import Case, causal_batch
+from tests.families import family
 from tests.gram.capture.rule_cases import RuleCase, assert_exact, assert_no_fallback, parameter_grams, weight
 from tests.reference import sample_gradients
 

@@ -10,18 +10,17 @@ from torch.nn import functional as F
 
 from tests.cases import (
     CASES,
-    FAMILIES,
     MORE_FAMILIES,
     SIZES,
     VOCABULARY,
     Case,
     causal_batch,
-    family,
     image_batch,
     in_general_position,
     masked_batch,
     seq2seq_batch,
 )
+from tests.families import FAMILIES, family
 from tests.gram.capture.rule_cases import assert_exact, assert_no_fallback, parameter_grams
 from tests.reference import gradients_of, rows, sample_gradients
 

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.cases import CLASSES, TEXT, VOCABULARY, causal_batch, family, hugging_face, masked_batch
+from tests.cases import CLASSES, VOCABULARY, causal_batch, masked_batch
+from tests.families import TEXT, family, hugging_face
 
 LENGTH = 6
 

@@ -11,7 +11,8 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from curvature_callbacks import ConfigurationError, ProbeError, Problem, compute_fisher_spectrum, compute_spectrum
 from curvature_callbacks.model.loss.resolve import resolve_loss
-from tests.cases import CASES, CLASSES, causal_batch, family, in_general_position
+from tests.cases import CASES, CLASSES, causal_batch, in_general_position
+from tests.families import family
 from tests.heads import HEADS
 from tests.model.loss.loss_cases import LENGTH, N, classes, drawn, generator, numbers, own_losses
 from tests.reference import dense_hessian, relative_error

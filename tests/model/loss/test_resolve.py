@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from curvature_callbacks import ConfigurationError, Problem
 from curvature_callbacks.model.loss.sample_losses import SampleLosses
-from tests.cases import CASES, CLASSES, causal_batch, family, in_general_position
+from tests.cases import CASES, CLASSES, causal_batch, in_general_position
+from tests.families import family
 from tests.model.loss.form_cases import FORMS, LENGTH, generator
 from tests.reference import row_loss, rows
 
