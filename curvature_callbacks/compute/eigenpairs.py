@@ -15,8 +15,9 @@ from curvature_callbacks.model.loss.resolve import Loss
 from curvature_callbacks.model.loss.sharing import Sharing
 from curvature_callbacks.model.objective import ParamsFilter
 from curvature_callbacks.model.stability import Optimizers
-from curvature_callbacks.problem.eigenproblem import Eigenproblem, eigenproblem
-from curvature_callbacks.problem.matrix import MatrixChoice, OperatorName
+from curvature_callbacks.problem.eigenproblem import Eigenproblem
+from curvature_callbacks.problem.matrix import OperatorName
+from curvature_callbacks.problem.matrix_choice import MatrixChoice
 
 
 def compute_spectrum(
@@ -129,9 +130,9 @@ def compute_spectrum(
         with isolated(model, seed=seed):
             task.check(seed=seed)
             return task.solve(options)
-    curvature = MatrixChoice(operator=operator, sample_unit=sample_unit, fisher=fisher, num_draws=num_draws, sharing=sharing)
+    choice = MatrixChoice(operator=operator, sample_unit=sample_unit, fisher=fisher, num_draws=num_draws, sharing=sharing)
     with offline_problem(model, batches, loss=loss, params_filter=params_filter, seed=seed, optimizer=optimizer) as problem:
-        curvature.check(problem, negative=options.asks_for_negative)
-        task = eigenproblem(problem, curvature)
+        choice.check(problem, negative=options.asks_for_negative)
+        task = choice.eigenproblem(problem)
         task.check(seed=seed)
         return task.solve(options)

@@ -8,10 +8,8 @@ from curvature_callbacks.linalg.density import Density
 from curvature_callbacks.linalg.eigenpairs import Eigenpairs
 from curvature_callbacks.linalg.lanczos.options import LanczosOptions
 from curvature_callbacks.linalg.quadrature import check_quadrature, spectral_density
-from curvature_callbacks.model.loss.fisher_type import Fisher, SampleUnit
-from curvature_callbacks.model.loss.sharing import Sharing
-from curvature_callbacks.problem.eigenproblem import Eigenproblem, eigenproblem
-from curvature_callbacks.problem.matrix import MatrixChoice, OperatorFunction, OperatorName
+from curvature_callbacks.measurements.of_matrix import OfMatrix
+from curvature_callbacks.problem.eigenproblem import Eigenproblem
 from curvature_callbacks.problem.problem import Problem
 from curvature_callbacks.record import Record
 
@@ -22,7 +20,7 @@ _DEFLATION_PRODUCTS: Final = 40  # outliers of trained networks took 15 to 35
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SpectralDensity:
+class SpectralDensity(OfMatrix):
     """Spectral density, trace, norm, effective rank and negative curvature of a curvature matrix over all its eigenvalues.
 
     Where `TopEigenpairs` sees the ends, this sees the bulk: sums over all P eigenvalues, estimated from random vectors, each
@@ -61,11 +59,6 @@ class SpectralDensity:
     size P (41 to deflate), and the deflated ones.
     """
 
-    operator: OperatorName | OperatorFunction = "hessian"
-    sample_unit: SampleUnit = "sequence"
-    fisher: Fisher = "empirical"
-    num_draws: int = 1
-    sharing: Sharing = "expand"
     num_probes: int = 4
     num_steps: int = 30
     deflate: int = 4
@@ -81,22 +74,6 @@ class SpectralDensity:
         """`<operator>[_token]_density`."""
         return f"{self.curvature.name}_density"
 
-    @property
-    def curvature(self) -> MatrixChoice:
-        """Which matrix."""
-        return MatrixChoice(
-            operator=self.operator,
-            sample_unit=self.sample_unit,
-            fisher=self.fisher,
-            num_draws=self.num_draws,
-            sharing=self.sharing,
-        )
-
-    @property
-    def needs_optimizer(self) -> bool:
-        """Whether the matrix is read from the optimizer's state."""
-        return self.curvature.needs_optimizer
-
     def check(self, problem: Problem) -> None:
         """Raise a `ConfigurationError` where the matrix cannot be had in this run."""
         self.curvature.check(problem, negative=True)
@@ -106,11 +83,10 @@ class SpectralDensity:
 
     def measure(self, problem: Problem, state: float | None) -> tuple[list[Record], float | None]:
         """One record for the whole model; the state is the error the self-check measured."""
-        reason = problem.stability().reason if self.needs_optimizer else None
-        if reason is not None:
-            metadata = {**self.curvature.metadata(), "reason": reason}
-            return [Record(step=problem.step, measurement=self.name, headline=_HEADLINE, metadata=metadata)], state
-        task, spent = eigenproblem(problem, self.curvature), 0
+        absent = self._absent(problem, self.name, _HEADLINE)
+        if absent is not None:
+            return [absent], state
+        task, spent = self.curvature.eigenproblem(problem), 0
         if state is None:
             state, spent = task.check(seed=problem.seed)
         outer = self._outer(task, problem.seed)

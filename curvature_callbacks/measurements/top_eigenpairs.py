@@ -9,11 +9,9 @@ from torch import Tensor
 from curvature_callbacks.linalg.eigenpairs import Eigenpairs
 from curvature_callbacks.linalg.lanczos.options import LanczosOptions, ReorthMode
 from curvature_callbacks.linalg.lanczos.wanted import Which
-from curvature_callbacks.model.loss.fisher_type import Fisher, SampleUnit
-from curvature_callbacks.model.loss.sharing import Sharing
+from curvature_callbacks.measurements.of_matrix import OfMatrix
 from curvature_callbacks.problem.deadline import seconds_left
-from curvature_callbacks.problem.eigenproblem import Eigenproblem, eigenproblem, measured_blocks
-from curvature_callbacks.problem.matrix import MatrixChoice, OperatorFunction, OperatorName
+from curvature_callbacks.problem.eigenproblem import Eigenproblem
 from curvature_callbacks.problem.problem import Problem
 from curvature_callbacks.record import Record
 
@@ -34,7 +32,7 @@ State = Mapping[str, Any]  # `error` of the self-check; `starts`: (P,) on the ho
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TopEigenpairs:
+class TopEigenpairs(OfMatrix):
     """Outer eigenpairs of a curvature matrix of the mean loss, each with its residual.
 
     `<m>` is the matrix: `hessian`, `ggn`, `preconditioned_hessian`, `finite_difference_hessian`,
@@ -91,11 +89,6 @@ class TopEigenpairs:
     one and a half to two and a half products a pair; from factors those of `KFACQuality`, shared with it.
     """
 
-    operator: OperatorName | OperatorFunction = "hessian"
-    sample_unit: SampleUnit = "sequence"
-    fisher: Fisher = "empirical"
-    num_draws: int = 1
-    sharing: Sharing = "expand"
     k: int = 4
     which: Which = "BE"
     tol: float = 1e-2
@@ -114,17 +107,6 @@ class TopEigenpairs:
         return self.curvature.eigenpairs_name
 
     @property
-    def curvature(self) -> MatrixChoice:
-        """Which matrix."""
-        return MatrixChoice(
-            operator=self.operator,
-            sample_unit=self.sample_unit,
-            fisher=self.fisher,
-            num_draws=self.num_draws,
-            sharing=self.sharing,
-        )
-
-    @property
     def solver(self) -> LanczosOptions:
         """Options of every run; those of one probe add its seed and the time that is left."""
         return LanczosOptions(
@@ -137,11 +119,6 @@ class TopEigenpairs:
             return_eigenvectors=self.warm_start,
         )
 
-    @property
-    def needs_optimizer(self) -> bool:
-        """Whether the matrix is read from the optimizer's state."""
-        return self.curvature.needs_optimizer
-
     def check(self, problem: Problem) -> None:
         """Raise a `ConfigurationError` where the matrix cannot be had in this run."""
         self.curvature.check(problem, negative=self.solver.asks_for_negative)
@@ -152,18 +129,14 @@ class TopEigenpairs:
 
     def measure(self, problem: Problem, state: State | None) -> tuple[list[Record], State | None]:
         """One record for the whole model, and one a block if asked; the state is what the next probe starts from."""
-        reason = problem.stability().reason if self.needs_optimizer else None
-        if reason is not None:
-            return [self._absent(problem, reason)], state
+        absent = self._absent(problem, self.name, _HEADLINE)
+        if absent is not None:
+            return [absent], state
         run = _Run(measurement=self, problem=problem, previous=state or {})
         records = [run.record(None)]
         if self.per_block:
-            records += [run.record(block) for block in measured_blocks(problem, self.curvature)]
+            records += [run.record(block) for block in self.curvature.blocks(problem)]
         return records, run.state()
-
-    def _absent(self, problem: Problem, reason: str) -> Record:
-        metadata = {**self.curvature.metadata(), "reason": reason}
-        return Record(step=problem.step, measurement=self.name, headline=_HEADLINE, metadata=metadata)
 
 
 @final
@@ -180,7 +153,7 @@ class _Run:
     def record(self, block: str | None) -> Record:
         """What the whole model or a block has. The first call checks the operator, in the first probe of a run."""
         measurement, problem, spent = self.measurement, self.problem, 0
-        task = eigenproblem(problem, measurement.curvature, block)
+        task = measurement.curvature.eigenproblem(problem, block)
         if self.error is None:
             self.error = self.previous.get("error")
         if self.error is None:

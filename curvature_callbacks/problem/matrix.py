@@ -1,18 +1,18 @@
-"""Curvature: which matrix a measurement looks at, by name or by a function of one's own."""
+"""The table of matrices: what each is built by, and what it asks of a run. A new one is its operator and a row here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal, final, get_args
+from functools import partial, reduce
+from types import MappingProxyType
+from typing import Any, Final, Literal, final
 
 import torch
 
-from curvature_callbacks.errors import ConfigurationError, check_choice
 from curvature_callbacks.linalg.operator import Operator
-from curvature_callbacks.model.loss.fisher_type import EMPIRICAL, Fisher, FisherType, SampleUnit
+from curvature_callbacks.model.loss.fisher_type import Fisher, FisherType
 from curvature_callbacks.model.loss.sharing import Sharing
-from curvature_callbacks.model.loss.surrogates import surrogates
-from curvature_callbacks.operators.ggn import known_predictive
-from curvature_callbacks.problem.problem import Problem
+from curvature_callbacks.problem.eigenproblem import Eigenproblem
+from curvature_callbacks.problem.problem import AnyFisher, Problem
 
 OperatorName = Literal[
     "hessian",
@@ -26,128 +26,119 @@ OperatorName = Literal[
 ]
 OperatorFunction = Callable[[Problem, tuple[str, ...] | None], Operator]
 
-_KRONECKER: Final = ("kfac", "ekfac")
-_MEANINGS: Final = {  # option to the operators it says something about
-    "sample_unit": ("empirical_fisher", "sampled_fisher"),
-    "fisher": _KRONECKER,
-    "sharing": _KRONECKER,
-    "num_draws": ("sampled_fisher", *_KRONECKER),
-}
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MatrixRequest:
+    """A matrix of one probe, as a row of the table builds it.
+
+    Attributes:
+        problem: the probe's.
+        block: whose diagonal block is wanted; None for that of all parameters.
+        fisher_type: which Fisher, and of what; the empirical one for matrices that are none.
+        sharing: how positions enter Kronecker factors.
+    """
+
+    problem: Problem
+    block: str | None
+    fisher_type: FisherType
+    sharing: Sharing
+
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        """The block's parameters; None for all."""
+        return None if self.block is None else self.problem.blocks[self.block]
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MatrixChoice:
-    """Which matrix, of all parameters or of a block.
+class Matrix:
+    """A row of the table.
 
     Attributes:
-        operator: a name; or a function of the probe and the names of a block's parameters (None: all) that gives an operator,
-            which is then called by the function's name.
-        sample_unit: of a Fisher: `sequence` or `token`.
-        fisher: whose factors K-FAC and EKFAC have.
-        num_draws: label draws a sample, where labels are drawn.
-        sharing: how positions enter the factors.
-
-    Raises:
-        ConfigurationError: a bad choice, or an option that says nothing about this operator.
+        build: the operator, with what records say about it.
+        options: names of the options of `MatrixChoice` that say something about it.
+        fisher: where the labels of a Fisher come from, unless an option says so.
+        of_samples: whether it is made of gradients of samples, for which the loss must be known sample by sample. Such a matrix
+            has a measurement of its own (`FisherSpectrum`, `KFACQuality`) that bears its name.
+        needs_likelihood: whether the loss must tell its logits and likelihood.
+        needs_optimizer: whether it is read from the optimizer's state.
+        is_kronecker: whether it is made of Kronecker factors, which do not cover every parameter.
+        is_coarse: whether its products are too coarse for negative eigenvalues of a model that is stored in half precision.
     """
 
-    operator: OperatorName | OperatorFunction = "hessian"
-    sample_unit: SampleUnit = "sequence"
+    build: Callable[[MatrixRequest], Eigenproblem]
+    options: tuple[str, ...] = ()
     fisher: Fisher = "empirical"
-    num_draws: int = 1
-    sharing: Sharing = "expand"
+    of_samples: bool = False
+    needs_likelihood: bool = False
+    needs_optimizer: bool = False
+    is_kronecker: bool = False
+    is_coarse: bool = False
 
-    def __post_init__(self) -> None:
-        if not callable(self.operator):
-            check_choice("operator", self.operator, get_args(OperatorName))
-        elif not getattr(self.operator, "__name__", ""):
-            raise ConfigurationError(f"`operator` must be a name or a function with a name, got {self.operator!r}.")
-        check_choice("sharing", self.sharing, get_args(Sharing))
-        check_choice("sample_unit", self.sample_unit, get_args(SampleUnit))
-        check_choice("fisher", self.fisher, get_args(Fisher))
-        for option, default in {"sample_unit": "sequence", "fisher": "empirical", "num_draws": 1, "sharing": "expand"}.items():
-            value, meant = getattr(self, option), _MEANINGS[option]
-            if value != default and self.operator not in meant:
-                raise ConfigurationError(
-                    f"`{option}`={value!r} has no meaning for `operator`={self.label!r}: leave it out, or ask for one of "
-                    f"{', '.join(map(repr, meant))}."
-                )
-        _ = self.fisher_type  # which checks the number of draws
 
-    @property
-    def label(self) -> str:
-        """The operator's name."""
-        return self.operator if isinstance(self.operator, str) else str(self.operator.__name__)
+def from_function(function: OperatorFunction) -> Callable[[MatrixRequest], Eigenproblem]:
+    """Builds what a function of the probe and of parameter names gives; records say nothing more about it."""
+    return lambda request: Eigenproblem(operator=function(request.problem, request.names))
 
-    @property
-    def name(self) -> str:
-        """`<operator>` with what tells its kinds apart: `_token`, or the Fisher and sharing of Kronecker factors."""
-        if self.is_kronecker:
-            return f"{self.label}_{self.fisher}_{self.sharing}"
-        return self.label + ("_token" if self.sample_unit == "token" else "")
 
-    @property
-    def eigenpairs_name(self) -> str:
-        """Of a measurement of its eigenpairs, which is no other measurement's name (`FisherSpectrum`, `KFACQuality`)."""
-        taken = self.is_kronecker or self.operator in ("empirical_fisher", "sampled_fisher")
-        return f"{self.name}_eigenpairs" if taken else self.name
+def _ggn(request: MatrixRequest) -> Eigenproblem:
+    operator = request.problem.ggn(request.names)
+    return Eigenproblem(operator=operator, about={"num_targets": operator.num_targets})
 
-    @property
-    def fisher_type(self) -> FisherType:
-        """Of the samples; the empirical one where the operator has none."""
-        if self.is_kronecker:
-            return FisherType(fisher=self.fisher, num_draws=self.num_draws)
-        sampled: Fisher = "sampled" if self.operator == "sampled_fisher" else "empirical"
-        return FisherType(fisher=sampled, sample_unit=self.sample_unit, num_draws=self.num_draws)
 
-    @property
-    def is_kronecker(self) -> bool:
-        """Whether it is made of Kronecker factors, which do not cover every parameter."""
-        return self.operator in _KRONECKER
+def _empirical_fisher(request: MatrixRequest) -> Eigenproblem:
+    """Cost: the operator's graphs and, where its pairs come from the Gram, the Grams of all blocks once a probe."""
+    problem, unit = request.problem, request.fisher_type.sample_unit
+    if unit == "token" or problem.objective.is_sharded or problem.num_rows > problem.max_gram_rows:
+        return _fisher(request, problem.empirical_fisher(request.names, sample_unit=unit))
+    grams = problem.grams().grams  # before the operator's graphs take their memory
+    gram = reduce(torch.add, grams.values()) if request.block is None else grams[request.block]
+    return _fisher(request, problem.empirical_fisher(request.names, gram=gram))
 
-    @property
-    def _samples(self) -> bool:
-        """Whether it is made of gradients of single samples."""
-        return self.operator in (*_MEANINGS["sample_unit"], *_KRONECKER)
 
-    @property
-    def needs_optimizer(self) -> bool:
-        """Whether it is read from the optimizer's state."""
-        return self.operator == "preconditioned_hessian"
+def _sampled_fisher(request: MatrixRequest) -> Eigenproblem:
+    unit, num_draws = request.fisher_type.sample_unit, request.fisher_type.num_draws
+    return _fisher(request, request.problem.sampled_fisher(request.names, sample_unit=unit, num_draws=num_draws))
 
-    def check(self, problem: Problem, *, negative: bool) -> None:
-        """Raise a `ConfigurationError` where the operator cannot be had here.
 
-        Args:
-            problem: of a first probe.
-            negative: whether negative eigenvalues are asked for.
+def _fisher(request: MatrixRequest, operator: AnyFisher) -> Eigenproblem:
+    about: dict[str, Any] = {
+        "fisher": request.fisher_type.fisher,
+        "sample_unit": operator.sample_unit,
+        "num_samples": operator.num_samples,
+        "num_targets": operator.num_targets,
+    }
+    return Eigenproblem(operator=operator, about=about)
 
-        Cost: at most one forward pass.
-        """
-        if self.operator == "finite_difference_hessian" and negative and problem.objective.is_widened:
-            raise ConfigurationError(
-                "`operator`='finite_difference_hessian' has no digits left for negative eigenvalues of a model stored in "
-                "bfloat16 or float16: ask for `which`='LA', use `operator`='hessian', or store the model in float32."
-            )
-        if self.needs_optimizer and problem.optimizer is None:
-            raise ConfigurationError(
-                f"`operator`={self.label!r} needs the `optimizer`, got None: pass the one that trains the model."
-            )
-        samples = self._samples and not (self.is_kronecker and self.fisher_type == EMPIRICAL)  # whose factors any loss has
-        if self.operator == "ggn" or samples:
-            with torch.no_grad():
-                losses = problem.objective(problem.microbatches[0])
-            if samples:
-                surrogates(self.fisher_type, losses, seed=problem.seed)
-            else:
-                known_predictive(losses)
 
-    def metadata(self) -> dict[str, Any]:
-        """What stands in every record of it."""
-        found: dict[str, Any] = {"operator": self.label}
-        if self.is_kronecker:
-            found |= {"fisher": self.fisher, "sharing": self.sharing, "sample_unit": self.sample_unit}
-        if self.num_draws > 1 or self.fisher_type.fisher == "sampled":
-            found["num_draws"] = self.num_draws
-        return found
+def _kronecker(request: MatrixRequest, *, corrected: bool) -> Eigenproblem:
+    """Cost: the pass that gives the factors, once a probe."""
+    operator = request.problem.kfac(request.names, kind=request.fisher_type, sharing=request.sharing, corrected=corrected)
+    return Eigenproblem(operator=operator, about={"uncovered": list(operator.uncovered)})
+
+
+MATRICES: Final[Mapping[OperatorName, Matrix]] = MappingProxyType(
+    {
+        "hessian": Matrix(build=from_function(Problem.hessian)),
+        "ggn": Matrix(build=_ggn, needs_likelihood=True),
+        "empirical_fisher": Matrix(build=_empirical_fisher, options=("sample_unit",), of_samples=True),
+        "sampled_fisher": Matrix(
+            build=_sampled_fisher, options=("sample_unit", "num_draws"), fisher="sampled", of_samples=True
+        ),
+        "kfac": Matrix(
+            build=partial(_kronecker, corrected=False),
+            options=("fisher", "sharing", "num_draws"),
+            of_samples=True,
+            is_kronecker=True,
+        ),
+        "ekfac": Matrix(
+            build=partial(_kronecker, corrected=True),
+            options=("fisher", "sharing", "num_draws"),
+            of_samples=True,
+            is_kronecker=True,
+        ),
+        "preconditioned_hessian": Matrix(build=from_function(Problem.preconditioned_hessian), needs_optimizer=True),
+        "finite_difference_hessian": Matrix(build=from_function(Problem.finite_difference_hessian), is_coarse=True),
+    }
+)

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from curvature_callbacks import ConfigurationError, MatrixOperator, RefusedError, compute_spectrum
 from curvature_callbacks.compute.offline import offline_problem
 from curvature_callbacks.linalg.lanczos.options import LanczosOptions
-from curvature_callbacks.problem.eigenproblem import eigenproblem
-from curvature_callbacks.problem.matrix import MatrixChoice
+from curvature_callbacks.problem.matrix_choice import MatrixChoice
 from tests.cases import CASES, Case
 from tests.reference import (
     IGNORED,
@@ -105,9 +104,9 @@ def test_the_gram_and_lanczos_find_the_same(parameters: str, which: Any):
         CASE.model(), CASE.microbatches(), loss=CASE.loss, params_filter=lambda name, _: name.startswith(parameters)
     )
     with chosen as problem:
-        gram = eigenproblem(problem, MatrixChoice(operator="empirical_fisher")).solve(options)
+        gram = MatrixChoice(operator="empirical_fisher").eigenproblem(problem).solve(options)
         problem.max_gram_rows = 5
-        lanczos = eigenproblem(problem, MatrixChoice(operator="empirical_fisher")).solve(options)
+        lanczos = MatrixChoice(operator="empirical_fisher").eigenproblem(problem).solve(options)
     assert gram.eigenvectors is not None
     assert lanczos.eigenvectors is not None
     assert (gram.reorth_mode, lanczos.reorth_mode) == ("gram", "partial")
