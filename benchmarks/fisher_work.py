@@ -13,7 +13,7 @@ from fisher_cases import Workload
 from fisher_peers import PEERS, block_sums, row_gradients
 from torch import Tensor
 
-from curvature_callbacks.gram.block_grams import BlockGrams
+from curvature_callbacks.gram.result import BlockGrams
 from curvature_callbacks.isolation.model import isolated
 from curvature_callbacks.linalg.accumulate import gram
 from curvature_callbacks.model.blocks import Blocks, BlockStructure, group_blocks

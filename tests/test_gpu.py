@@ -23,8 +23,10 @@ from curvature_callbacks import (
     lanczos,
 )
 from curvature_callbacks.compute.offline import offline_problem
-from curvature_callbacks.gram.block_grams import BlockGrams, GramOptions, block_grams
+from curvature_callbacks.gram.block_grams import block_grams
+from curvature_callbacks.gram.context import GramContext, GramOptions
 from curvature_callbacks.gram.memory import GramMemory
+from curvature_callbacks.gram.result import BlockGrams
 from curvature_callbacks.gram.storage import MemoryBudget
 from curvature_callbacks.model.loss.fisher_type import FisherType
 from curvature_callbacks.operators.ggn import GGNOperator
@@ -79,8 +81,8 @@ def test_every_type_of_fisher_draws_the_same_and_finds_the_same(name: str, optio
 
 def grams(model: nn.Module, case: Case, budget: MemoryBudget | None = None, **options: Any) -> BlockGrams:
     with offline_problem(model, case.microbatches((3, 1, 2)), loss=case.loss, params_filter=None) as found:
-        parts = found.objective, found.microbatches, found.blocks
-        return block_grams(*parts, memory=GramMemory(), seed=0, options=GramOptions(budget=budget, **options))
+        context = GramContext(objective=found.objective, memory=GramMemory(), seed=0)
+        return block_grams(context, found.microbatches, found.blocks, GramOptions(budget=budget, **options))
 
 
 MODES = {
@@ -107,7 +109,7 @@ def test_factors_may_wait_anywhere(mode: str):
 @pytest.mark.parametrize("name", ["gpt2", "convnet"])
 def test_kronecker_factors_agree_with_the_cpu(name: str, sharing: Any, kind: FisherType):
     case = CASES[name]
-    found, there = (grams(m, case, kind=kind, sharing=sharing).kronecker for m in on_both(case))
+    found, there = (grams(m, case, fisher_type=kind, sharing=sharing).kronecker for m in on_both(case))
     assert there.keys() == found.keys() != set()
     for weight, layer in found.items():
         for mine, other in ((layer.factors.A, there[weight].factors.A), (layer.factors.G, there[weight].factors.G)):

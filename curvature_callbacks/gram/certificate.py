@@ -9,29 +9,22 @@ import torch
 from torch import Tensor
 
 from curvature_callbacks.batches import batch_size, take_rows
+from curvature_callbacks.gram.context import GramContext
+from curvature_callbacks.gram.memory import Signature
+from curvature_callbacks.gram.passed import Passed
 from curvature_callbacks.gram.row_by_row import check_separable
 from curvature_callbacks.gram.uses.operation import Operation
 from curvature_callbacks.linalg.accumulate import dot
 from curvature_callbacks.model.loss.surrogates import Surrogate
 from curvature_callbacks.model.objective import Objective, gradients
-from curvature_callbacks.processes.world import SINGLE, World
 
 _ROUNDING: Final = 1e-8  # share of the squared gradient norm below which a parameter may be rounding: (1000 eps)^2 of float32
 
 _PASSES: Final = 4  # backward passes of a microbatch that are proved; all go through the same uses
 
-TOLERANCE: Final = 1e-4  # a right Gram agrees to 1e-7, a wrong sample axis misses by 0.7
-
 
 def certificate_errors(
-    objective: Objective,
-    microbatches: Sequence[Any],
-    grams: Mapping[str, Tensor],
-    surrogates: Sequence[Sequence[Surrogate | None]],
-    rows: Mapping[str, Tensor],
-    *,
-    seed: int,
-    world: World = SINGLE,
+    context: GramContext, passed: Passed, grams: Mapping[str, Tensor], slices: Mapping[str, Tensor]
 ) -> dict[str, float]:
     """Parameter to `| w' G G' w - ||grad sum_s w_s l_s||^2 | / sum_s w_s^2 g_s.g_s` for random w.
 
@@ -40,40 +33,37 @@ def certificate_errors(
     zero but for rounding (key biases: attention does not depend on them) are judged by their share of all parameters.
 
     Args:
-        objective: the loss.
-        microbatches: of the probe.
+        context: the loss, the seed of the weights, the processes whose samples S counts.
+        passed: of this process. Of more than four backward passes of a microbatch the first four are proved.
         grams: parameter to its (S, S) Gram.
-        surrogates: for each microbatch what its backward passes differentiate; None for the sum of losses. Of more than four
-            the first four are proved.
-        rows: parameter to the rows counted in its Gram, scaled up to all, where these are not all.
-        seed: of the weights.
-        world: the processes whose samples S counts, by rank.
+        slices: parameter to the slices of its first axis counted in its Gram, scaled up to all, where these are not all.
 
     Raises:
         RefusedError: the loss of the rows does not separate (only where it is known as the batch's mean).
 
     Cost: one gradient (two of half the batch where the loss is only known as a mean); memory P.
     """
-    generator = torch.Generator().manual_seed(world.seed(seed))
+    objective, world = context.objective, context.world
+    generator = torch.Generator().manual_seed(world.seed(context.seed))
     weights = [
         [_random(batch_size(batch), generator, used=number < _PASSES) for number in range(len(chosen))]
-        for batch, chosen in zip(microbatches, surrogates, strict=True)
+        for batch, chosen in zip(passed.microbatches, passed.surrogates, strict=True)
     ]
     with world.together():
-        found = _weighted_gradients(objective, microbatches, surrogates, weights)
-    own = [one for batch in weights for one in batch]
-    w = torch.cat([one for part in world.gathered(own) for one in part]).to(torch.float64)
+        totals = _weighted_gradients(objective, passed, weights)
+    local = [w for of_batch in weights for w in of_batch]
+    w = torch.cat([w for of_process in world.gathered(local) for w in of_process]).to(torch.float64)
     if not objective.is_sharded:  # gradients by shards are sums over processes already
-        found = {name: world.total(gradient) for name, gradient in found.items()}
+        totals = {name: world.total(gradient) for name, gradient in totals.items()}
     floor = _ROUNDING * sum(gram.diagonal().sum().item() for gram in grams.values())
-    lengths = {name: objective.space.total(_length(_counted(found[name], rows.get(name)))).item() for name in grams}
+    lengths = {name: objective.space.total(_length(_counted(totals[name], slices.get(name)))).item() for name in grams}
     return {name: _error(gram, w, lengths[name], floor) for name, gram in grams.items()}
 
 
-def _counted(gradient: Tensor, rows: Tensor | None) -> Tensor:
-    if rows is None:
+def _counted(gradient: Tensor, slices: Tensor | None) -> Tensor:
+    if slices is None:
         return gradient.flatten()
-    return gradient[rows].flatten() * math.sqrt(len(gradient) / len(rows))
+    return gradient[slices].flatten() * math.sqrt(len(gradient) / len(slices))
 
 
 def _length(weighted: Tensor) -> Tensor:
@@ -100,15 +90,10 @@ def _signs_of(w: Tensor) -> Tensor:
     return signs
 
 
-def _weighted_gradients(
-    objective: Objective,
-    microbatches: Sequence[Any],
-    surrogates: Sequence[Sequence[Surrogate | None]],
-    weights: Sequence[Sequence[Tensor]],
-) -> dict[str, Tensor]:
+def _weighted_gradients(objective: Objective, passed: Passed, weights: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
     leaves = objective.leaves()
     totals = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-    for batch, chosen, w in zip(microbatches, surrogates, weights, strict=True):
+    for batch, chosen, w in zip(passed.microbatches, passed.surrogates, weights, strict=True):
         for name, gradient in gradients(_weighted_loss(objective, batch, chosen, w, leaves), leaves).items():
             totals[name] += gradient
     return totals
@@ -140,9 +125,6 @@ def _signed_halves(objective: Objective, batch: Any, w: Tensor, leaves: Mapping[
     parts = [(sign, objective(take_rows(batch, rows), leaves).total) for sign, rows in halves]
     check_separable(objective, batch, sum(float(part.detach()) for _, part in parts))
     return torch.stack([sign * part for sign, part in parts]).sum()
-
-
-Signature = frozenset[tuple[str, tuple[str, ...], tuple[int, ...]]]
 
 
 def signature(operations: Mapping[str, Sequence[Operation]], positions: Mapping[str, Sequence[int]]) -> Signature:

@@ -1,4 +1,4 @@
-"""Collect: what becomes of a parameter's uses once all passes have them."""
+"""Collector: turns the captured uses of each parameter into its Gram and, if asked, its layer's Kronecker factors."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,130 +7,136 @@ from typing import final
 from torch import Tensor
 
 from curvature_callbacks.gram.capture.derived import Placed
+from curvature_callbacks.gram.context import GramContext, GramOptions
 from curvature_callbacks.gram.kronecker.factors import kronecker_factors
 from curvature_callbacks.gram.kronecker.positions import MicrobatchUses
-from curvature_callbacks.gram.passes import Passed
+from curvature_callbacks.gram.passed import Observed
 from curvature_callbacks.gram.products.parameter_gram import parameter_gram
-from curvature_callbacks.gram.products.scratch import Scratch
 from curvature_callbacks.gram.uses.operation import factor_obstacle, is_layer_bias
 from curvature_callbacks.gram.uses.uses import Use
 from curvature_callbacks.linalg.kronecker import KroneckerFactors, LayerKronecker
-from curvature_callbacks.model.loss.fisher_type import FisherType
-from curvature_callbacks.model.loss.sharing import Sharing
 
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
-class Found:
-    """What is known of a parameter once all passes have its uses.
+class ParameterResult:
+    """What the uses of one parameter in all passes give.
 
     Attributes:
         gram: (S, S); None where it would take too much memory.
-        partial: whether it counts some rows of the parameter only.
+        is_subsampled: whether it counts the chosen slices of the parameter only.
         factors: Kronecker factors of its layer, where it is a weight that has them and they are wanted.
     """
 
     gram: Tensor | None
-    partial: bool
+    is_subsampled: bool
     factors: KroneckerFactors | None
 
 
 @final
 class Collector:
-    """Takes each parameter's uses as they are completed and keeps its Gram, and its layer's Kronecker factors if asked.
+    """Holds the Grams and factors of the parameters that are complete, and why others have no rule.
 
     Args:
-        passed: filled by the passes; holds what is known when the last backward pass begins.
-        rows: parameter to the rows that are counted, where not all are.
-        kind: type of Fisher.
-        sharing: how positions enter Kronecker factors; None for no factors.
-        scratch: memory to work in.
+        context: memory of the run.
+        options: which Grams and factors.
+        slices: parameter to the slices of its first axis that are counted, where not all are.
 
     Attributes:
-        grams: parameter to its (S, S) Gram.
-        counted: parameter to the rows that its Gram counts, where not all.
+        unruled: parameter to why it has no valid rule: refused before, met by the passes, or found here.
     """
 
-    def __init__(
-        self, passed: Passed, rows: Mapping[str, Tensor], kind: FisherType, sharing: Sharing | None, scratch: Scratch
-    ) -> None:
-        self._passed = passed
-        self._rows = rows
-        self._kind = kind
-        self._sharing = sharing
-        self._scratch = scratch
-        self._factors: dict[str, KroneckerFactors] = {}
-        self.grams: dict[str, Tensor] = {}
-        self.counted: dict[str, Tensor] = {}
+    def __init__(self, context: GramContext, options: GramOptions, slices: Mapping[str, Tensor]) -> None:
+        self._scratch = context.memory.scratch
+        self._options = options
+        self._slices = slices
+        self._results: dict[str, ParameterResult] = {}
+        self.unruled = dict(context.memory.refused)
 
-    def consume(self, name: str, passes: list[list[Placed]]) -> None:
-        """`take` what is `found` of one parameter; its uses are not needed afterwards."""
-        self.take(name, self.found(name, passes))
+    @property
+    def grams(self) -> dict[str, Tensor]:
+        """Parameter to its Gram (S, S)."""
+        return {name: result.gram for name, result in self._results.items() if result.gram is not None}
 
-    def found(self, name: str, passes: list[list[Placed]]) -> "Found":
-        """Compute what is wanted of one parameter, without gradients."""
-        rows = self._rows.get(name) if all(one.view.whole for found in passes for one in found) else None
-        gram = parameter_gram(passes, self._passed.sizes, self._scratch, rows=rows)
-        factors = None
-        if gram is not None and self._sharing is not None and self._has_factors(name, passes):
-            uses = [[one.use for one in found] for found in passes]
-            bias = self._bias(name) is not None
-            factors = kronecker_factors(self._by_microbatch(uses), bias=bias, sharing=self._sharing, device=gram.device)
-        return Found(gram, rows is not None, factors)
+    @property
+    def counted_slices(self) -> dict[str, Tensor]:
+        """Parameter to the slices that its Gram counts, scaled up to all, where these are not all."""
+        return {name: self._slices[name] for name, result in self._results.items() if result.is_subsampled}
 
-    def take(self, name: str, found: "Found") -> None:
-        """Keep what was found of one parameter, here or by another process."""
-        if found.gram is None:
-            self._passed.unruled[name] = "views of it overlap"
-            return
-        self.grams[name] = found.gram
-        if found.partial:
-            self.counted[name] = self._rows[name]
-        if found.factors is not None:
-            self._factors[name] = found.factors
+    def consume(self, name: str, passes: Sequence[Sequence[Placed]], observed: Observed) -> None:
+        """Compute and keep the Gram of one parameter; its captured inputs can be freed."""
+        self.add(name, self.computed(name, passes, observed))
 
-    def kronecker(self, grams: Mapping[str, Tensor]) -> dict[str, LayerKronecker]:
+    def computed(self, name: str, passes: Sequence[Sequence[Placed]], observed: Observed) -> ParameterResult:
+        """The Gram of one parameter, and its layer's factors; call it without gradients.
+
+        Args:
+            name: the parameter.
+            passes: its uses in every pass.
+            observed: the same passes.
+        """
+        slices = self._slices.get(name) if all(placed.view.whole for uses in passes for placed in uses) else None
+        gram = parameter_gram(passes, observed.sizes, self._scratch, rows=slices)
+        sharing, factors = self._options.sharing, None
+        if gram is not None and sharing is not None and _has_factors(name, passes, observed):
+            uses = self._by_microbatch(passes, observed)
+            factors = kronecker_factors(uses, bias=_bias(name, observed) is not None, sharing=sharing, device=gram.device)
+        return ParameterResult(gram, slices is not None, factors)
+
+    def add(self, name: str, result: ParameterResult) -> None:
+        """Keep the result of one parameter, computed here or by another process."""
+        if result.gram is None:
+            self.unruled[name] = "views of it overlap"
+        else:
+            self._results[name] = result
+
+    def kronecker(self, grams: Mapping[str, Tensor], observed: Observed) -> dict[str, LayerKronecker]:
         """Weight to the factors of its layer, with the Gram of weight and bias."""
-        if not self._factors:
+        layers = {name: result.factors for name, result in self._results.items() if result.factors is not None}
+        if not layers:
             return {}
-        normaliser = sum(float(counts.sum()) for counts in self._counts())
+        normaliser = sum(float(counts.sum()) for counts in self._counts(observed))
         return {
             name: LayerKronecker(
                 factors=factors,
-                gram=grams[name] if (bias := self._bias(name)) is None else grams[name] + grams[bias].to(grams[name].device),
+                gram=grams[name]
+                if (bias := _bias(name, observed)) is None
+                else grams[name] + grams[bias].to(grams[name].device),
                 weight=name,
                 bias=bias,
-                transposed=self._passed.operations[name][0].transposed,
+                transposed=observed.operations[name][0].transposed,
                 normaliser=normaliser,
             )
-            for name, factors in self._factors.items()
+            for name, factors in layers.items()
         }
 
-    def _has_factors(self, name: str, passes: Sequence[Sequence[Placed]]) -> bool:
-        placed = [one for found in passes for one in found]
-        operations = [one.use.operation for one in placed]
-        return (
-            len(self._passed.biases.get(name, ())) == 1
-            and factor_obstacle(operations) is None
-            and all(one.view.whole for one in placed)
-        )
-
-    def _bias(self, name: str) -> str | None:
-        """The trained bias of the weight's only layer."""
-        (bias,) = self._passed.biases[name]
-        return bias if bias is not None and is_layer_bias(self._passed.operations.get(bias, ())) else None
-
-    def _by_microbatch(self, passes: Sequence[Sequence[Use]]) -> list[MicrobatchUses]:
-        found, start = [], 0
-        for number, counts in zip(self._passed.num_passes, self._counts(), strict=True):
-            found.append(MicrobatchUses(passes=passes[start : start + number], counts=counts))
+    def _by_microbatch(self, passes: Sequence[Sequence[Placed]], observed: Observed) -> list[MicrobatchUses]:
+        microbatches, start = [], 0
+        for number, counts in zip(observed.num_passes, self._counts(observed), strict=True):
+            uses: list[list[Use]] = [[placed.use for placed in of_pass] for of_pass in passes[start : start + number]]
+            microbatches.append(MicrobatchUses(passes=uses, counts=counts))
             start += number
-        return found
+        return microbatches
 
-    def _counts(self) -> list[Tensor]:
+    def _counts(self, observed: Observed) -> list[Tensor]:
         """For each microbatch (rows,) pseudo-samples a row stands for in the Fisher's normaliser."""
-        unit = self._kind.sample_unit
+        fisher_type = self._options.fisher_type
         return [
-            (targets if unit == "token" else (targets > 0)).double() * self._kind.num_draws
-            for targets in self._passed.num_targets
+            (targets if fisher_type.sample_unit == "token" else (targets > 0)).double() * fisher_type.num_draws
+            for targets in observed.num_targets
         ]
+
+
+def _has_factors(name: str, passes: Sequence[Sequence[Placed]], observed: Observed) -> bool:
+    uses = [placed for of_pass in passes for placed in of_pass]
+    return (
+        len(observed.biases.get(name, ())) == 1
+        and factor_obstacle([placed.use.operation for placed in uses]) is None
+        and all(placed.view.whole for placed in uses)
+    )
+
+
+def _bias(name: str, observed: Observed) -> str | None:
+    """The trained bias of the weight's only layer."""
+    (bias,) = observed.biases[name]
+    return bias if bias is not None and is_layer_bias(observed.operations.get(bias, ())) else None

@@ -3,11 +3,14 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import final
+from typing import Final, final
 
 from curvature_callbacks.errors import CERTIFICATE_FAILED, ProbeError, RefusedError
-from curvature_callbacks.gram.certificate import TOLERANCE, Signature
 from curvature_callbacks.gram.products.scratch import Scratch
+
+TOLERANCE: Final = 1e-4  # of the certificate: a right Gram agrees to 1e-7, a wrong sample axis misses by 0.7
+
+Signature = frozenset[tuple[str, tuple[str, ...], tuple[int, ...]]]  # see `gram.certificate.signature`
 
 
 @final
@@ -30,13 +33,17 @@ class GramMemory:
     row_limit: int | None = None
 
     def judge(self, errors: Mapping[str, float], fallback: Mapping[str, str]) -> bool:
-        """Note the parameters whose certificate failed; whether there are any, so that all has to be taken again.
+        """Note the parameters whose certificate failed; return whether there are any, so that another attempt is needed.
 
-        The first time a parameter's activations are read sequence-first instead, the second time its gradients are taken row
-        by row.
+        After the first failure a parameter's activations are read sequence-first instead, after the second its gradients are
+        taken row by row.
+
+        Args:
+            errors: parameter to its certificate's error.
+            fallback: the parameters taken row by row.
 
         Raises:
-            ProbeError: nothing can be told at this probe.
+            ProbeError: gradients overflow in the sum over rows: this probe proves nothing.
             RefusedError: one fails although it was taken row by row.
         """
         failed = {name: error for name, error in errors.items() if not error <= TOLERANCE}

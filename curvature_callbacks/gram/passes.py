@@ -1,8 +1,18 @@
-"""Passes: hooked forward and backward passes over all microbatches."""
+"""Passes: hooked forward and backward passes over all microbatches, in rounds by groups of parameters.
 
-from collections.abc import Callable, Mapping, Sequence, Set
+One *pass* is a forward pass over a microbatch and one backward pass for each of its surrogates. A *round* is all passes, for a
+group of parameters; those whose factors do not fit until the last pass are postponed to another round.
+
+              microbatch 0        microbatch 1        ...      last microbatch
+    round 1   keep a b c d  ->  a b c  (d does not fit)  ->  complete c, b, a on the way of the last backward pass
+    round 2   keep d        ->  d                        ->  complete d
+
+A parameter is *complete* when all passes have its uses; its Gram is computed and its uses are freed before the backward pass
+goes on. With several processes nothing is completed on the way: at the end of a round all of them exchange what they kept.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Final, final
 
 import torch
@@ -13,15 +23,13 @@ from curvature_callbacks.batches import batch_size, joined, map_tensors
 from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.gram.capture.derived import Placed
 from curvature_callbacks.gram.capture.interception import Capture
-from curvature_callbacks.gram.memory import GramMemory
+from curvature_callbacks.gram.context import GramContext
+from curvature_callbacks.gram.passed import Observed, Passed
 from curvature_callbacks.gram.row_by_row import check_rows
 from curvature_callbacks.gram.storage import Storage
-from curvature_callbacks.gram.uses.operation import Operation
 from curvature_callbacks.model.loss.fisher_type import EMPIRICAL, FisherType
 from curvature_callbacks.model.loss.sample_losses import SampleLosses
 from curvature_callbacks.model.loss.surrogates import Surrogate, padded, surrogates
-from curvature_callbacks.model.objective import Objective
-from curvature_callbacks.processes.world import World
 
 _ANY_KERNEL: Final = [
     SDPBackend.FLASH_ATTENTION,
@@ -29,247 +37,237 @@ _ANY_KERNEL: Final = [
     SDPBackend.MATH,
 ]  # nothing is differentiated twice here, so that fused attention will do
 
-_GRAM_BYTES: Final = 8 << 30  # of all parameters' Grams
+Uses = list[list[Placed]]  # of one parameter, by backward pass
 
-_JOINED_BYTES: Final = 8 << 20  # captured by a pass over microbatches that were put together
+Consume = Callable[[str, Uses, Observed], None]
 
-Consume = Callable[[str, list[list[Placed]]], None]
-
-Finish = Callable[[dict[str, list[list[Placed]]], list[str]], list[str]]
-
-
-@final
-@dataclass(slots=True)
-class Passed:
-    """What the passes over all microbatches found out.
-
-    Attributes:
-        unruled: parameter to why it has no valid rule.
-        sizes: rows of each backward pass, in order.
-        num_targets: for each microbatch (rows,) valid targets, on the CPU.
-        surrogates: for each microbatch of this process what its backward passes differentiate; `[None]` for its sum of losses.
-        num_passes: backward passes of each microbatch.
-        operations: parameter to the operations that used it.
-        positions: parameter to the positions per sample of each use.
-        biases: weight to the biases its operations added.
-        mode: how factors were kept, see `Storage.mode`.
-        microbatches: of this process, as they were run: the first, and small ones after it together.
-    """
-
-    unruled: dict[str, str]
-    sizes: list[int] = field(default_factory=list)
-    num_targets: list[Tensor] = field(default_factory=list)
-    surrogates: list[list[Surrogate | None]] = field(default_factory=list)
-    num_passes: list[int] = field(default_factory=list)
-    operations: dict[str, list[Operation]] = field(default_factory=dict)
-    positions: dict[str, list[int]] = field(default_factory=dict)
-    biases: dict[str, set[str | None]] = field(default_factory=dict)
-    mode: str = "one pass"
-    microbatches: Sequence[Any] = ()
-
-    def note(
-        self,
-        operations: Mapping[str, Sequence[Operation]],
-        positions: Mapping[str, Sequence[int]],
-        biases: Mapping[str, Set[str | None]],
-    ) -> None:
-        """Add what a forward pass saw."""
-        for name, found in operations.items():
-            self.operations.setdefault(name, []).extend(found)
-        for name, places in positions.items():
-            self.positions.setdefault(name, []).extend(places)
-        for weight, added in biases.items():
-            self.biases.setdefault(weight, set()).update(added)
+Finish = Callable[[Mapping[str, Uses], Sequence[str], Observed], list[str]]
 
 
 def run_passes(
-    objective: Objective,
+    context: GramContext,
     microbatches: Sequence[Any],
-    consume: Consume,
-    result: Passed,
-    kind: FisherType,
-    memory: GramMemory,
-    *,
-    seed: int,
+    fisher_type: FisherType,
     storage: Storage,
+    *,
+    unruled: dict[str, str],
+    consume: Consume,
     finish: Finish | None = None,
-) -> None:
-    """Every microbatch forward once and backward once a surrogate; `consume` gets a parameter with its uses in every pass.
+) -> Passed:
+    """Every microbatch forward once and backward once a surrogate, for all parameters that have a rule.
 
-    `result` is filled on the way; what is known of the last microbatch's forward pass is there before its backward passes. A
-    parameter is consumed in the last backward pass as soon as its last use is complete. Until then the factors of earlier
-    passes are kept within the budget; what does not fit is captured in further rounds over the microbatches, by groups of
-    parameters. All ways give the same numbers. With `finish` nothing is consumed on the way: at the end of a round it gets the
-    uses of every parameter and the names that have to wait for another one, and gives back those that everybody lets wait.
-    Microbatches that capture little are run together, unless memory has run out before: the cost of a small pass is that of
-    its launches. The first one, alone, tells how much a row captures.
+    Until the last pass what earlier ones captured waits in `storage`. All ways to keep it give the same numbers. Microbatches
+    that capture little are run together, unless memory has run out before in this run: the cost of a small pass is that of its
+    launches. The first microbatch, alone, tells how much a row captures.
+
+    Args:
+        context: the loss, seeds and limits.
+        microbatches: of this process.
+        fisher_type: what the surrogates are of.
+        storage: keeps captured uses, and says which parameters are postponed.
+        unruled: parameter to why it has no valid rule; those known are not captured, those met here are added.
+        consume: gets a parameter and its uses in every pass, as soon as they are complete.
+        finish: at the end of a round gets the uses of every parameter and the names postponed by this process, instead of
+            `consume`; returns the names postponed by any.
 
     Cost: forward passes, and backward passes for activation gradients only; each further round the same again.
     """
-    names = [name for name in objective.parameters if name not in result.unruled]
-    result.microbatches = microbatches
-    join = memory.row_limit is None and kind == EMPIRICAL and finish is None  # other types draw by microbatch
-    names = _Round(objective, kind, memory, seed, names, result, storage, finish, join).run(consume)
-    while names:
+    may_join = fisher_type == EMPIRICAL and finish is None and context.memory.row_limit is None  # others draw by microbatch
+    plan = _Plan(context, fisher_type, microbatches, may_join=may_join)
+    names = [name for name in context.objective.parameters if name not in unruled]
+    while True:
+        names = _Round(context, plan, storage, unruled, consume, finish, names).run()
+        plan.is_complete = True
+        if not names:
+            return Passed(microbatches=plan.microbatches, surrogates=plan.surrogates, observed=plan.observed)
         storage.start_round()
-        names = _Round(objective, kind, memory, seed, names, result, storage, finish).run(consume)
-    result.mode = storage.mode
 
 
 @final
-@dataclass(slots=True)
-class _Round:
-    """One round over the microbatches for a group of parameters; the first one also notes what the passes are."""
+class _Plan:
+    """What the passes are: drawn and observed in the first round, repeated in the others.
 
-    objective: Objective
-    kind: FisherType
-    memory: GramMemory
-    seed: int
-    names: list[str]
-    result: Passed
-    storage: Storage
-    finish: Finish | None = None
-    join: bool = False
-    uses: dict[str, list[list[Placed]]] = field(default_factory=dict)
-    index: int = 0  # of the backward pass
+    Args:
+        context: the loss, seeds and limits.
+        fisher_type: what the surrogates are of.
+        microbatches: as they came.
+        may_join: whether small ones may be put together.
 
-    def run(self, consume: Consume) -> list[str]:
-        """Consume all names but those returned, which have to wait for another round."""
-        self.uses = {name: [] for name in self.names}
-        postponed: list[str] = []
-        place = 0
-        while place < len(self.result.microbatches):
-            postponed += self._microbatch(place, self.result.microbatches[place], consume)
-            if place == 0 and self.join and not postponed:
-                self.result.microbatches = self._with_rest_together()
-            place += 1
-        if self.finish is not None:
-            return self.finish({name: self._padded(found) for name, found in self.uses.items()}, postponed)
-        with torch.no_grad():
-            for name, found in self.uses.items():  # used by no microbatch's loss, or not by the last one
-                if name not in self.result.unruled:
-                    consume(name, self.storage.returned(name, self._padded(found)))
-        return [name for name in self.names if name in set(postponed)]
+    Attributes:
+        microbatches: as they are run.
+        surrogates: of the microbatches seen so far.
+        is_complete: whether the first round is over.
+    """
 
-    def _microbatch(self, place: int, batch: Any, consume: Consume) -> list[str]:
-        """Run one microbatch; the names that have to wait for another round."""
-        values = {name: parameter.detach() for name, parameter in self.objective.parameters.items()}
-        capture = self._capture(values, batch)
-        with self.objective.saving(), capture, sdpa_kernel(_ANY_KERNEL):
-            losses = self.objective(map_tensors(batch, torch.Tensor.detach), values, watch=capture)
-        if place == len(self.result.surrogates):
-            self.result.note(capture.operations, capture.positions, capture.biases)
-        chosen = self._surrogates(place, batch, losses)
-        postponed: list[str] = []
-        for number, surrogate in enumerate(chosen):
-            again = number < len(chosen) - 1
-            last = place == len(self.result.microbatches) - 1 and not again and self.finish is None
-            total = losses.total if surrogate is None else surrogate(losses).sum()
-            if not again:
-                del losses  # the logits, which the graph may not need
-            capture.backward(total, partial(self._take, consume if last else None), again=again)
-            self.index += 1
-            if not last:
-                postponed += self._postpone((place + (number + 1) / len(chosen)) / len(self.result.microbatches))
-        return postponed
+    def __init__(self, context: GramContext, fisher_type: FisherType, microbatches: Sequence[Any], *, may_join: bool) -> None:
+        self._context = context
+        self._fisher_type = fisher_type
+        self._may_join = may_join
+        self._seen: list[Observed] = []
+        self.microbatches = microbatches
+        self.surrogates: list[Sequence[Surrogate | None]] = []
+        self.is_complete = False
 
-    def _with_rest_together(self) -> list[Any]:
-        """The microbatches, those after the first put together where a pass over them captures little."""
-        first, *rest = self.result.microbatches
-        captured = self.storage.captured / batch_size(first)
-        most = _JOINED_BYTES / captured if captured else 0
-        found = [first]
+    @property
+    def observed(self) -> Observed:
+        """Of the microbatches seen so far."""
+        return Observed.joined(self._seen)
+
+    def chosen(self, index: int, losses: SampleLosses, capture: Capture) -> Sequence[Surrogate | None]:
+        """What the backward passes of a microbatch differentiate, None for the sum of its losses."""
+        if not self.is_complete:
+            self._observe(index, losses, capture)
+        return self.surrogates[index]
+
+    def join_small(self, captured_bytes: int) -> None:
+        """Put the microbatches after the first together, while a pass over them captures little.
+
+        Args:
+            captured_bytes: by the pass over the first one.
+        """
+        if not self._may_join:
+            return
+        first, *rest = self.microbatches
+        bytes_per_row = captured_bytes / batch_size(first)
+        most_rows = self._context.limits.joined_bytes / bytes_per_row if bytes_per_row else 0
+        run = [first]
         for batch in rest:
-            small = len(found) > 1 and batch_size(found[-1]) + batch_size(batch) <= most
-            together = joined(found[-1], batch) if small else None
-            found[-1:] = [found[-1], batch] if together is None else [together]
-        return found
+            is_small = len(run) > 1 and batch_size(run[-1]) + batch_size(batch) <= most_rows
+            together = joined(run[-1], batch) if is_small else None
+            run[-1:] = [run[-1], batch] if together is None else [together]
+        self.microbatches = run
 
-    def _capture(self, values: dict[str, Tensor], batch: Any) -> Capture:
-        here = self.objective.unsharded
-        taken = {name: values[name] for name in self.names if name in here}
-        others = [value for name, value in values.items() if name not in taken and name in here]
-        return Capture(
-            taken,
-            batch_size(batch),
-            unruled=self.result.unruled,
-            positions_first=self.memory.positions_first,
-            constants=[*others, *self.objective.constants()],
-            sharded={name for name in self.names if name not in here},
+    def _observe(self, index: int, losses: SampleLosses, capture: Capture) -> None:
+        size = batch_size(self.microbatches[index])
+        chosen = self._surrogates(index, losses)
+        self.surrogates.append(chosen)
+        self._seen.append(
+            Observed(
+                sizes=[size] * len(chosen),
+                num_passes=[len(chosen)],
+                num_targets=[losses.num_targets.cpu()],
+                operations=capture.operations,
+                positions=capture.positions,
+                biases=capture.biases,
+            )
         )
-
-    def _surrogates(self, place: int, batch: Any, losses: SampleLosses) -> list[Surrogate | None]:
-        if place < len(self.result.surrogates):
-            return self.result.surrogates[place]
-        size = batch_size(batch)
-        chosen: list[Surrogate | None] = [None]
-        if self.kind.fisher != "empirical" or self.kind.sample_unit != "sequence":
-            found = surrogates(self.kind, losses, seed=self.seed + place)
-            most = -self.objective.least(-len(found))  # where all must take part in every pass
-            chosen = [*padded(found, most)]
-        elif losses.per_sample is None:
-            self.join = False
-            if size > 1:
-                check_rows(self.objective, batch, losses)
-        self.result.surrogates.append(chosen)
-        self.result.num_passes.append(len(chosen))
-        self.result.sizes += [size] * len(chosen)
-        self.result.num_targets.append(losses.num_targets.cpu())
         self._check_size()
-        return chosen
+
+    def _surrogates(self, index: int, losses: SampleLosses) -> Sequence[Surrogate | None]:
+        fisher_type, objective = self._fisher_type, self._context.objective
+        if fisher_type.fisher != "empirical" or fisher_type.sample_unit != "sequence":
+            drawn = surrogates(fisher_type, losses, seed=self._context.world.seed(self._context.seed) + index)
+            return padded(drawn, objective.most(len(drawn)))  # where all must take part in every pass
+        if losses.per_sample is None:
+            self._may_join = False  # a mean is that of its own batch
+            batch = self.microbatches[index]
+            if batch_size(batch) > 1:
+                check_rows(objective, batch, losses)
+        return [None]
 
     def _check_size(self) -> None:
         """Raise a `ConfigurationError` where the Grams themselves would not fit."""
-        samples, parameters = sum(self.result.sizes), len(self.objective.parameters)
-        if 8 * samples**2 * parameters > _GRAM_BYTES:
+        samples = sum(size for seen in self._seen for size in seen.sizes)
+        parameters, limit = len(self._context.objective.parameters), self._context.limits.gram_bytes
+        if 8 * samples**2 * parameters > limit:
             raise ConfigurationError(
                 f"{samples} pseudo-samples of {parameters} parameters need Grams of {8 * samples**2 * parameters / 2**30:.0f} "
-                f"GiB, more than {_GRAM_BYTES >> 30}: take fewer rows, draws or targets, or `fisher`='sampled' for 'exact'."
+                f"GiB, more than {limit >> 30}: take fewer rows, draws or targets, or `fisher`='sampled' for 'exact'."
             )
 
-    def _take(self, consume: Consume | None, name: str, found: list[Placed]) -> None:
-        if name not in self.uses:  # waits for another round
-            return
-        if consume is None:
-            self.uses[name] = [*self._padded(self.uses[name], self.index), self.storage.keep(name, found)]
-        else:
-            kept = self.storage.returned(name, self._padded(self.uses.pop(name), self.index))
-            consume(name, [*kept, found])
 
-    def _padded(self, found: list[list[Placed]], length: int | None = None) -> list[list[Placed]]:
+@final
+@dataclass(slots=True, eq=False)
+class _Round:
+    """All passes for a group of parameters."""
+
+    context: GramContext
+    plan: _Plan
+    storage: Storage
+    unruled: dict[str, str]
+    consume: Consume
+    finish: Finish | None
+    names: Sequence[str]
+    uses: dict[str, Uses] = field(init=False)  # kept so far
+    num_passes: int = 0  # done so far
+    observed: Observed | None = None  # once the last forward pass is done
+
+    def run(self) -> list[str]:
+        """Process every parameter that fits the memory budget; return the names postponed to another round."""
+        self.uses = {name: [] for name in self.names}
+        postponed: list[str] = []
+        index = 0
+        while index < len(self.plan.microbatches):
+            postponed += self._microbatch(index)
+            if index == 0 and not postponed and not self.plan.is_complete:
+                self.plan.join_small(self.storage.captured)
+            index += 1
+        observed = self.plan.observed if self.observed is None else self.observed
+        if self.finish is not None:
+            return self.finish({name: self._padded(uses) for name, uses in self.uses.items()}, postponed, observed)
+        with torch.no_grad():
+            for name, uses in self.uses.items():  # used by no microbatch's loss, or not by the last one
+                if name not in self.unruled:
+                    self.consume(name, self.storage.returned(name, self._padded(uses)), observed)
+        return [name for name in self.names if name in set(postponed)]
+
+    def _microbatch(self, index: int) -> list[str]:
+        """Run one microbatch; return the names postponed."""
+        objective, batch = self.context.objective, self.plan.microbatches[index]
+        values = {name: parameter.detach() for name, parameter in objective.parameters.items()}
+        capture = self._capture(values, batch)
+        with objective.saving(), capture, sdpa_kernel(_ANY_KERNEL):
+            losses = objective(map_tensors(batch, torch.Tensor.detach), values, watch=capture)
+        chosen = self.plan.chosen(index, losses, capture)
+        is_last = index == len(self.plan.microbatches) - 1
+        if is_last:
+            self.observed = self.plan.observed
+        postponed: list[str] = []
+        for number, surrogate in enumerate(chosen):
+            again = number < len(chosen) - 1
+            completes = is_last and not again and self.finish is None
+            total = losses.total if surrogate is None else surrogate(losses).sum()
+            if not again:
+                del losses  # the logits, which the graph may not need
+            capture.backward(total, self._complete if completes else self._keep, again=again)
+            self.num_passes += 1
+            if not completes:
+                postponed += self._postpone((index + (number + 1) / len(chosen)) / len(self.plan.microbatches))
+        return postponed
+
+    def _capture(self, values: dict[str, Tensor], batch: Any) -> Capture:
+        objective = self.context.objective
+        unsharded = objective.unsharded
+        captured = {name: values[name] for name in self.names if name in unsharded}
+        others = [value for name, value in values.items() if name not in captured and name in unsharded]
+        return Capture(
+            captured,
+            batch_size(batch),
+            unruled=self.unruled,
+            positions_first=self.context.memory.positions_first,
+            constants=[*others, *objective.constants()],
+            sharded={name for name in self.names if name not in unsharded},
+        )
+
+    def _keep(self, name: str, uses: list[Placed]) -> None:
+        """Keep what a pass before the last captured of a parameter that is not postponed."""
+        if name in self.uses:
+            self.uses[name] = [*self._padded(self.uses[name]), self.storage.keep(name, uses)]
+
+    def _complete(self, name: str, uses: list[Placed]) -> None:
+        """Consume a parameter that is not postponed, in the last backward pass."""
+        if name in self.uses:
+            kept = self.storage.returned(name, self._padded(self.uses.pop(name)))
+            assert self.observed is not None
+            self.consume(name, [*kept, uses], self.observed)
+
+    def _padded(self, uses: Uses) -> Uses:
         """With no uses in the passes that did not reach the parameter."""
-        return found + [[] for _ in range((self.index if length is None else length) - len(found))]
+        return uses + [[] for _ in range(self.num_passes - len(uses))]
 
     def _postpone(self, share: float) -> list[str]:
+        """Drop parameters that would not fit until the last pass, when `share` of all passes are done."""
         later = self.storage.postponed(self.uses, share)
         for name in later:
             del self.uses[name]
         return later
-
-
-def pseudo_samples(passed: Passed, world: World) -> tuple[Tensor, Tensor, Tensor]:
-    """Row, weight and presence of every row of every backward pass of all processes, on the CPU."""
-    own = _own_pseudo_samples(passed)
-    if world.size == 1:
-        return own
-    rows = sum(map(len, passed.num_targets))
-    found, start = [], 0
-    for number, samples, weights, active in world.gathered((rows, *own)):
-        found.append((samples + start, weights, active))
-        start += number
-    samples, weights, active = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return samples, weights, active
-
-
-def _own_pseudo_samples(passed: Passed) -> tuple[Tensor, Tensor, Tensor]:
-    if not passed.surrogates:
-        return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.bool)
-    samples, weights, active, start = [], [], [], 0
-    for targets, chosen in zip(passed.num_targets, passed.surrogates, strict=True):
-        for surrogate in chosen:
-            samples.append(torch.arange(start, start + len(targets)))
-            ones = torch.ones(len(targets), dtype=torch.float64)
-            weights.append(ones if surrogate is None else surrogate.weights.cpu())
-            active.append(ones.bool() if surrogate is None else surrogate.active.cpu())
-        start += len(targets)
-    return torch.cat(samples), torch.cat(weights), torch.cat(active)

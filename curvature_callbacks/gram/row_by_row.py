@@ -1,89 +1,112 @@
 """Per-sample gradients row by row: slow, exact, for any operation."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Final
+from typing import Any, Final, final
 
 import torch
 from torch import Tensor
 
 from curvature_callbacks.batches import batch_size, take_rows
-from curvature_callbacks.errors import RefusedError
+from curvature_callbacks.errors import ProbeError, RefusedError
+from curvature_callbacks.gram.context import GramContext
+from curvature_callbacks.gram.passed import Passed
 from curvature_callbacks.linalg.accumulate import gram
 from curvature_callbacks.model.loss.sample_losses import SampleLosses
 from curvature_callbacks.model.loss.surrogates import Surrogate
 from curvature_callbacks.model.objective import Objective, gradients
-from curvature_callbacks.processes.world import SINGLE, World
+from curvature_callbacks.processes.world import World
 
 Part = tuple[str, int, int]  # elements start:stop of a flattened parameter
-
-_GROUP_BYTES: Final = 1 << 28  # gradients of all samples held at a time
 
 _COUPLING: Final = 1e-3  # relative disagreement of the sum over rows with the batch, beyond which samples are not separate
 
 
-def row_grams(
-    objective: Objective,
-    microbatches: Sequence[Any],
-    names: Sequence[str],
-    surrogates: Sequence[Sequence[Surrogate | None]],
-    *,
-    world: World = SINGLE,
-) -> dict[str, Tensor]:
+def row_grams(context: GramContext, passed: Passed, names: Sequence[str]) -> dict[str, Tensor]:
     """Name to the Gram (S, S) float64 of that parameter's per-sample gradients, by one forward pass a row.
 
     Args:
-        objective: the loss.
-        microbatches: of the probe.
+        context: the loss, the processes whose samples S counts too, and how many gradients are held at a time.
+        passed: microbatches of this process and what their backward passes differentiate.
         names: parameters.
-        surrogates: for each microbatch what its backward passes differentiate; None for the sum of losses.
-        world: the processes whose samples S counts too, by rank.
 
     Raises:
         RefusedError: the losses of single rows do not add up to the loss of the batch.
 
-    Cost: N gradients of one row (and a further backward pass for each further surrogate), once per 256 MiB of `S x P`; extra
-    memory 256 MiB.
+    Cost: N gradients of one row (and a further backward pass for each further surrogate), once per `Limits.row_bytes` (256
+    MiB) of `S x P`; extra memory as much.
     """
     grams: dict[str, Tensor] = {}
     if not names:
         return grams
-    own = sum(batch_size(batch) * len(chosen) for batch, chosen in zip(microbatches, surrogates, strict=True))
-    for group in _groups(objective, names, int(world.total(torch.tensor(own)))):
+    objective, world = context.objective, context.world
+    chosen = list(zip(passed.microbatches, passed.surrogates, strict=True))
+    num_samples = sum(batch_size(batch) * len(of_batch) for batch, of_batch in chosen)
+    for group in _groups(objective, names, int(world.total(torch.tensor(num_samples))), context.limits.row_bytes):
         with world.together():
-            found = [
+            rows = [
                 row
-                for batch, chosen in zip(microbatches, surrogates, strict=True)
-                for row in _pass_major(_row_gradients(objective, batch, group, chosen), len(chosen))
+                for batch, of_batch in chosen
+                for row in _pass_major(_row_gradients(objective, batch, group, of_batch), len(of_batch))
             ]
-        for place, (name, start, stop) in enumerate(group):
+        for number, (name, start, stop) in enumerate(group):
             nothing = objective.parameters[name].new_zeros(0, stop - start)
-            K = gram_together(torch.stack([row[place] for row in found]) if found else nothing, world=world)
+            K = gram_together(torch.stack([row[number] for row in rows]) if rows else nothing, world=world)
             grams[name] = grams[name] + K if name in grams else K
     return grams
 
 
-def finite_rows(objective: Objective, batch: Any) -> Tensor:
+@final
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class FiniteRows:
+    """Which rows of a probe have a finite gradient.
+
+    Attributes:
+        local: for each microbatch of this process (rows,) bool.
+        of_all: (N,) bool, the rows of all processes.
+    """
+
+    local: Sequence[Tensor]
+    of_all: Tensor
+
+    def restricted(self, microbatches: Sequence[Any]) -> list[Any]:
+        """The microbatches without the other rows, and without those that have none left."""
+        pairs = zip(microbatches, self.local, strict=True)
+        return [take_rows(batch, flags.nonzero()[:, 0]) for batch, flags in pairs if flags.any()]
+
+
+def finite_rows(context: GramContext, microbatches: Sequence[Any]) -> FiniteRows:
+    """Asked row by row: in a layout that is not proved yet one bad row may look like all of them."""
+    if context.objective.is_sharded:
+        raise ProbeError("a row has no finite gradient, and single rows of sharded parameters cannot be looked at.")
+    with context.world.together():
+        local = [_are_finite(context.objective, batch) for batch in microbatches]
+    of_all = torch.cat([flags for of_process in context.world.gathered(local) for flags in of_process])
+    return FiniteRows(local=local, of_all=of_all)
+
+
+def _are_finite(objective: Objective, batch: Any) -> Tensor:
     """(N,) whether the gradient of a row's loss is finite. Cost: N gradients of one row."""
     leaves = objective.leaves()
     flags = []
     for row in torch.arange(batch_size(batch)):
-        found = gradients(objective(take_rows(batch, row[None]), leaves).total, leaves)
-        flags.append(all(bool(gradient.isfinite().all()) for gradient in found.values()))
+        of_row = gradients(objective(take_rows(batch, row[None]), leaves).total, leaves)
+        flags.append(all(bool(gradient.isfinite().all()) for gradient in of_row.values()))
     return torch.tensor(flags)
 
 
-def _groups(objective: Objective, names: Sequence[str], num_samples: int) -> list[list[Part]]:
-    """Parts of the parameters whose gradients for all samples fit in memory together."""
+def _groups(objective: Objective, names: Sequence[str], num_samples: int, limit: int) -> list[list[Part]]:
+    """Parts of the parameters whose gradients for all samples fit in `limit` bytes together."""
     groups: list[list[Part]] = []
-    held = _GROUP_BYTES
+    held = limit
     for name in names:
         parameter = objective.parameters[name]
-        width = max(1, _GROUP_BYTES // (num_samples * parameter.element_size()))
+        width = max(1, limit // (num_samples * parameter.element_size()))
         for start in range(0, parameter.numel(), width):
             stop = min(start + width, parameter.numel())
             size = num_samples * (stop - start) * parameter.element_size()
-            if not groups or held + size > _GROUP_BYTES:
+            if not groups or held + size > limit:
                 groups.append([])
                 held = 0
             groups[-1].append((name, start, stop))

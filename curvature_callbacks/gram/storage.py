@@ -2,13 +2,15 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final, final
+from typing import Final, Literal, final
 
 import torch
 
 from curvature_callbacks.device import device_budget, host_budget
 from curvature_callbacks.gram.capture.derived import Placed
 from curvature_callbacks.gram.uses.uses import Dense, OuterProduct, Use
+
+KeptForm = Literal["smaller", "factors", "gradients"]
 
 _CPU: Final = torch.device("cpu")
 _Bytes = dict[int, int]  # address of a storage to its size: shared ones count once
@@ -36,20 +38,24 @@ def memory_budget(device: torch.device, device_bytes: int | None = None) -> Memo
 
 @final
 class Storage:
-    """Keeps completed uses: on the device while they fit, then on the host; says what has to wait for another round.
+    """Keeps completed uses: on the device while they fit, then on the host; says which parameters have to be postponed.
 
-    A use is kept as per-sample gradients where these are fewer numbers than its factors, `min(T (d_in + d_out), d_in d_out)` a
-    sample, unless the factors themselves are wanted (K-FAC). Tensors that several uses share (the input of queries, keys and
-    values) count once on the device.
+    Tensors that several uses share (the input of queries, keys and values) count once on the device.
+
+    Args:
+        budget: what the kept uses may take.
+        form: of a linear layer's use: its factors, per-sample gradients, or whichever are fewer numbers,
+            `min(T (d_in + d_out), d_in d_out)` a sample.
+        device: the model's.
 
     Attributes:
         captured: bytes of the uses as they came, shared tensors as often as they did.
     """
 
-    def __init__(self, budget: MemoryBudget, *, factors_wanted: bool, device: torch.device = _CPU) -> None:
+    def __init__(self, budget: MemoryBudget, *, form: KeptForm = "smaller", device: torch.device = _CPU) -> None:
         self._budget = budget
         self._home = device
-        self._factors_wanted = factors_wanted
+        self._form = form
         self._device: dict[str, _Bytes] = {}
         self._host: dict[str, _Bytes] = {}
         self._rounds = 1
@@ -57,23 +63,23 @@ class Storage:
 
     @property
     def mode(self) -> str:
-        """How it was kept: `one pass` (nothing to keep), `factors on device`, `factors on host`, `k block groups`."""
+        """How uses were kept: `one pass` (none to keep), `factors on device`, `factors on host`, `k block groups` (rounds)."""
         if self._rounds > 1:
             return f"{self._rounds} block groups"
         if any(self._host.values()):
             return "factors on host"
         return "factors on device" if self._device else "one pass"
 
-    def keep(self, name: str, found: Sequence[Placed]) -> list[Placed]:
-        """The same uses in the form and place in which they wait."""
-        self.captured += sum(tensor.nbytes for one in found for tensor in one.use.tensors())
-        kept = [one if self._factors_wanted else Placed(one.view, _smaller(one.use)) for one in found]
-        own = self._device.setdefault(name, {})
-        needed = {**own, **_bytes(kept)}
+    def keep(self, name: str, uses: Sequence[Placed]) -> list[Placed]:
+        """The uses of a parameter in one pass, in the form and on the device in which they wait."""
+        self.captured += sum(tensor.nbytes for placed in uses for tensor in placed.use.tensors())
+        kept = [Placed(placed.view, _in_form(placed.use, self._form)) for placed in uses]
+        on_device = self._device.setdefault(name, {})
+        needed = {**on_device, **_bytes(kept)}
         if self._budget.host_bytes == 0 or _total([*self._device.values(), needed]) <= self._budget.device_bytes:
-            own.update(needed)
+            on_device.update(needed)
             return kept
-        moved = [Placed(one.view, one.use.moved(_CPU)) for one in kept]
+        moved = [Placed(placed.view, placed.use.moved(_CPU)) for placed in kept]
         self._host.setdefault(name, {}).update(_bytes(moved))
         return moved
 
@@ -81,10 +87,13 @@ class Storage:
         """Everything kept of a parameter, on the model's device again."""
         if not self._host.get(name):
             return passes
-        return [[Placed(one.view, one.use.moved(self._home)) for one in found] for found in passes]
+        return [[Placed(placed.view, placed.use.moved(self._home)) for placed in uses] for uses in passes]
 
     def postponed(self, names: Iterable[str], share: float) -> list[str]:
-        """Names, from the end, that cannot be kept until the last pass when `share` of all passes are done."""
+        """Parameters to drop now (last first), when `share` of all passes are done.
+
+        What all of them take, extrapolated to the last pass, would exceed the budget. The first one is never dropped.
+        """
         limit = (self._budget.device_bytes + self._budget.host_bytes) * share
         staying: _Bytes = {}
         later = []
@@ -106,8 +115,8 @@ class Storage:
         self._rounds += 1
 
 
-def _bytes(found: Iterable[Placed]) -> _Bytes:
-    tensors = [tensor for one in found for tensor in one.use.tensors()]
+def _bytes(uses: Iterable[Placed]) -> _Bytes:
+    tensors = [tensor for placed in uses for tensor in placed.use.tensors()]
     return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
 
 
@@ -118,10 +127,10 @@ def _total(parts: Iterable[_Bytes]) -> int:
     return sum(together.values())
 
 
-def _smaller(use: Use) -> Use:
-    if not isinstance(use, OuterProduct):
+def _in_form(use: Use, form: KeptForm) -> Use:
+    if form == "factors" or not isinstance(use, OuterProduct):
         return use
     left, right = use.factors()
-    _, T, rows = left.shape
-    columns = right.shape[2]
-    return Dense(use.operation, use.rows(0, rows)) if rows * columns < T * (rows + columns) else use
+    _, T, d_out = left.shape
+    d_in = right.shape[2]
+    return Dense(use.operation, use.rows(0, d_out)) if form == "gradients" or d_out * d_in < T * (d_out + d_in) else use

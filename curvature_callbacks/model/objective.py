@@ -179,6 +179,10 @@ class Objective:
         """The least of `number` over the processes that must take the same path."""
         return int(min(self._world.gathered(number)))
 
+    def most(self, number: int) -> int:
+        """The most of `number` over the processes that must take the same path."""
+        return int(max(self._world.gathered(number)))
+
     def saving(self) -> AbstractContextManager[None]:
         """A context for forward passes and for backward passes that build a graph: it will hold no gathered parameter."""
         return nullcontext() if self._on_use is None else self._on_use.saving()

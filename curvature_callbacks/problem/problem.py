@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from curvature_callbacks.batches import batch_size, to_device
 from curvature_callbacks.device import synchronise
 from curvature_callbacks.errors import ConfigurationError, ProbeError, RefusedError
+from curvature_callbacks.gram.context import GramContext
 from curvature_callbacks.gram.probe_grams import ProbeGrams
 from curvature_callbacks.linalg.inner_products import InnerProducts
 from curvature_callbacks.linalg.operator import Operator
@@ -110,15 +111,8 @@ class Problem:
         self.deadline: float | None = None  # of `time.perf_counter`, for iterative measurements
         self.max_gram_rows = _MAX_GRAM_ROWS
         self.gradient_seconds = 0.0  # wall time of one gradient, once `gradients` was asked for
-        self.grams = ProbeGrams(
-            self.objective,
-            self.microbatches,
-            self.blocks,
-            memory=memory.grams,
-            seed=seed,
-            sharing=sharing or {},
-            world=world,
-        )
+        context = GramContext(objective=self.objective, memory=memory.grams, seed=seed, world=world)
+        self.grams = ProbeGrams(context, self.microbatches, self.blocks, sharing=sharing or {})
 
     def check(self, kinds: Sequence[FisherType] = ()) -> None:
         """Raise a `ConfigurationError` when no sample has a valid target, or the loss has not one of these types of Fisher.

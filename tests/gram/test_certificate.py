@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from curvature_callbacks.compute.offline import offline_problem
 from curvature_callbacks.errors import CERTIFICATE_FAILED, RefusedError
-from curvature_callbacks.gram.block_grams import BlockGrams, GramOptions, block_grams
-from curvature_callbacks.gram.certificate import TOLERANCE, certificate_errors, signature
-from curvature_callbacks.gram.memory import GramMemory
+from curvature_callbacks.gram.certificate import certificate_errors, signature
+from curvature_callbacks.gram.context import GramOptions
+from curvature_callbacks.gram.memory import TOLERANCE, GramMemory
+from curvature_callbacks.gram.passed import Passed
+from curvature_callbacks.gram.result import BlockGrams
 from curvature_callbacks.gram.uses.convolution import Convolution
 from curvature_callbacks.gram.uses.elementwise import SCALE, Elementwise
 from curvature_callbacks.gram.uses.operation import Operation
@@ -19,21 +21,14 @@ from curvature_callbacks.gram.uses.uses import Lookup, OuterProduct
 from curvature_callbacks.model.loss.fisher_type import FisherType
 from tests.cases import CASES, CLASSES, in_general_position
 from tests.gram.capture.rule_cases import RuleCase, assert_exact, weight
+from tests.gram.gram_cases import block_grams_of, context_of, model_grams
 from tests.reference import sample_gradients
 
 
 def probe(
     model: nn.Module, microbatches: list[Any], memory: GramMemory, *, loss: Any = "cross_entropy", seed: int = 0, **options: Any
 ) -> BlockGrams:
-    with offline_problem(model, microbatches, loss=loss, params_filter=None, block_structure="parameter") as problem:
-        return block_grams(
-            problem.objective,
-            problem.microbatches,
-            problem.blocks,
-            memory=memory,
-            seed=seed,
-            options=GramOptions(**options),
-        )
+    return model_grams(model, microbatches, memory, loss=loss, seed=seed, structure="parameter", **options)
 
 
 class Everything(nn.Module):
@@ -134,9 +129,9 @@ def test_a_wrong_rule_is_caught_and_its_parameter_goes_row_by_row(parameter: str
 @pytest.mark.parametrize("fisher", ["sampled", "exact"])
 def test_a_wrong_rule_is_caught_in_other_types_of_fisher(fisher: Any, monkeypatch: pytest.MonkeyPatch):
     model, microbatches, kind = in_general_position(Everything).double(), ids(3, 2), FisherType(fisher=fisher)
-    expected = probe(model, microbatches, GramMemory(), kind=kind)
+    expected = probe(model, microbatches, GramMemory(), fisher_type=kind)
     faulty_convolutions(FAULTS["samples in another order"], monkeypatch)
-    found = probe(model, microbatches, GramMemory(), kind=kind)
+    found = probe(model, microbatches, GramMemory(), fisher_type=kind)
     assert set(found.fallback) == {"conv.weight"}
     for block, K in expected.grams.items():
         assert torch.allclose(found.grams[block], K, rtol=1e-10)
@@ -236,15 +231,14 @@ def test_what_a_probe_costs(sizes: tuple[int, ...], run: tuple[int, ...]):
     model, microbatches, memory = in_general_position(Counting).double(), CASES["mlp"].microbatches(sizes), GramMemory()
     pairs = len(run)
     with offline_problem(model, microbatches, loss="cross_entropy", params_filter=None) as problem:
-        parts = problem.objective, problem.microbatches, problem.blocks
         model.count()
-        first = block_grams(*parts, memory=memory, seed=0)
+        first = block_grams_of(problem, memory)
         apart = sum(3 if size > 1 else 1 for size in run)
         assert model.count() == (2 * pairs + apart, 2 * pairs)
-        second = block_grams(*parts, memory=memory, seed=0)
+        second = block_grams_of(problem, memory)
         assert model.count() == (pairs, pairs)
-        sampled = GramOptions(kind=FisherType(fisher="sampled", num_draws=3))
-        block_grams(*parts, memory=memory, seed=0, options=sampled)
+        sampled = GramOptions(fisher_type=FisherType(fisher="sampled", num_draws=3))
+        block_grams_of(problem, memory, options=sampled)
         assert model.count() == (len(sizes), 3 * len(sizes))  # the layout is the same
     assert (first.certificate_error, second.certificate_error) != (None, None)
     assert second.certificate_error is None
@@ -318,7 +312,8 @@ def error_of(name: str, factor: float, shrink: float = 1.0) -> float:
         truth = sample_gradients(model, [batch], "pair")
         grams = {key: G @ G.T for key, G in truth.items()}
         grams[name] = grams[name] * factor
-        return certificate_errors(problem.objective, [batch], grams, [[None]], {}, seed=0)[name]
+        passed = Passed(microbatches=[batch], surrogates=[[None]])
+        return certificate_errors(context_of(problem), passed, grams, {})[name]
 
 
 def test_errors_are_of_each_parameter_by_itself():

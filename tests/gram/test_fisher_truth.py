@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from curvature_callbacks import compute_fisher_spectrum
 from curvature_callbacks.compute.offline import offline_problem
-from curvature_callbacks.gram.block_grams import BlockGrams, block_grams
 from curvature_callbacks.gram.memory import GramMemory
+from curvature_callbacks.gram.result import BlockGrams
 from curvature_callbacks.model.blocks import group_blocks
 from tests.cases import (
     CASES,
@@ -24,6 +24,7 @@ from tests.cases import (
     seq2seq_batch,
 )
 from tests.families import family
+from tests.gram.gram_cases import block_grams_of
 from tests.reference import fisher_eigenvalues, gradients_of, relative_error, sample_gradients, stacked
 
 SWEEP = {"causal": causal_batch, "tokens": masked_batch, "row": image_batch, "seq2seq": seq2seq_batch}
@@ -154,7 +155,7 @@ def test_a_sequence_first_layer_is_read_the_other_way(sizes: tuple[int, ...]):
     case, memory = CASES["sequence_first"], GramMemory()
     model, microbatches = case.model(), case.microbatches(sizes)
     with offline_problem(model, microbatches, loss=case.loss, params_filter=None) as problem:
-        found = block_grams(problem.objective, problem.microbatches, problem.blocks, memory=memory, seed=0)
+        found = block_grams_of(problem, memory)
     assert memory.positions_first == {"inner.weight", "inner.bias"}
     assert found.fallback == {}
     assert_grams(found, sample_gradients(model, microbatches, case.kind), model, "layer", 1e-10)
@@ -178,7 +179,7 @@ def test_a_probe_that_proves_nothing_is_not_trusted_later():
     bad[0][0] = float("nan")
     for batch in (bad, good):
         with offline_problem(model, [batch], loss=case.loss, params_filter=None) as problem:
-            found = block_grams(problem.objective, problem.microbatches, problem.blocks, memory=memory, seed=0)
+            found = block_grams_of(problem, memory)
     assert_grams(found, sample_gradients(model, [good], case.kind), model, "layer", 1e-10)
 
 

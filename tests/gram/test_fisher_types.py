@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from curvature_callbacks.compute.offline import offline_problem
-from curvature_callbacks.gram.block_grams import BlockGrams, GramOptions, block_grams
+from curvature_callbacks.gram.context import GramOptions
 from curvature_callbacks.gram.memory import GramMemory
+from curvature_callbacks.gram.result import BlockGrams
 from curvature_callbacks.model.loss.fisher_type import FisherType
 from curvature_callbacks.model.loss.surrogates import surrogates
 from tests.cases import CASES
+from tests.gram.gram_cases import block_grams_of
 from tests.reference import IGNORED, float64_copy, relative_error, rows
 
 KINDS = {
@@ -133,14 +135,7 @@ def grams(
         drawn = [
             surrogates(kind, problem.objective(batch), seed=SEED + place) for place, batch in enumerate(problem.microbatches)
         ]
-        found = block_grams(
-            problem.objective,
-            problem.microbatches,
-            problem.blocks,
-            memory=memory or GramMemory(),
-            seed=SEED,
-            options=GramOptions(kind=kind),
-        )
+        found = block_grams_of(problem, memory, seed=SEED, options=GramOptions(fisher_type=kind))
     return found, drawn
 
 
@@ -305,12 +300,5 @@ def test_a_sampled_fisher_depends_on_the_seed_and_not_on_the_global_generator():
     assert torch.equal(again, first)
     model = case.build()
     with offline_problem(model, case.microbatches(), loss=None, params_filter=None, block_structure="none") as problem:
-        (other,) = block_grams(
-            problem.objective,
-            problem.microbatches,
-            problem.blocks,
-            memory=GramMemory(),
-            seed=SEED + 100,
-            options=GramOptions(kind=kind),
-        ).grams.values()
+        (other,) = block_grams_of(problem, seed=SEED + 100, options=GramOptions(fisher_type=kind)).grams.values()
     assert not torch.allclose(other, again, rtol=1e-2)

@@ -9,16 +9,16 @@ from torch import Tensor, nn
 from curvature_callbacks import CurvatureMonitor, FisherSpectrum
 from curvature_callbacks.batches import batch_size
 from curvature_callbacks.compute.offline import offline_problem
-from curvature_callbacks.gram import block_grams as engine_module
-from curvature_callbacks.gram import passes as passes_module
-from curvature_callbacks.gram.block_grams import BlockGrams
+from curvature_callbacks.gram.context import Limits
 from curvature_callbacks.gram.memory import GramMemory
-from curvature_callbacks.gram.storage import Storage
+from curvature_callbacks.gram.passes import run_passes
+from curvature_callbacks.gram.result import BlockGrams
+from curvature_callbacks.gram.storage import MemoryBudget, Storage
 from curvature_callbacks.model.loss.fisher_type import FisherType
 from curvature_callbacks.model.objective import Objective
 from tests.cases import CASES, Case
 from tests.gram.capture.rule_cases import assert_exact
-from tests.gram.test_certificate import probe as trusted_probe
+from tests.gram.gram_cases import context_of, model_grams
 from tests.reference import sample_gradients
 
 
@@ -29,7 +29,7 @@ def equally_long(case: Case, sizes: tuple[int, ...]) -> list[Any]:
 
 
 def probe(model: nn.Module, microbatches: list[Any], *, memory: GramMemory | None = None, **options: Any) -> BlockGrams:
-    return trusted_probe(model, microbatches, memory or GramMemory(), **options)
+    return model_grams(model, microbatches, memory, structure="parameter", **options)
 
 
 @pytest.fixture
@@ -59,25 +59,20 @@ def test_the_rest_is_run_together_and_exact(name: str, sizes_run: list[int]):
 
 def captured_by(model: nn.Module, batch: Any, loss: Any) -> int:
     """Bytes of what a pass over one batch captures."""
-    found = [0]
-
-    class Noting(Storage):
-        def keep(self, name: str, uses: Any) -> Any:
-            found[0] += sum(tensor.nbytes for one in uses for tensor in one.use.tensors())
-            return super().keep(name, uses)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_module, "Storage", Noting)
-        probe(model, [batch, batch], loss=loss)  # the last pass keeps nothing
-    return found[0]
+    storage = Storage(MemoryBudget(device_bytes=1 << 30))
+    with offline_problem(model, [batch, batch], loss=loss, params_filter=None) as problem:  # the last pass keeps nothing
+        run_passes(
+            context_of(problem), problem.microbatches, FisherType(), storage, unruled={}, consume=lambda *parameter: None
+        )
+    return storage.captured
 
 
-def test_passes_are_no_larger_than_allowed(sizes_run: list[int], monkeypatch: pytest.MonkeyPatch):
+def test_passes_are_no_larger_than_allowed(sizes_run: list[int]):
     case = CASES["mlp"]
     model, microbatches = case.model(), equally_long(case, (2, 2, 2, 2, 2, 2))
-    monkeypatch.setattr(passes_module, "_JOINED_BYTES", 2 * captured_by(model, microbatches[0], case.loss))  # of four rows
+    four_rows = Limits(joined_bytes=2 * captured_by(model, microbatches[0], case.loss))
     sizes_run.clear()
-    found = probe(model, microbatches, loss=case.loss)
+    found = probe(model, microbatches, loss=case.loss, limits=four_rows)
     assert sizes_run == [2, 4, 4, 2]
     assert_exact(found, sample_gradients(model, microbatches, case.kind), model, 1e-10)
 
@@ -100,7 +95,7 @@ def test_batches_of_other_lengths_stay_apart(sizes_run: list[int]):
 @pytest.mark.parametrize("kind", [FisherType(fisher="sampled"), FisherType(sample_unit="token", num_targets=2)], ids=str)
 def test_types_that_draw_by_microbatch_keep_them(kind: FisherType, sizes_run: list[int]):
     case = CASES["gpt2"]
-    probe(case.model(), equally_long(case, (2, 1, 1)), loss=case.loss, kind=kind)
+    probe(case.model(), equally_long(case, (2, 1, 1)), loss=case.loss, fisher_type=kind)
     assert sizes_run == [2, 1, 1]
 
 
@@ -137,7 +132,8 @@ def test_kronecker_factors_do_not_depend_on_it():
     case = CASES["mlp"]
     model, microbatches = case.model(), equally_long(case, (2, 1, 3, 1))
     together, apart = (
-        probe(model, microbatches, loss=case.loss, sharing="expand", memory=GramMemory(row_limit=limit)) for limit in (None, 3)
+        probe(model, microbatches, loss=case.loss, sharing="expand", limits=limits)
+        for limits in (Limits(), Limits(joined_bytes=0))
     )
     assert list(together.kronecker) == list(apart.kronecker) != []
     for name, layer in together.kronecker.items():

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from curvature_callbacks.compute.kfac_coverage import compute_kfac_coverage
 from curvature_callbacks.errors import ProbeError
-from curvature_callbacks.gram.block_grams import BlockGrams
 from curvature_callbacks.gram.memory import GramMemory
+from curvature_callbacks.gram.result import BlockGrams
 from curvature_callbacks.isolation.model import isolated
 from curvature_callbacks.model.loss.fisher_type import FisherType
 from curvature_callbacks.problem.memory import ProbeMemory

@@ -12,17 +12,19 @@ from curvature_callbacks.batches import take_rows
 from curvature_callbacks.compute.offline import offline_problem
 from curvature_callbacks.gram import passes as passes_module
 from curvature_callbacks.gram import probe_grams as shared
-from curvature_callbacks.gram import storage as storage_module
-from curvature_callbacks.gram.block_grams import BlockGrams, GramOptions, block_grams
 from curvature_callbacks.gram.capture.derived import Placed, View
 from curvature_callbacks.gram.capture.rules import LINEAR
+from curvature_callbacks.gram.context import GramOptions, Limits
 from curvature_callbacks.gram.memory import GramMemory
-from curvature_callbacks.gram.storage import MemoryBudget, Storage
+from curvature_callbacks.gram.passes import run_passes
+from curvature_callbacks.gram.result import BlockGrams
+from curvature_callbacks.gram.storage import KeptForm, MemoryBudget, Storage
 from curvature_callbacks.gram.uses.elementwise import SCALE
 from curvature_callbacks.gram.uses.uses import Dense, Lookup, OuterProduct, Use
 from curvature_callbacks.model.blocks import group_blocks
 from curvature_callbacks.model.loss.fisher_type import FisherType
 from tests.cases import CASES, Case
+from tests.gram.gram_cases import block_grams_of, context_of, model_grams
 from tests.reference import fisher_eigenvalues, relative_error, sample_gradients, stacked
 
 NAMES = ("gpt2", "convnet", "mixtral", "bert")
@@ -52,35 +54,12 @@ def grams(
     budget: MemoryBudget,
     *,
     memory: GramMemory | None = None,
+    form: KeptForm = "smaller",
     **options: Any,
 ) -> BlockGrams:
-    with offline_problem(model, microbatches, loss=case.loss, params_filter=None) as found:
-        return block_grams(
-            found.objective,
-            found.microbatches,
-            found.blocks,
-            memory=memory or apart(),
-            seed=0,
-            options=GramOptions(budget=budget, **options),
-        )
-
-
-def apart() -> GramMemory:
-    """Of a run whose microbatches are not put together."""
-    return GramMemory(row_limit=8)
-
-
-def as_factors(use: Use) -> Use:
-    return use
-
-
-def as_gradients(use: Use) -> Use:
-    if not isinstance(use, OuterProduct):
-        return use
-    return Dense(use.operation, use.rows(0, use.factors()[0].shape[2]))
-
-
-FORMS = {"factors": as_factors, "gradients": as_gradients}
+    """Of microbatches that are not put together."""
+    limits = Limits(joined_bytes=0, kept_form=form)
+    return model_grams(model, microbatches, memory, loss=case.loss, limits=limits, budget=budget, **options)
 
 
 def assert_same(found: BlockGrams, expected: BlockGrams, tolerance: float = 0.0):
@@ -102,14 +81,13 @@ def assert_true(found: BlockGrams, truth: Mapping[str, Tensor], model: nn.Module
         assert (found.grams[block] - K).abs().max().item() <= tolerance * scale, block
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["factors", "gradients"])
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("name", NAMES)
-def test_every_mode_gives_the_grams_of_the_oracle(name: str, budget: str, form: str, monkeypatch: pytest.MonkeyPatch):
+def test_every_mode_gives_the_grams_of_the_oracle(name: str, budget: str, form: KeptForm):
     case = CASES[name]
     model, microbatches = case.model(), case.microbatches()
-    monkeypatch.setattr(storage_module, "_smaller", FORMS[form])
-    found = grams(case, model, microbatches, BUDGETS[budget])
+    found = grams(case, model, microbatches, BUDGETS[budget], form=form)
     assert_true(found, sample_gradients(model, microbatches, case.kind), model, TOLERANCE.get(name, 1e-5))
     assert found.fallback == {}
     assert found.mode == MODES.get(budget) or (found.mode.endswith(" block groups") and int(found.mode.split()[0]) > 1)
@@ -119,20 +97,21 @@ def test_every_mode_gives_the_grams_of_the_oracle(name: str, budget: str, form: 
     ("name", "kind"),
     [(name, kind) for name in NAMES for kind in KINDS if kind != "exact" or name in ("gpt2", "convnet")],
 )
-def test_modes_agree_with_each_other_to_the_bit(name: str, kind: str, monkeypatch: pytest.MonkeyPatch):
-    case, memory = CASES[name], apart()
+def test_modes_agree_with_each_other_to_the_bit(name: str, kind: str):
+    case, memory = CASES[name], GramMemory()
     model, microbatches = case.model(), case.microbatches()
     if kind == "exact" and name == "gpt2":
         for batch in microbatches:  # a backward pass for every position and word
             batch["labels"][:, 3:] = -100
-    monkeypatch.setattr(storage_module, "_smaller", as_factors)
-    expected = grams(case, model, microbatches, BUDGETS["device"], kind=KINDS[kind], memory=memory)
+
+    def kept(budget: str, form: KeptForm) -> BlockGrams:
+        return grams(case, model, microbatches, BUDGETS[budget], form=form, fisher_type=KINDS[kind], memory=memory)
+
+    expected = kept("device", "factors")
     for budget in ("host", "groups"):
-        assert_same(grams(case, model, microbatches, BUDGETS[budget], kind=KINDS[kind], memory=memory), expected)
-    monkeypatch.setattr(storage_module, "_smaller", as_gradients)
-    assert_same(grams(case, model, microbatches, BUDGETS["device"], kind=KINDS[kind], memory=memory), expected, 1e-12)
-    monkeypatch.undo()
-    assert_same(grams(case, model, microbatches, BUDGETS["device"], kind=KINDS[kind], memory=memory), expected, 1e-12)
+        assert_same(kept(budget, "factors"), expected)
+    assert_same(kept("device", "gradients"), expected, 1e-12)
+    assert_same(kept("device", "smaller"), expected, 1e-12)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -154,7 +133,7 @@ def test_microbatches_are_the_batch_cut_up(name: str):
 def test_spectra_of_every_mode(name: str, budget: str, centred: bool, monkeypatch: pytest.MonkeyPatch):
     case = CASES[name]
     model, microbatches = case.model(), case.microbatches()
-    monkeypatch.setattr(shared, "memory_budget", lambda device, _=None: BUDGETS[budget])
+    monkeypatch.setattr(shared, "budget_of", lambda device, _=None: BUDGETS[budget])
     spectra = compute_fisher_spectrum(model, microbatches, loss=case.loss, center_gradients=centred)
     truth = sample_gradients(model, microbatches, case.kind)
     assert spectra.metadata["mode"].split()[-1] == MODES.get(budget, "groups").split()[-1]
@@ -172,12 +151,11 @@ def test_rounds_take_the_same_draws_and_each_their_forward_passes(kind: str, bud
     monkeypatch.setattr(passes_module, "surrogates", lambda *args, seed: drawn.append(seed) or original(*args, seed=seed))
     model.register_forward_pre_hook(lambda *_: passed.append(1))
     with offline_problem(model, microbatches, loss=None, params_filter=None) as problem:
-        parts = problem.objective, problem.microbatches, problem.blocks
-        options = GramOptions(budget=BUDGETS[budget], kind=KINDS[kind])
-        block_grams(*parts, memory=memory, seed=0, options=options)  # proves the layout
+        options = GramOptions(budget=BUDGETS[budget], fisher_type=KINDS[kind])
+        block_grams_of(problem, memory, options=options)  # proves the layout
         drawn.clear()
         passed.clear()
-        found = block_grams(*parts, memory=memory, seed=0, options=options)
+        found = block_grams_of(problem, memory, options=options)
     rounds = int(found.mode.split()[0]) if budget == "groups" else 1
     assert found.certificate_error is None
     assert len(drawn) == len(set(drawn)) == (0 if kind == "sequence" else len(microbatches))
@@ -234,14 +212,14 @@ def kept_bytes(kept: Mapping[str, list[Placed]]) -> int:
 )
 def test_the_smaller_form_is_kept(T: int, d_in: int, d_out: int, dense: bool):
     """`min(T (d_in + d_out), d_in d_out)` numbers a sample."""
-    storage = Storage(MemoryBudget(device_bytes=1 << 30), factors_wanted=False)
+    storage = Storage(MemoryBudget(device_bytes=1 << 30))
     (kept,) = storage.keep("weight", product(draw(5, T, d_in), d_out))
     assert isinstance(kept.use, Dense) == dense
     assert kept_bytes({"weight": [kept]}) == 8 * 5 * min(T * (d_in + d_out), d_in * d_out)
 
 
 def test_factors_that_are_wanted_stay_factors():
-    storage = Storage(MemoryBudget(device_bytes=1 << 30), factors_wanted=True)
+    storage = Storage(MemoryBudget(device_bytes=1 << 30), form="factors")
     (kept,) = storage.keep("weight", product(draw(5, 9, 3), 4))
     assert isinstance(kept.use, OuterProduct)
 
@@ -249,7 +227,7 @@ def test_factors_that_are_wanted_stay_factors():
 def test_an_input_that_several_layers_share_counts_once():
     """Queries, keys and values: 20 numbers of input and 3 x 10 of gradients, each of 8 bytes."""
     for missing, postponed in ((0, []), (1, ["values"])):
-        storage = Storage(MemoryBudget(device_bytes=8 * 50 - missing), factors_wanted=False)
+        storage = Storage(MemoryBudget(device_bytes=8 * 50 - missing))
         inputs = draw(5, 1, 4)
         for name in ("queries", "keys", "values"):
             storage.keep(name, product(inputs, 2))
@@ -259,7 +237,7 @@ def test_an_input_that_several_layers_share_counts_once():
 def test_a_shared_input_counts_for_whoever_keeps_it():
     """Values come first in the backward pass; when they wait, queries and keys still hold the input."""
     names, inputs = ["queries", "keys", "values"], draw(5, 1, 4)
-    storage = Storage(MemoryBudget(device_bytes=8 * 35), factors_wanted=False)
+    storage = Storage(MemoryBudget(device_bytes=8 * 35))
     kept = {name: storage.keep(name, product(inputs, 2)) for name in reversed(names)}
     for name in storage.postponed(names, 1.0):
         del kept[name]
@@ -268,7 +246,7 @@ def test_a_shared_input_counts_for_whoever_keeps_it():
 
 
 def test_memory_that_was_freed_counts_when_it_is_used_again():
-    storage = Storage(MemoryBudget(device_bytes=8 * 30), factors_wanted=False)
+    storage = Storage(MemoryBudget(device_bytes=8 * 30))
     memory = [draw(100), draw(100)]
 
     def at_the_same_place() -> list[Placed]:
@@ -285,7 +263,7 @@ def test_memory_that_was_freed_counts_when_it_is_used_again():
 
 def test_what_cannot_be_kept_until_the_end_waits_from_the_start():
     """After one of four microbatches a quarter of the budget may be used."""
-    storage = Storage(MemoryBudget(device_bytes=8 * 120), factors_wanted=False)
+    storage = Storage(MemoryBudget(device_bytes=8 * 120))
     for name in ("first", "second", "third"):
         storage.keep(name, product(draw(5, 1, 2), 2))  # 20 numbers
     assert storage.postponed(["first", "second", "third"], 0.25) == ["second", "third"]
@@ -293,7 +271,7 @@ def test_what_cannot_be_kept_until_the_end_waits_from_the_start():
 
 
 def test_the_host_takes_what_the_device_cannot():
-    storage = Storage(MemoryBudget(device_bytes=8 * 40, host_bytes=8 * 20), factors_wanted=False)
+    storage = Storage(MemoryBudget(device_bytes=8 * 40, host_bytes=8 * 20))
     names = ["first", "second", "third", "fourth"]
     kept = {}
     for name in names[:2]:
@@ -314,24 +292,32 @@ def test_a_use_moved_to_the_host_gives_the_same_rows():
         assert torch.equal(use.moved(torch.device("cpu")).rows(1, rows), use.rows(1, rows))
 
 
-@pytest.mark.parametrize("limit", [2 << 10, 6 << 10, 16 << 10])
-@pytest.mark.parametrize("name", NAMES)
-def test_what_is_kept_stays_within_the_budget(name: str, limit: int, monkeypatch: pytest.MonkeyPatch):
-    """By share of the microbatches done; the first parameter of a round is kept whatever its size."""
-    case = CASES[name]
-    model, microbatches = case.model(), case.microbatches()
-    original = passes_module._Round._postpone
-    held: list[tuple[int, float]] = []
+class WatchedStorage(Storage):
+    """Notes after each pass the bytes kept, and those allowed; the first parameter of a round is kept whatever its size."""
 
-    def postpone(self: Any, share: float) -> list[str]:
-        later = original(self, share)
-        kept = {name: [one for found in passes for one in found] for name, passes in self.uses.items()}
+    def __init__(self, limit: int) -> None:
+        super().__init__(MemoryBudget(device_bytes=limit))
+        self.limit = limit
+        self.held: list[tuple[int, float]] = []
+
+    def postponed(self, uses: Mapping[str, list[list[Placed]]], share: float) -> list[str]:
+        later = super().postponed(uses, share)
+        kept = {
+            name: [placed for of_pass in passes for placed in of_pass] for name, passes in uses.items() if name not in later
+        }
         first = dict(list(kept.items())[:1])
-        held.append((kept_bytes(kept), max(limit * share, kept_bytes(first))))
+        self.held.append((kept_bytes(kept), max(self.limit * share, kept_bytes(first))))
         return later
 
-    monkeypatch.setattr(passes_module._Round, "_postpone", postpone)
-    found = grams(case, model, microbatches, MemoryBudget(device_bytes=limit))
-    assert found.mode.endswith("block groups")
-    assert any(kept > 0.2 * allowed for kept, allowed in held)
-    assert all(kept <= allowed for kept, allowed in held), held
+
+@pytest.mark.parametrize("limit", [2 << 10, 6 << 10, 16 << 10])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_kept_stays_within_the_budget(name: str, limit: int):
+    """By share of the microbatches done."""
+    case, storage = CASES[name], WatchedStorage(limit)
+    with offline_problem(case.model(), case.microbatches(), loss=case.loss, params_filter=None) as problem:
+        context = context_of(problem, limits=Limits(joined_bytes=0))
+        run_passes(context, problem.microbatches, FisherType(), storage, unruled={}, consume=lambda *parameter: None)
+    assert storage.mode.endswith("block groups")
+    assert any(kept > 0.2 * allowed for kept, allowed in storage.held)
+    assert all(kept <= allowed for kept, allowed in storage.held), storage.held

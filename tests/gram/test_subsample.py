@@ -13,13 +13,16 @@ from torch import Tensor, nn
 
 from curvature_callbacks import compute_fisher_spectrum
 from curvature_callbacks.compute.offline import offline_problem
-from curvature_callbacks.gram.block_grams import BlockGrams, GramOptions, block_grams, chosen_rows
+from curvature_callbacks.gram.context import GramOptions
 from curvature_callbacks.gram.memory import GramMemory
+from curvature_callbacks.gram.result import BlockGrams
 from curvature_callbacks.gram.storage import MemoryBudget
+from curvature_callbacks.gram.subsample import chosen_slices
 from curvature_callbacks.gram.uses.uses import OuterProduct
 from curvature_callbacks.model.blocks import group_blocks
 from curvature_callbacks.model.loss.fisher_type import FisherType
 from tests.cases import CASES, Case
+from tests.gram.gram_cases import block_grams_of, model_grams
 from tests.reference import fisher_eigenvalues, sample_gradients, stacked
 
 NAMES = ("gpt2", "convnet", "bert", "mixtral", "mlp")
@@ -29,15 +32,7 @@ LIMIT = 60
 def grams(
     case: Case, model: nn.Module, microbatches: list[Any], limit: int | None, *, seed: int = 0, **options: Any
 ) -> BlockGrams:
-    with offline_problem(model, microbatches, loss=case.loss, params_filter=None) as found:
-        return block_grams(
-            found.objective,
-            found.microbatches,
-            found.blocks,
-            memory=GramMemory(),
-            seed=seed,
-            options=GramOptions(max_params_per_block=limit, **options),
-        )
+    return model_grams(model, microbatches, loss=case.loss, seed=seed, max_params_per_block=limit, **options)
 
 
 # Used expert by expert, which is counted in full.
@@ -47,19 +42,19 @@ IN_PARTS = ("experts.gate_up_proj", "experts.down_proj")
 def expected_grams(
     model: nn.Module, truth: Mapping[str, Tensor], limit: int, seed: int
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Block to the Gram of the chosen rows, parameter by parameter, and to the parameters counted."""
+    """Block to the Gram of the chosen slices, parameter by parameter, and to the parameters counted."""
     values = dict(model.named_parameters())
     blocks = group_blocks(model, list(truth))
-    rows = chosen_rows(values, blocks, limit, seed=seed)
+    slices = chosen_slices(values, blocks, limit, seed=seed)
     found, counted = {}, {}
     for block, names in blocks.items():
         total, number = torch.zeros(()), 0
         for name in names:
             G = truth[name].reshape(len(truth[name]), *(values[name].shape or (1,)))
             everything = torch.arange(G.shape[1])
-            kept = everything if name.endswith(IN_PARTS) else rows.get(name, everything)
+            kept = everything if name.endswith(IN_PARTS) else slices.get(name, everything)
             scale = math.sqrt(G.shape[1] / len(kept))
-            picked = torch.stack([G[:, row] * scale for row in kept.tolist()], 1).flatten(1)
+            picked = torch.stack([G[:, index] * scale for index in kept.tolist()], 1).flatten(1)
             total = total + picked @ picked.T
             number += picked.shape[1]
         found[block], counted[block] = total, number
@@ -67,8 +62,8 @@ def expected_grams(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_gram_is_that_of_the_chosen_rows_scaled_up(name: str):
-    """Of every microbatch and sample the same rows: else cross terms would be of different parameters."""
+def test_the_gram_is_that_of_the_chosen_slices_scaled_up(name: str):
+    """Of every microbatch and sample the same slices: else cross terms would be of different parameters."""
     case = CASES[name]
     model, microbatches = case.model(), case.microbatches()
     truth = sample_gradients(model, microbatches, case.kind)
@@ -84,7 +79,7 @@ def test_the_gram_is_that_of_the_chosen_rows_scaled_up(name: str):
 
 
 @pytest.mark.parametrize("budget", [None, MemoryBudget(device_bytes=0, host_bytes=1 << 30), MemoryBudget(device_bytes=0)])
-def test_modes_of_storage_count_the_same_rows(budget: MemoryBudget | None):
+def test_modes_of_storage_count_the_same_slices(budget: MemoryBudget | None):
     case = CASES["gpt2"]
     model, microbatches = case.model(), case.microbatches()
     expected = grams(case, model, microbatches, LIMIT)
@@ -118,7 +113,7 @@ def test_gram_and_trace_have_no_bias(name: str):
 
 
 def test_no_more_directions_than_parameters_counted():
-    """With as few as one row of a matrix; a subsample of its own for each sample would have full rank."""
+    """With as few as one slice of a matrix; a subsample of its own for each sample would have full rank."""
     case = CASES["mlp"]
     model, microbatches = case.model(), case.microbatches()
     truth = sample_gradients(model, microbatches, case.kind)
@@ -141,35 +136,35 @@ def test_small_blocks_are_counted_as_they_are():
     assert len(set(sizes.values())) == 3
 
 
-def test_every_parameter_keeps_its_share_and_at_least_one_row():
+def test_every_parameter_keeps_its_share_and_at_least_one_slice():
     values = {"scalar": torch.zeros(()), "vector": torch.zeros(7), "matrix": torch.zeros(40, 5), "table": torch.zeros(1000, 3)}
-    rows = chosen_rows(values, {"block": list(values)}, 320, seed=0)  # a tenth of 3208
-    assert {name: len(chosen) for name, chosen in rows.items()} == {"vector": 1, "matrix": 4, "table": 100}
-    for name, chosen in rows.items():
+    slices = chosen_slices(values, {"block": list(values)}, 320, seed=0)  # a tenth of 3208
+    assert {name: len(chosen) for name, chosen in slices.items()} == {"vector": 1, "matrix": 4, "table": 100}
+    for name, chosen in slices.items():
         assert torch.equal(chosen, chosen.unique())  # sorted, each once
         assert chosen.min() >= 0
         assert chosen.max() < len(values[name])
-    tiny = chosen_rows(values, {"block": list(values)}, 1, seed=0)
+    tiny = chosen_slices(values, {"block": list(values)}, 1, seed=0)
     assert all(len(chosen) == 1 for chosen in tiny.values())
-    assert chosen_rows(values, {"block": list(values)}, 3208, seed=0) == {}
-    assert chosen_rows(values, {"block": list(values)}, None, seed=0) == {}
+    assert chosen_slices(values, {"block": list(values)}, 3208, seed=0) == {}
+    assert chosen_slices(values, {"block": list(values)}, None, seed=0) == {}
 
 
-def test_rows_follow_seed_and_name():
+def test_slices_follow_seed_and_name():
     values = {"first": torch.zeros(1000), "second": torch.zeros(1000)}
-    rows = chosen_rows(values, {"block": ["first", "second"]}, 200, seed=0)
-    others = chosen_rows(values, {"block": ["second", "first"]}, 200, seed=0)
-    assert not torch.equal(rows["first"], rows["second"])
-    assert torch.equal(rows["first"], others["first"])
-    assert not torch.equal(rows["first"], chosen_rows(values, {"block": ["first", "second"]}, 200, seed=1)["first"])
+    slices = chosen_slices(values, {"block": ["first", "second"]}, 200, seed=0)
+    others = chosen_slices(values, {"block": ["second", "first"]}, 200, seed=0)
+    assert not torch.equal(slices["first"], slices["second"])
+    assert torch.equal(slices["first"], others["first"])
+    assert not torch.equal(slices["first"], chosen_slices(values, {"block": ["first", "second"]}, 200, seed=1)["first"])
 
 
-def test_rows_are_the_same_in_every_process():
+def test_slices_are_the_same_in_every_process():
     """Python's own hash of a string differs from process to process."""
     program = (
         "import torch\n"
-        "from curvature_callbacks.gram.block_grams import chosen_rows\n"
-        "print(chosen_rows({'w': torch.zeros(1000)}, {'b': ['w']}, 12, seed=3)['w'].tolist())"
+        "from curvature_callbacks.gram.subsample import chosen_slices\n"
+        "print(chosen_slices({'w': torch.zeros(1000)}, {'b': ['w']}, 12, seed=3)['w'].tolist())"
     )
     runs = [
         subprocess.run(
@@ -178,7 +173,7 @@ def test_rows_are_the_same_in_every_process():
         for environment in ({"PYTHONHASHSEED": "1"}, {"PYTHONHASHSEED": "2"})
     ]
     assert runs[0] == runs[1]
-    assert runs[0].strip() == str(chosen_rows({"w": torch.zeros(1000)}, {"b": ["w"]}, 12, seed=3)["w"].tolist())
+    assert runs[0].strip() == str(chosen_slices({"w": torch.zeros(1000)}, {"b": ["w"]}, 12, seed=3)["w"].tolist())
 
 
 def test_the_certificate_still_catches_a_wrong_rule(monkeypatch: pytest.MonkeyPatch):
@@ -201,17 +196,16 @@ def test_what_goes_row_by_row_is_counted_in_full():
     case, memory = CASES["mlp"], GramMemory(refused={"0.weight": "for the test"})
     model, microbatches = case.model(), case.microbatches()
     with offline_problem(model, microbatches, loss=case.loss, params_filter=None, block_structure="parameter") as problem:
-        parts = problem.objective, problem.microbatches, problem.blocks
-        found = block_grams(*parts, memory=memory, seed=0, options=GramOptions(max_params_per_block=10))
+        found = block_grams_of(problem, memory, options=GramOptions(max_params_per_block=10))
     G = sample_gradients(model, microbatches, case.kind)["0.weight"]
     assert torch.allclose(found.grams["0.weight"], G @ G.T)
 
 
 @pytest.mark.parametrize("kind", [FisherType(fisher="sampled"), FisherType(fisher="exact"), FisherType(sample_unit="token")])
-def test_other_types_of_fisher_count_the_same_rows(kind: FisherType):
+def test_other_types_of_fisher_count_the_same_slices(kind: FisherType):
     case = CASES["bert_classifier"]
     model, microbatches = case.model(), case.microbatches()
-    exact, found = (grams(case, model, microbatches, limit, kind=kind) for limit in (None, LIMIT))
+    exact, found = (grams(case, model, microbatches, limit, fisher_type=kind) for limit in (None, LIMIT))
     assert found.fallback == {}
     assert torch.equal(found.samples, exact.samples)
     for block, K in found.grams.items():

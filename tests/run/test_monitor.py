@@ -31,7 +31,8 @@ from curvature_callbacks import (
     TopEigenpairs,
 )
 from curvature_callbacks.gram import probe_grams as shared
-from curvature_callbacks.gram.block_grams import GramOptions, block_grams
+from curvature_callbacks.gram.block_grams import block_grams
+from curvature_callbacks.gram.context import GramContext, GramOptions
 from tests.training_cases import Checksum, Raising, Rows, Stream, assert_equal, cheap, loader, probed_steps, reports
 
 
@@ -362,9 +363,9 @@ def test_other_numbers_take_another_pass() -> None:
 def test_what_is_switched_off_asks_for_no_factors(monkeypatch: Any) -> None:
     asked: list[Any] = []
 
-    def noted(*args: Any, options: GramOptions, **kwargs: Any) -> Any:
+    def noted(context: GramContext, microbatches: Any, blocks: Any, options: GramOptions) -> Any:
         asked.append(options.sharing)
-        return block_grams(*args, options=options, **kwargs)
+        return block_grams(context, microbatches, blocks, options)
 
     monkeypatch.setattr(shared, "block_grams", noted)
     watching = monitor(measure=[FisherSpectrum(), KFACQuality()])
@@ -374,10 +375,10 @@ def test_what_is_switched_off_asks_for_no_factors(monkeypatch: Any) -> None:
 
 
 def test_factors_that_do_not_fit_leave_the_grams(monkeypatch: Any) -> None:
-    def out_of_memory(*args: Any, options: GramOptions, **kwargs: Any) -> Any:
+    def out_of_memory(context: GramContext, microbatches: Any, blocks: Any, options: GramOptions) -> Any:
         if options.sharing is not None:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return block_grams(*args, options=options, **kwargs)
+        return block_grams(context, microbatches, blocks, options)
 
     monkeypatch.setattr(shared, "block_grams", out_of_memory)
     for measure in ([FisherSpectrum(), KFACQuality()], [KFACQuality(), FisherSpectrum()]):

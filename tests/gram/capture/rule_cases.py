@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature_callbacks.compute.offline import offline_problem
-from curvature_callbacks.gram.block_grams import BlockGrams
+from curvature_callbacks.gram.result import BlockGrams
 from curvature_callbacks.model.blocks import group_blocks
 from tests.cases import CLASSES, LENGTHS, SIZES, in_general_position
 from tests.reference import sample_gradients
