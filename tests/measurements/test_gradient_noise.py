@@ -1,3 +1,5 @@
+"""Gradient noise: its numbers against gradients taken one by one, its averages, its state, its failures, its tags."""
+
 import copy
 import io
 import json
@@ -9,43 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from curvature_callbacks import ConfigurationError, CurvatureMonitor, FisherSpectrum, GradientNoise, ProbeError, Problem, Record
+from curvature_callbacks import ConfigurationError, CurvatureMonitor, FisherSpectrum, GradientNoise, ProbeError, Record
 from curvature_callbacks.compute.offline import offline_problem
 from curvature_callbacks.record import headline, scalar_tags
 from tests.cases import CASES
+from tests.measurements.gradient_noise_cases import CASE, descend, digits, measured, model_record, network
 from tests.reference import sample_gradients, stacked
-
-CASE = CASES["mlp"]
-Batch = tuple[Tensor, Tensor]
-
-
-def digits() -> Batch:
-    features, labels = load_digits(return_X_y=True)
-    features = torch.tensor(features)
-    return (features - features.mean(0)) / 8.0, torch.tensor(labels)
-
-
-def network(num_inputs: int = 64, num_outputs: int = 10) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(num_inputs, 16), nn.Tanh(), nn.Linear(16, num_outputs)).double()
-
-
-def measured(
-    model: nn.Module, batches: Any, state: Any = None, *, measurement: GradientNoise | None = None, **options: Any
-) -> tuple[list[Record], Any]:
-    measurement = measurement or GradientNoise()
-    options = {"loss": "cross_entropy", "params_filter": None} | options
-    with offline_problem(model, batches, **options) as problem:
-        return measurement.measure(problem, state or measurement.init(problem))
-
-
-def whole(model: nn.Module, batches: Any, state: Any = None, **options: Any) -> Record:
-    return measured(model, batches, state, **options)[0][0]
 
 
 def moments(G: Tensor) -> tuple[float, float]:
@@ -58,16 +33,6 @@ def moments(G: Tensor) -> tuple[float, float]:
 def mean_cosine(G: Tensor) -> float:
     cosines = [float(F.cosine_similarity(G[i], G[j], dim=0)) for i in range(len(G)) for j in range(i)]
     return sum(cosines) / len(cosines)
-
-
-def step(model: nn.Module, batch: Batch, rate: float = 0.5) -> None:
-    gradients = torch.autograd.grad(F.cross_entropy(model(batch[0]), batch[1]), list(model.parameters()))
-    with torch.no_grad():
-        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
-            parameter -= rate * gradient
-
-
-# ------------------------------------------------------------------------------------------------------------------ truth
 
 
 @pytest.mark.parametrize("name", ["mlp", "gpt2", "bert", "convnet"])
@@ -92,7 +57,7 @@ def test_scale_of_the_digits_is_that_of_all_of_them() -> None:
     """60 fresh draws of 32 rows, averaged evenly, against the 1 797 rows; the mean of the probes' own ratios is far off."""
     model, (x, y) = network(), digits()
     for _ in range(30):
-        step(model, (x, y))
+        descend(model, (x, y))
     noise, signal = population_moments(sample_gradients(model, [(x, y)], "pair"))
     loader = DataLoader(TensorDataset(x, y), batch_size=32)
     watching = CurvatureMonitor(
@@ -115,15 +80,12 @@ def population_moments(gradients: dict[str, Tensor]) -> tuple[float, float]:
     return float((G - G.mean(0)).square().sum()) / len(G), float(G.mean(0).square().sum())
 
 
-# --------------------------------------------------------------------------------------------------------------- averages
-
-
-def probes(count: int) -> list[list[Any]]:
+def draws(count: int) -> list[list[Any]]:
     """Some with a positive estimate of `|G|^2`, some with a negative one."""
     return [CASE.microbatches((5,), seed=5 + index) for index in range(count)]
 
 
-def run(model: nn.Module, microbatches: Sequence[Any], measurement: GradientNoise) -> list[Record]:
+def probed(model: nn.Module, microbatches: Sequence[Any], measurement: GradientNoise) -> list[Record]:
     state, records = None, []
     for batches in microbatches:
         found, state = measured(model, batches, state, measurement=measurement)
@@ -134,8 +96,8 @@ def run(model: nn.Module, microbatches: Sequence[Any], measurement: GradientNois
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.9])
 def test_scale_is_the_ratio_of_weighted_means_of_all_probes(decay: float) -> None:
     model = CASE.model()
-    own = [moments(stacked(sample_gradients(model, batches, CASE.kind))) for batches in probes(8)]
-    records = run(model, probes(8), GradientNoise(decay=decay))
+    own = [moments(stacked(sample_gradients(model, batches, CASE.kind))) for batches in draws(8)]
+    records = probed(model, draws(8), GradientNoise(decay=decay))
     seen = set()
     for last, record in enumerate(records):
         weights = [decay ** (last - i) for i in range(last + 1)]
@@ -150,10 +112,10 @@ def test_scale_is_the_ratio_of_weighted_means_of_all_probes(decay: float) -> Non
 
 def test_blocks_have_averages_of_their_own() -> None:
     model, state, records = CASE.model(), None, []
-    for batches in probes(8):
+    for batches in draws(8):
         records, state = measured(model, batches, state, measurement=GradientNoise(decay=0.5))
-    gradients = [sample_gradients(model, batches, CASE.kind) for batches in probes(8)]
-    with offline_problem(model, probes(1)[0], loss=CASE.loss, params_filter=None) as problem:
+    gradients = [sample_gradients(model, batches, CASE.kind) for batches in draws(8)]
+    with offline_problem(model, draws(1)[0], loss=CASE.loss, params_filter=None) as problem:
         blocks = dict(problem.blocks)
     for record in records[1:]:
         own = [moments(stacked(found, blocks[record.block or ""])) for found in gradients]
@@ -166,7 +128,7 @@ def test_without_a_signal_there_is_no_scale_and_the_record_says_why() -> None:
     model = nn.Linear(2, 1, bias=False).double()
     nn.init.zeros_(model.weight)
     opposed = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64), torch.ones(2, 1, dtype=torch.float64)
-    record = whole(model, [opposed], loss="mse")
+    record = model_record(model, [opposed], loss="mse")
     assert record.scalars["mean_gradient_norm_squared_average"] == pytest.approx(-4.0)
     assert "scale" not in record.scalars
     assert "not positive" in record.metadata["absent"]["scale"]
@@ -178,7 +140,7 @@ def test_zero_gradients_are_left_out_of_the_cosines_and_counted() -> None:
     model = nn.Linear(2, 1, bias=False).double()
     nn.init.zeros_(model.weight)
     x = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
-    record = whole(model, [(x, torch.ones(4, 1, dtype=torch.float64))], loss="mse")
+    record = model_record(model, [(x, torch.ones(4, 1, dtype=torch.float64))], loss="mse")
     assert record.scalars["mean_cosine"] == pytest.approx(1 / math.sqrt(2))
     assert record.scalars["num_undefined_pairs"] == 5
     assert record.scalars["num_samples"] == 4
@@ -187,117 +149,6 @@ def test_zero_gradients_are_left_out_of_the_cosines_and_counted() -> None:
     assert all(math.isfinite(value) for record in nothing for value in record.scalars.values())
     assert {"scale", "mean_cosine", "conflict_share", "diversity", "kernel_drift"} <= set(nothing[0].metadata["absent"])
     assert json.loads(json.dumps(state)) == state
-
-
-# ------------------------------------------------------------------------------------------------------------------ drift
-
-
-def kernel(model: nn.Module, batches: Any) -> Tensor:
-    G = stacked(sample_gradients(model, batches, "pair"))
-    return torch.tensor([[float(a @ b) for b in G] for a in G], dtype=torch.float64)
-
-
-def test_drift_through_the_monitor_at_fixed_rows_of_the_digits() -> None:
-    model, data = network(), digits()
-    loader = DataLoader(TensorDataset(*data), batch_size=16)
-    rows: list[Any] = []
-
-    class Rows:
-        """Shows which rows were drawn."""
-
-        name = "rows"
-
-        def init(self, problem: Problem) -> None:
-            return None
-
-        def measure(self, problem: Problem, state: None) -> tuple[list[Record], None]:
-            rows[:] = [(x.clone(), y.clone()) for x, y in problem.microbatches]
-            return [], None
-
-    watching = CurvatureMonitor(
-        model, probes=loader, loss="cross_entropy", measure=[GradientNoise(), Rows()], when=1, draw="fixed",
-        num_microbatches=2, microbatch_size=6,
-    )  # fmt: skip
-    watching.step(0)
-    first = kernel(model, rows)
-    watching.step(1)
-    for index in (2, 3):
-        step(model, data)
-        watching.step(index)
-    last = kernel(model, rows)
-    found = [record for record in watching.history if record.measurement == "gradient_noise" and record.block is None]
-    drifts = [record.scalars["kernel_drift"] for record in found]
-    assert drifts[:2] == [0.0, 0.0]
-    assert 0 < drifts[2] < drifts[3] < 1
-    assert drifts[3] == pytest.approx(1 - float((first * last).sum() / first.norm() / last.norm()), rel=1e-6)
-    assert all(record.metadata["reference_step"] == 0 for record in found)
-
-
-def test_fresh_draws_have_no_drift() -> None:
-    loader = DataLoader(TensorDataset(*digits()), batch_size=16)
-    watching = CurvatureMonitor(
-        network(), probes=loader, loss="cross_entropy", measure=[GradientNoise()], when=1, num_microbatches=1
-    )
-    records = [watching.step(index)[1] for index in range(3)]
-    assert ["kernel_drift" in record.scalars for record in records] == [True, False, False]
-    assert "first probe" in records[-1].metadata["absent"]["kernel_drift"]
-
-
-def other_label(x: Tensor, y: Tensor) -> list[Batch]:
-    changed = y.clone()
-    changed[0] = (changed[0] + 1) % 3
-    return [(x, changed)]
-
-
-CHANGES: dict[str, Callable[[Tensor, Tensor], list[Batch]]] = {
-    "a label": other_label,
-    "the last bit of an input": lambda x, y: [(torch.nextafter(x, x + 1), y)],
-    "the order": lambda x, y: [(x.flip(0), y.flip(0))],
-    "fewer rows": lambda x, y: [(x[:-1], y[:-1])],
-    "a row more": lambda x, y: [(x, y), (x[:1], y[:1])],
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_other_rows_have_no_drift(change: str) -> None:
-    model, (x, y) = CASE.model(), CASE.microbatches((5,))[0]
-    _, state = measured(model, [(x, y)])
-    assert "kernel_drift" not in whole(model, CHANGES[change](x, y), state).scalars
-    assert whole(model, [(x.clone(), y.clone())], state).scalars["kernel_drift"] == 0.0
-
-
-def test_other_parameters_have_no_drift() -> None:
-    model, batches = CASE.model(), CASE.microbatches()
-    _, state = measured(model, batches)
-    assert "kernel_drift" not in whole(model, batches, state, params_filter=lambda name, _: "weight" in name).scalars
-
-
-def test_rows_of_any_layout_are_told_apart_by_their_content() -> None:
-    """Strided, empty, boolean, half-precision and 0-d tensors in a microbatch, which the loss does not read."""
-    model, (x, y) = CASE.model(), CASE.microbatches((4,))[0]
-
-    def loss(module: nn.Module, batch: Any) -> Tensor:
-        return F.cross_entropy(module(batch["x"]), batch["labels"], reduction="none")
-
-    def batch(mask: Tensor, half: float) -> dict[str, Any]:
-        extra = {"empty": torch.empty(4, 0), "half": torch.full((4,), half, dtype=torch.bfloat16), "scalar": torch.tensor(2)}
-        return {"x": x.T.contiguous().T, "labels": y.repeat_interleave(2)[::2], "mask": mask, "name": "any"} | extra
-
-    mask = torch.tensor([True, False, True, True])
-    _, state = measured(model, [batch(mask, 1.0)], loss=loss)
-    as_dense = batch(mask, 1.0) | {"x": x.contiguous(), "labels": y}  # other strides may be multiplied in another order
-    assert whole(model, [as_dense], state, loss=loss).scalars["kernel_drift"] < 1e-28
-    same = batch(mask, 1.0)
-    for other in (
-        batch(~mask, 1.0),
-        batch(mask, 2.0),
-        same | {"half": same["half"].view(torch.int16)},  # the same bytes
-        same | {"half": same["half"][:, None]},
-    ):
-        assert "kernel_drift" not in whole(model, [other], state, loss=loss).scalars
-
-
-# ------------------------------------------------------------------------------------------------------------------ state
 
 
 def through_torch(state: Any) -> Any:
@@ -315,7 +166,7 @@ def through_torch(state: Any) -> Any:
 def test_state_survives_a_checkpoint(through: Callable[[Any], Any]) -> None:
     model, data = network(5, 3), CASE.microbatches((6,))
     _, state = measured(model, data)
-    step(model, data[0])
+    descend(model, data[0])
     restored = through(state)
     assert restored == state
     expected, expected_state = measured(model, data, state)
@@ -343,9 +194,6 @@ def test_a_block_that_turns_up_later_starts_its_own_average() -> None:
         assert found.scalars == pytest.approx(expected.scalars)
 
 
-# -------------------------------------------------------------------------------------------------------- cost and failure
-
-
 def test_it_costs_no_pass_of_its_own() -> None:
     model, batches = CASE.model(), CASE.microbatches()
     passes = []
@@ -369,7 +217,7 @@ def test_one_sample_has_no_noise() -> None:
 
 
 def test_two_samples_are_enough() -> None:
-    record = whole(CASE.model(), CASE.microbatches((2,)))
+    record = model_record(CASE.model(), CASE.microbatches((2,)))
     G = stacked(sample_gradients(CASE.model(), CASE.microbatches((2,)), CASE.kind))
     assert record.scalars["mean_gradient_norm_squared"] == pytest.approx(float(G[0] @ G[1]))
     assert set(record.metadata["absent"]) <= {"mean_gradient_norm_squared_standard_error", "scale"}
@@ -379,13 +227,13 @@ def test_two_samples_are_enough() -> None:
 def test_unusable_rows_change_nothing_and_are_counted(spoil: str) -> None:
     model, (x, y) = CASE.model(), CASE.microbatches((6,))[0]
     kept = torch.tensor([0, 1, 3, 4, 5])
-    expected = whole(model, [(x[kept], y[kept])])
+    expected = model_record(model, [(x[kept], y[kept])])
     x, y = x.clone(), y.clone()
     if spoil == "nan":
         x[2, 0] = math.nan
     else:
         y[2] = -100
-    found = whole(model, [(x, y)])
+    found = model_record(model, [(x, y)])
     assert found.scalars == pytest.approx(expected.scalars, rel=1e-9)
     assert (found.metadata["num_samples_requested"], found.metadata["num_samples"]) == (6, 5)
     assert found.metadata["num_targets"] == 5
@@ -409,21 +257,20 @@ def test_a_probe_without_an_answer_leaves_the_averages_alone() -> None:
 def test_padding_and_loss_scale_leave_the_scale_alone() -> None:
     case = CASES["gpt2"]
     batch = case.microbatches((5,))[0]
-    expected = whole(case.model(), [batch], loss=None)
+    expected = model_record(case.model(), [batch], loss=None)
     fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
     padded = {name: F.pad(values, (0, 3), value=fill[name]) for name, values in batch.items()}
-    assert whole(case.model(), [padded], loss=None).scalars == pytest.approx(expected.scalars, rel=1e-6)
+    assert model_record(case.model(), [padded], loss=None).scalars == pytest.approx(expected.scalars, rel=1e-6)
 
     x, y = CASE.microbatches((5,), seed=1)[0]
     ratios = [
-        whole(CASE.model(), [(x, y)], loss=lambda m, b, c=c: c * F.cross_entropy(m(b[0]), b[1], reduction="none")).scalars
+        model_record(
+            CASE.model(), [(x, y)], loss=lambda m, b, c=c: c * F.cross_entropy(m(b[0]), b[1], reduction="none")
+        ).scalars
         for c in (1e-6, 1.0, 1e6)
     ]
     for name in ("scale", "mean_cosine", "conflict_share", "diversity"):
         assert ratios[0].get(name) == pytest.approx(ratios[1].get(name)) == pytest.approx(ratios[2].get(name)), name
-
-
-# ------------------------------------------------------------------------------------------------------------------- tags
 
 
 def documented() -> set[str]:

@@ -12,7 +12,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def of(gradients: Tensor) -> GradientStatistics:
+def statistics_of(gradients: Tensor) -> GradientStatistics:
     return gradient_statistics(gradients @ gradients.T)
 
 
@@ -28,13 +28,10 @@ def two_batch_estimator(gradients: Tensor) -> tuple[float, float]:
     return (big * norm_big - small * norm_small) / (big - small), (norm_small - norm_big) / (1 / small - 1 / big)
 
 
-# ------------------------------------------------------------------------------------------------------------------ truth
-
-
 def test_both_moments_are_the_two_batch_estimators() -> None:
     for seed in range(400):
         gradients = normal(2 + seed % 31, 1 + seed % 7, seed=seed) + normal(1 + seed % 7, seed=1000 + seed)
-        found = of(gradients)
+        found = statistics_of(gradients)
         signal, noise = two_batch_estimator(gradients)
         assert found.mean_gradient_norm_squared == pytest.approx(signal, rel=1e-9, abs=1e-12)
         assert found.covariance_trace == pytest.approx(noise, rel=1e-9, abs=1e-12)
@@ -42,7 +39,7 @@ def test_both_moments_are_the_two_batch_estimators() -> None:
 
 def test_covariance_trace_is_the_sample_covariances() -> None:
     gradients = normal(9, 4) + 3.0
-    assert of(gradients).covariance_trace == pytest.approx(torch.cov(gradients.T).trace().item(), rel=1e-12)
+    assert statistics_of(gradients).covariance_trace == pytest.approx(torch.cov(gradients.T).trace().item(), rel=1e-12)
 
 
 def test_the_other_numbers_agree_with_loops_over_pairs() -> None:
@@ -50,7 +47,7 @@ def test_the_other_numbers_agree_with_loops_over_pairs() -> None:
     gradients[5] = 0.0
     nonzero = [g for g in gradients if g.any()]
     cosines = [cosine(a, b) for a, b in itertools.combinations(nonzero, 2)]
-    found = of(gradients)
+    found = statistics_of(gradients)
     assert found.num_samples == 8
     assert found.mean_cosine == pytest.approx(sum(cosines) / len(cosines), rel=1e-12)
     assert found.conflict_share == sum(value < 0 for value in cosines) / len(cosines)
@@ -62,7 +59,7 @@ def test_the_other_numbers_agree_with_loops_over_pairs() -> None:
 
 def test_norm_quantiles() -> None:
     lengths = torch.tensor([7.0, 1.0, 3.0, 2.0, 11.0], dtype=torch.float64)
-    found = of(lengths[:, None] * torch.eye(5, dtype=torch.float64)).norm_quantiles()
+    found = statistics_of(lengths[:, None] * torch.eye(5, dtype=torch.float64)).norm_quantiles()
     expected = {"norm_min": 1.0, "norm_q25": 2.0, "norm_median": 3.0, "norm_q75": 7.0, "norm_q95": 10.2, "norm_max": 11.0}
     assert found == pytest.approx(expected)
 
@@ -73,10 +70,7 @@ def test_standard_error_leaves_one_sample_out(N: int) -> None:
     left_out = [two_batch_estimator(torch.cat([gradients[:i], gradients[i + 1 :]]))[0] for i in range(N)]
     mean = sum(left_out) / N
     expected = math.sqrt((N - 1) / N * sum((value - mean) ** 2 for value in left_out))
-    assert of(gradients).standard_error == pytest.approx(expected, rel=1e-9)
-
-
-# -------------------------------------------------------------------------------------------------------------- statistics
+    assert statistics_of(gradients).standard_error == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("N", [2, 5, 16])
@@ -84,7 +78,7 @@ def test_moments_are_unbiased_and_the_naive_ones_are_not(N: int) -> None:
     """4 000 draws of N gradients from a normal distribution of known mean and covariance."""
     mean, scatter = torch.tensor([0.3, -0.2, 0.1, 0.0], dtype=torch.float64), normal(4, 4)
     draws = mean + normal(4000, N, 4, seed=1) @ scatter.T
-    found = [of(gradients) for gradients in draws]
+    found = [statistics_of(gradients) for gradients in draws]
     signal = torch.tensor([each.mean_gradient_norm_squared for each in found])
     noise = torch.tensor([each.covariance_trace for each in found])
 
@@ -100,17 +94,14 @@ def test_moments_are_unbiased_and_the_naive_ones_are_not(N: int) -> None:
 
 def test_the_standard_error_is_the_scatter_over_draws() -> None:
     draws = 1.0 + normal(3000, 16, 4)
-    found = [of(gradients) for gradients in draws]
+    found = [statistics_of(gradients) for gradients in draws]
     scatter = torch.tensor([each.mean_gradient_norm_squared for each in found]).std().item()
     root_mean_square = math.sqrt(sum(each.standard_error**2 for each in found) / len(found))  # type: ignore[operator]
     assert root_mean_square == pytest.approx(scatter, rel=0.1)
 
 
-# ---------------------------------------------------------------------------------------------------------- special cases
-
-
 def test_equal_gradients_have_no_noise() -> None:
-    found = of(normal(1, 6).expand(5, 6))
+    found = statistics_of(normal(1, 6).expand(5, 6))
     assert 0.0 <= found.covariance_trace < 1e-14
     assert found.mean_gradient_norm_squared == pytest.approx(normal(1, 6).square().sum().item())
     assert found.diversity == pytest.approx(1 / 5)
@@ -119,13 +110,13 @@ def test_equal_gradients_have_no_noise() -> None:
 
 
 def test_orthogonal_gradients_have_no_signal() -> None:
-    found = of(2.0 * torch.eye(4, dtype=torch.float64))
+    found = statistics_of(2.0 * torch.eye(4, dtype=torch.float64))
     assert (found.mean_gradient_norm_squared, found.mean_cosine, found.conflict_share, found.diversity) == (0.0, 0.0, 0.0, 1.0)
     assert found.covariance_trace == pytest.approx(4.0)
 
 
 def test_gradients_that_cancel() -> None:
-    found = of(torch.tensor([[2.0, 0.0], [-2.0, 0.0]]))
+    found = statistics_of(torch.tensor([[2.0, 0.0], [-2.0, 0.0]]))
     assert (found.mean_gradient_norm_squared, found.mean_cosine, found.conflict_share) == (-4.0, -1.0, 1.0)
     assert (found.diversity, found.standard_error) == (None, None)
     assert found.covariance_trace == pytest.approx(8.0)
@@ -135,7 +126,7 @@ def test_gradients_that_cancel() -> None:
 def test_without_a_pair_there_is_no_cosine(num_nonzero: int) -> None:
     gradients = torch.zeros(4, 3)
     gradients[:num_nonzero] = 1.0
-    found = of(gradients)
+    found = statistics_of(gradients)
     assert (found.mean_cosine, found.conflict_share, found.num_undefined_pairs) == (None, None, 6)
     assert all(math.isfinite(value) for value in found.norm_quantiles().values())
 
@@ -143,7 +134,7 @@ def test_without_a_pair_there_is_no_cosine(num_nonzero: int) -> None:
 @pytest.mark.parametrize("scale", [1e-120, 1e-6, 1e6, 1e70])
 def test_scaling_the_loss_changes_no_ratio(scale: float) -> None:
     gradients = normal(6, 3) + 0.5
-    found, expected = of(scale * gradients), of(gradients)
+    found, expected = statistics_of(scale * gradients), statistics_of(gradients)
     assert found.mean_cosine == pytest.approx(expected.mean_cosine, rel=1e-12)
     assert found.conflict_share == expected.conflict_share
     assert found.diversity == pytest.approx(expected.diversity, rel=1e-12)
@@ -159,9 +150,6 @@ def test_rounding_leaves_no_range(sign: float) -> None:
     assert found.mean_cosine == sign
     assert found.covariance_trace >= 0.0
     assert found.diversity == (pytest.approx(0.5) if sign > 0 else None)
-
-
-# ------------------------------------------------------------------------------------------------------------------ drift
 
 
 def test_half_vectors_keep_the_inner_product() -> None:

@@ -220,7 +220,7 @@ def test_nothing_is_added_while_the_eigensolver_works():
     assert spectrum_of(gradients(6, 2)).jitter == 0.0
 
 
-def failing(times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def break_eigensolver(times: int, monkeypatch: pytest.MonkeyPatch) -> None:
     solve, calls = torch.linalg.eigvalsh, []
 
     def eigvalsh(matrix: Tensor) -> Tensor:
@@ -238,7 +238,7 @@ def test_a_failing_eigensolver_gets_the_smallest_jitter_that_works(
 ):
     G = gradients(6, 20)
     expected = fisher_eigenvalues(G)
-    failing(failures, monkeypatch)
+    break_eigensolver(failures, monkeypatch)
     with pytest.warns(UserWarning, match="diagonal"):
         found = spectrum_of(G)
     assert found.jitter == pytest.approx(relative * found.trace / 6)
@@ -246,6 +246,6 @@ def test_a_failing_eigensolver_gets_the_smallest_jitter_that_works(
 
 
 def test_an_eigensolver_that_always_fails_raises(monkeypatch: pytest.MonkeyPatch):
-    failing(99, monkeypatch)
+    break_eigensolver(99, monkeypatch)
     with warnings.catch_warnings(), pytest.raises(LinAlgError, match="finite"):
         spectrum_of(gradients(3, 3))
