@@ -1,48 +1,49 @@
-"""Space: where the vectors of an operator live, all on one device or in shards over processes."""
+"""Space: where the vectors of an operator are, all in one process or in parts over several."""
 
 from typing import Final, Protocol, final
 
 from torch import Tensor
+from typing_extensions import override
 
 
 class Space(Protocol):
-    """How what each holder of a part of the vectors has summed becomes the sum over whole vectors."""
+    """How the vectors of an operator are divided over processes, and how sums over their parts become sums over vectors."""
 
     def total(self, partial: Tensor) -> Tensor:
-        """The sum of `partial` over all holders, the same on each."""
+        """The sum of `partial` over the processes, the same on each."""
         ...
 
     def seed(self, seed: int) -> int:
-        """What this holder seeds its part of a random vector with."""
+        """The seed for this process's part of a random vector."""
         ...
 
     def part(self, length: int) -> slice:
-        """The part of a vector of that length that is held here."""
+        """The entries of a vector of this length that this process holds."""
         ...
 
     def assembled(self, part: Tensor, length: int) -> Tensor:
-        """(K, length) whole vectors as rows, from the `part` (K, held here) of each."""
+        """(K, length) vectors from the `part` (K, n) of each that every process holds."""
         ...
 
 
 @final
-class LocalSpace:
-    """Every vector is here as a whole."""
+class LocalSpace(Space):
+    """Every process holds all entries of every vector."""
 
+    @override
     def total(self, partial: Tensor) -> Tensor:
-        """`partial` itself."""
         return partial
 
+    @override
     def seed(self, seed: int) -> int:
-        """`seed` itself."""
         return seed
 
+    @override
     def part(self, length: int) -> slice:
-        """All of it."""
         return slice(0, length)
 
+    @override
     def assembled(self, part: Tensor, length: int) -> Tensor:
-        """`part` itself."""
         return part
 
 

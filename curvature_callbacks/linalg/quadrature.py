@@ -8,7 +8,7 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor
 
-from curvature_callbacks.errors import ConfigurationError, ProbeError, check_positive
+from curvature_callbacks.errors import ConfigurationError, check_positive
 from curvature_callbacks.linalg.accumulate import subtract_combination
 from curvature_callbacks.linalg.density import ESTIMATES, Density
 from curvature_callbacks.linalg.eigenpairs import NOISE, Eigenpairs
@@ -159,11 +159,10 @@ class _Sampler:
         while not krylov.finished and krylov.start == 0:
             for _ in range(min(_LOOK_EVERY, krylov.capacity - krylov.size)):
                 krylov.step()
-            if not krylov.look():
-                raise ProbeError("the operator's products are not finite: there is no spectrum.")
+            krylov.settle()
         self.num_matvecs += krylov.num_matvecs
         self.longest = max(self.longest, krylov.size)
-        nodes, vectors = torch.linalg.eigh(krylov.projected())
+        nodes, vectors = torch.linalg.eigh(krylov.projection.matrix())
         return nodes, vectors[0].square()
 
 

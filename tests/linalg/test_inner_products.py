@@ -1,9 +1,9 @@
 """Vectors in shards: the same eigenpairs as with whole ones."""
 
-import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from curvature_callbacks.linalg.eigenpairs import Eigenpairs
 from curvature_callbacks.linalg.inner_products import InnerProducts
-from curvature_callbacks.linalg.lanczos.solver import lanczos
+from curvature_callbacks.linalg.lanczos.limits import Limits
+from curvature_callbacks.linalg.lanczos.options import LanczosOptions
+from curvature_callbacks.linalg.lanczos.solver import lanczos, solve
 from curvature_callbacks.linalg.operator import MatrixOperator
 from tests.linalg.lanczos.lanczos_cases import Counted, outliers_and_bulk, symmetric, true_errors, wanted_values
 
@@ -146,7 +148,7 @@ def test_multiplicities_over_shards():
     assert torch.equal(first.eigenvalues, second.eigenvalues)
 
 
-def test_shards_with_different_clocks_stop_together(monkeypatch: pytest.MonkeyPatch):
+def test_shards_with_different_clocks_stop_together():
     """One that went on alone would wait for the other forever."""
 
     def work(rank: int, shard: Shard) -> Eigenpairs:
@@ -158,17 +160,12 @@ def test_shards_with_different_clocks_stop_together(monkeypatch: pytest.MonkeyPa
     assert first.num_matvecs == second.num_matvecs < 40
 
 
-def test_shards_with_different_memory_choose_the_same_mode(monkeypatch: pytest.MonkeyPatch):
-    room = {"Thread-A": 14, "Thread-B": 28}
-    monkeypatch.setattr(
-        sys.modules["curvature_callbacks.linalg.lanczos.solver"],
-        "device_budget",
-        lambda device: room[threading.current_thread().name] * 8 * 55,
-    )
+def test_shards_with_different_memory_choose_the_same_mode():
+    options = LanczosOptions(k=4, tol=1e-6, max_matvecs=80, return_eigenvectors=True)
 
     def work(rank: int, shard: Shard) -> Eigenpairs:
-        threading.current_thread().name = ("Thread-A", "Thread-B")[rank]
-        return lanczos(shard, k=4, tol=1e-6, seed=rank, max_matvecs=80, return_eigenvectors=True)
+        room = (14, 28)[rank]
+        return solve(shard, replace(options, seed=rank), limits=Limits(basis_bytes=room * 8 * 55))
 
     first, second = on_both(symmetric(VALUES), work)
     assert first.reorth_mode == second.reorth_mode == "thick_restart"

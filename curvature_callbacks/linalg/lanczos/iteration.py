@@ -1,52 +1,59 @@
 """Iteration: steps, looks, restarts and new segments of a Krylov basis until the wanted pairs are there."""
 
 import time
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Final, final
+from typing import Final, Literal, final
 
 import torch
 from torch import Tensor
 
-from curvature_callbacks.errors import ProbeError
 from curvature_callbacks.linalg.lanczos.krylov import Krylov
+from curvature_callbacks.linalg.lanczos.options import ReorthMode
 from curvature_callbacks.linalg.lanczos.ritz import Ritz, distinct_pairs, ritz_pairs
 from curvature_callbacks.linalg.lanczos.wanted import Wanted
 
-LOOK_EVERY: Final = 5  # most steps between looks at the pairs; where reads are not free the only host synchronisations
 _NEARLY: Final = ((2.0, 1), (50.0, 2))  # times too large a residual, and steps until the next look
 _KEPT_SHARE: Final = 0.5  # of the room beyond the wanted pairs that a restart fills with the next best ones
 
+_Verdict = Literal["unfinished", "copies may be missing", "complete"]
+
 
 @final
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Iteration:
     """What one run does and where it stands.
 
     Attributes:
         krylov: the basis, before its first step.
+        mode: of reorthogonalisation.
         wanted: pairs, at most as many as the dimension.
         tol: relative tolerance of their residuals.
         max_matvecs: products to stop at.
         deadline: value of `time.perf_counter()` to stop at.
         sweeping: whether to look for further copies of what has converged, in the complement.
         hurried: whether to look at every one of the first steps: a warm run for one pair takes 4 or 5.
-        patience: most steps until the next look.
-        segment: first vector of the segment of the latest steps; one that a vanished beta has closed is judged by itself.
+        look_every: most steps between looks at the pairs; where reads are not free the only host synchronisations.
     """
 
     krylov: Krylov
+    mode: ReorthMode
     wanted: Wanted
     tol: float
     max_matvecs: int
     deadline: float | None
     sweeping: bool
     hurried: bool
-    patience: int
-    segment: int = 0
-    _ahead: int = field(init=False)
+    look_every: int
+    _segment: int = field(
+        init=False, default=0
+    )  # first vector of that of the latest steps, also where a vanished beta closed it
+    _patience: int = field(init=False)  # most steps until the next look
+    _ahead: int = field(init=False)  # steps until the next look
 
     def __post_init__(self) -> None:
-        self._ahead = self.patience
+        self._ahead = self._patience = self.look_every
 
     def result(self) -> Ritz:
         """The pairs when all have converged and nothing is left to look for, or the budget is spent.
@@ -54,38 +61,45 @@ class Iteration:
         Raises:
             ProbeError: a product is not finite.
         """
+        return deque(self.looks(), maxlen=1).pop()
+
+    def looks(self) -> Iterator[Ritz]:
+        """The pairs at every look; the last are the result."""
         krylov = self.krylov
         while True:
-            self.segment = krylov.start
+            self._segment = krylov.start
             self._advance()
             over = krylov.exhausted or self._spent()
-            if krylov.start != self.segment:
+            if krylov.start != self._segment:
                 self.sweeping = True  # an invariant subspace shows one copy of each eigenvalue
-                self.patience = 1  # steps after a vanished beta are lost, so look at each from here on
+                self._patience = 1  # steps after a vanished beta are lost, so look at each from here on
             over = over or (krylov.finished and not krylov.policy.orthonormal)
             ritz = self._pairs(final=over)
-            if over or self._complete(ritz):
-                return ritz
-            self._ahead = min(self.patience, self._steps_to(ritz))
+            yield ritz
+            verdict: _Verdict = "complete" if over else self._verdict(ritz)
+            if verdict == "complete":
+                return
+            if verdict == "copies may be missing":
+                self._search_complement(ritz)
+            self._ahead = min(self._patience, self._steps_to(ritz))
             if krylov.finished:
                 self._restart()
 
     def _advance(self) -> None:
-        """Steps until the next look at the pairs, or until a segment has closed.
+        """Make steps until the next look at the pairs, or until a segment has closed.
 
-        At the recurrence it looks behind every step where that is free: no step after a vanished beta is then lost, and no
-        vector is orthogonalised in vain.
+        Behind every step that is judged where reads are free: no step after a vanished beta is then lost, and no vector is
+        orthogonalised in vain.
         """
         krylov = self.krylov
         room = min(krylov.capacity - krylov.size, self.max_matvecs - krylov.num_matvecs)
-        ahead = max(1, min(1 if self.hurried and krylov.size < 2 * LOOK_EVERY else self._ahead, room))
+        ahead = max(1, min(1 if self.hurried and krylov.size < 2 * self.look_every else self._ahead, room))
         at_once = 1 if krylov.products.reads_are_free else ahead
-        while ahead > 0 and krylov.start == self.segment:
+        while ahead > 0 and krylov.start == self._segment:
             for _ in range(at_once):
                 krylov.step()
             ahead -= at_once
-            if not krylov.look():
-                raise ProbeError("the operator's products are not finite: there are no eigenpairs.")
+            krylov.settle()
 
     def _steps_to(self, ritz: Ritz) -> int:
         """Steps to the next look: few where the worst of several residuals is nearly there, as they fall ever faster.
@@ -94,34 +108,39 @@ class Iteration:
         a look or two.
         """
         if len(ritz.values) < self.wanted.count or self.wanted.count == 1:
-            return LOOK_EVERY
+            return self.look_every
         worst = float((ritz.residuals / (self.tol * ritz.values.abs()).clamp_min(ritz.floor)).max())
-        return next((steps for factor, steps in _NEARLY if worst < factor), LOOK_EVERY)
+        return next((steps for factor, steps in _NEARLY if worst < factor), self.look_every)
 
     def _spent(self) -> bool:
+        """Whether the products or the time are, on any process."""
         late = self.deadline is not None and self.krylov.products.anywhere(time.perf_counter() >= self.deadline)
         return late or self.krylov.num_matvecs >= self.max_matvecs
 
     def _pairs(self, *, final: bool) -> Ritz:
+        """The wanted pairs of the basis as it stands; `final`: also where they have not converged."""
         if self.krylov.policy.orthonormal:
             return ritz_pairs(self.krylov, self.wanted)
         return distinct_pairs(self.krylov, self.wanted, self.tol, final=final)
 
-    def _complete(self, ritz: Ritz) -> bool:
-        """Whether nothing is left to do; where a converged segment may hide copies, another is begun."""
+    def _verdict(self, ritz: Ritz) -> _Verdict:
+        """Whether all pairs have converged, and whether the converged segments may lack copies of them."""
         krylov = self.krylov
-        enough = len(ritz.values) == self.wanted.count and krylov.size > max(self.wanted.count, self.segment)
-        more = self.sweeping and krylov.policy.orthonormal
-        tol = self.tol / 2 if more and self.segment == 0 else self.tol  # residuals grow a little when others are found
+        enough = len(ritz.values) == self.wanted.count and krylov.size > max(self.wanted.count, self._segment)
+        searching = self.sweeping and krylov.policy.orthonormal
+        tol = self.tol / 2 if searching and self._segment == 0 else self.tol  # residuals grow a little when others are found
         if not enough or not ritz.converged(tol).all():
-            return False
-        if not more:
-            return True
-        if self.segment == 0 or self._segment_contributes(ritz.floor):
-            known = torch.where(ritz.residuals > ritz.floor, ritz.residuals, 0.0)  # the floor is added to none
-            krylov.begin_segment(ritz.coordinates, ritz.values, known)
-            return False
-        return self._segment_has_settled(ritz.floor)
+            return "unfinished"
+        if not searching:
+            return "complete"
+        if self._segment == 0 or self._segment_contributes(ritz.floor):
+            return "copies may be missing"
+        return "complete" if self._segment_has_settled(ritz.floor) else "unfinished"
+
+    def _search_complement(self, ritz: Ritz) -> None:
+        """Lock the pairs and go on with a random vector in their complement, where further copies would be."""
+        residuals = torch.where(ritz.residuals > ritz.floor, ritz.residuals, 0.0)  # the floor is added to none
+        self.krylov.begin_segment(ritz.coordinates, ritz.values, residuals)
 
     def _segment_contributes(self, floor: float) -> bool:
         """Whether the current segment holds a wanted value that those before do not."""
@@ -137,7 +156,7 @@ class Iteration:
         return above or below
 
     def _segment_has_settled(self, floor: float) -> bool:
-        """Whether its outermost values at the wanted ends have converged: then it holds nothing further out."""
+        """Whether the segment's outermost values at the wanted ends have converged: then it holds nothing further out."""
         _, values, vectors = self._split()
         errors = self.krylov.last_beta() * vectors[-1].abs()
         settled = errors <= (self.tol * values.abs()).clamp_min(floor)
@@ -148,26 +167,19 @@ class Iteration:
 
     def _split(self) -> tuple[Tensor, Tensor, Tensor]:
         """Ritz values before the current segment; Ritz values and vectors of the segment by itself."""
-        start, H = self.segment, self.krylov.projected()
+        start, H = self._segment, self.krylov.projection.matrix()
         values, vectors = torch.linalg.eigh(H[start:, start:])
         return torch.linalg.eigvalsh(H[:start, :start]), values, vectors
 
     def _restart(self) -> None:
         """Compress the full basis to the wanted pairs of earlier segments and the best of the current one."""
         krylov = self.krylov
-        start, H = krylov.start, krylov.projected()
-        before, first = torch.linalg.eigh(H[:start, :start])
-        values, second = torch.linalg.eigh(H[start:, start:])
-        locked = first[:, self.wanted.choose(before)]
+        start, H = krylov.start, krylov.projection.matrix()
+        earlier_values, earlier = torch.linalg.eigh(H[:start, :start])
+        values, current = torch.linalg.eigh(H[start:, start:])
+        locked = earlier[:, self.wanted.choose(earlier_values)]
         room = krylov.capacity - locked.shape[1]
         extra = int(_KEPT_SHARE * max(0, room - self.wanted.count))
-        kept = second[:, self.wanted.more(extra).at_most(min(room - 1, len(values))).choose(values)]
-        krylov.restart(_side_by_side(locked, kept), locked=locked.shape[1])
-
-
-def _side_by_side(first: Tensor, second: Tensor) -> Tensor:
-    """The block-diagonal matrix of the two."""
-    joined = first.new_zeros(first.shape[0] + second.shape[0], first.shape[1] + second.shape[1])
-    joined[: first.shape[0], : first.shape[1]] = first
-    joined[first.shape[0] :, first.shape[1] :] = second
-    return joined
+        kept = current[:, self.wanted.more(extra).at_most(min(room - 1, len(values))).choose(values)]
+        coordinates: Tensor = torch.block_diag(locked, kept)  # type: ignore[no-untyped-call]
+        krylov.restart(coordinates, locked=locked.shape[1])

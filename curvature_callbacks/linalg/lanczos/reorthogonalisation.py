@@ -1,80 +1,86 @@
 """Reorthogonalisation: which basis vectors the next one is orthogonalised against, beyond the three-term recurrence."""
 
-from typing import Final, Protocol, final
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Final, final
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 _BASE: Final = 2.0  # orthogonality of neighbours after the three-term step, in units of eps: their products are float64 sums
 _CAUTION: Final = 2.0  # the estimate is a size, not a bound; true inner products were 0.1 to 1 times it
 
 
-class Reorthogonalisation(Protocol):
-    """A policy; asked before every step, told the recurrence whenever the run looks at it."""
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Recurrence:
+    """The first m steps of a run, on the CPU.
 
-    @property
-    def orthonormal(self) -> bool:
-        """Whether the basis stays orthonormal, at least to `sqrt(eps)`."""
-        ...
+    Attributes:
+        alphas: (m,) float64.
+        betas: (m,) float64.
+        losses: (m,) float64: largest inner product with an earlier vector that a pass took from the vector after each.
+        asymmetry: largest `|<q_{j-1}, A q_j> - beta_{j-1}|` so far.
+    """
 
-    def rows(self, size: int) -> slice | None:
+    alphas: Tensor
+    betas: Tensor
+    losses: Tensor
+    asymmetry: float
+
+    def __len__(self) -> int:
+        return len(self.alphas)
+
+
+class Reorthogonalisation(ABC):
+    """A policy: asked before every step which vectors to pass over, told the recurrence at every look.
+
+    Attributes:
+        orthonormal: whether the basis stays orthonormal, at least to `sqrt(eps)`.
+        at_every_step: whether every vector is orthogonalised against all before it.
+    """
+
+    orthonormal: ClassVar[bool]
+    at_every_step: ClassVar[bool] = False
+
+    @abstractmethod
+    def vectors(self, size: int) -> slice | None:
         """Basis vectors among the first `size` that the vector after them is orthogonalised against; None: none."""
-        ...
 
-    def observe(self, alphas: Tensor, betas: Tensor, losses: Tensor, *, asymmetry: float) -> int | None:
-        """Told the recurrence so far: the first vector that is not orthogonal, if any; the run goes back to it.
+    def observe(self, recurrence: Recurrence) -> int | None:
+        """Learn from the recurrence so far; the first vector that is not orthogonal, if any: the run goes back to it."""
+        return None
 
-        Args:
-            alphas: (m,) float64 on the CPU.
-            betas: (m,), likewise.
-            losses: (m,), likewise: largest inner product with an earlier vector that a pass took from the vector after each.
-            asymmetry: largest `|<q_{j-1}, A q_j> - beta_{j-1}|` so far.
-        """
-        ...
-
-    def reset(self, size: int) -> None:
-        """The vector at place `size` was made orthogonal to all before it; what was estimated for it is void."""
-        ...
+    def reset(self, size: int) -> None:  # noqa: B027
+        """Forget estimates of the vector at index `size`: it was made orthogonal to all before it."""
 
 
 @final
-class Full:
+class Full(Reorthogonalisation):
     """Against the whole basis at every step."""
 
-    orthonormal: Final = True
+    orthonormal = True
+    at_every_step = True
 
-    def rows(self, size: int) -> slice | None:
-        """All."""
+    @override
+    def vectors(self, size: int) -> slice | None:
         return slice(0, size)
 
-    def observe(self, alphas: Tensor, betas: Tensor, losses: Tensor, *, asymmetry: float) -> int | None:
-        """Nothing depends on it."""
-        return None
-
-    def reset(self, size: int) -> None:
-        """Nothing was estimated."""
-
 
 @final
-class Off:
+class Off(Reorthogonalisation):
     """The three-term recurrence alone: copies of converged pairs come back as ghosts."""
 
-    orthonormal: Final = False
+    orthonormal = False
 
-    def rows(self, size: int) -> slice | None:
-        """None."""
+    @override
+    def vectors(self, size: int) -> slice | None:
         return None
-
-    def observe(self, alphas: Tensor, betas: Tensor, losses: Tensor, *, asymmetry: float) -> int | None:
-        """Nothing depends on it."""
-        return None
-
-    def reset(self, size: int) -> None:
-        """Nothing was estimated."""
 
 
 @final
-class Selective:
+class Selective(Reorthogonalisation):
     """Against the latest `window` vectors at every step, and against all at two steps running out of every `period`.
 
     Two, because the recurrence carries what one vector has lost on to the next but one. Where a pass finds more than
@@ -88,33 +94,33 @@ class Selective:
         period: steps.
     """
 
-    orthonormal: Final = False
+    orthonormal = False
 
     def __init__(self, *, eps: float, window: int, period: int) -> None:
         self._lost = eps**0.5
         self._window = window
         self._period = period
-        self._size = 0  # steps that were counted
+        self._size = 0  # steps that were judged
         self._orthogonal = 0  # the latest vector that was made orthogonal to all before it
 
-    def rows(self, size: int) -> slice | None:
-        """The window, or all."""
+    @override
+    def vectors(self, size: int) -> slice | None:
         return slice(0 if self._against_all(size) else max(0, size - self._window), size)
 
-    def observe(self, alphas: Tensor, betas: Tensor, losses: Tensor, *, asymmetry: float) -> int | None:
-        """Shorten the period where too much was lost, and go back to the first vector that was not against all."""
-        lost = (losses[self._size :] > self._lost).nonzero()
+    @override
+    def observe(self, recurrence: Recurrence) -> int | None:
+        lost = (recurrence.losses[self._size :] > self._lost).nonzero()
         if len(lost) == 0 or self._period <= 2:
-            self._size = len(losses)
+            self._size = len(recurrence)
             return None
-        place = self._size + int(lost[0]) + 1
-        while place > self._orthogonal + 1 and not self._against_all(place - 1):
-            place -= 1
+        index = self._size + int(lost[0]) + 1
+        while index > self._orthogonal + 1 and not self._against_all(index - 1):
+            index -= 1
         self._period -= 1
-        return place
+        return index
 
+    @override
     def reset(self, size: int) -> None:
-        """What was lost before does not count again."""
         self._size = self._orthogonal = size
 
     def _against_all(self, size: int) -> bool:
@@ -122,33 +128,35 @@ class Selective:
 
 
 @final
-class Partial:
+class Partial(Reorthogonalisation):
     """Against the whole basis just before orthogonality would be lost to `sqrt(eps)`, by the recurrence of its estimate.
 
     With `w_ji` the inner product of basis vectors j and i (Simon 1984, equation 2.4),
     `b_j w_{j+1,i} = b_i w_{j,i+1} + (a_i - a_j) w_ji + b_{i-1} w_{j,i-1} - b_{j-1} w_{j-1,i}`, plus the error of the products:
-    rounding of size eps, or the asymmetry measured where that is larger (models that compute parts in less precision). It
-    needs alphas and betas on the host, which are there when it is told of them only: after every step on a CPU, at every look
-    elsewhere. It is carried on over the steps done since, and forecast over those until it is told again with the latest
-    recurrence repeated: if that reaches `sqrt(eps)`, the next two vectors are orthogonalised against all before, and if it
-    would again after these, all of them until then. What a forecast cannot see (a beta that all but vanishes) is lost work:
-    the run goes back to that step. Every pass shows what had really been lost: where that is more than was estimated, the
-    error of the products is taken to be larger in proportion, and where the vector before the pass had gone too far by that,
-    the run goes back to the last one that was orthogonalised against all.
+    rounding of size eps, or the asymmetry measured where that is larger (models that compute parts in less precision).
+
+    The estimate needs alphas and betas on the host, so it is carried on when the run looks at them: after every step on a CPU,
+    every few steps elsewhere. Each time it is carried over the steps done since, and forecast over those until the next look,
+    with the latest recurrence repeated. If the forecast reaches `sqrt(eps)`, the next two vectors are orthogonalised against
+    all before, and if it would again after these, all of them until then.
+
+    The run goes back where this was not enough. To the step where the estimate has passed `sqrt(eps)`, which a forecast cannot
+    see if a beta all but vanishes. And to the last vector that was orthogonalised against all, where a pass found more than was
+    estimated: the error of the products is then taken to be larger in proportion, and the vector before the pass may have gone
+    too far by that.
 
     References: Simon, "The Lanczos algorithm with partial reorthogonalization" (1984).
 
     Args:
         eps: of the basis's dtype.
-        ahead: steps until it is told again.
+        ahead: steps between two looks.
     """
 
-    orthonormal: Final = True
-    _size: int  # steps that were counted
+    orthonormal = True
+    _size: int  # steps that the estimate was carried over
     _orthogonal: int  # the latest vector that was orthogonalised against all
     _until: int  # the last one that will be, by the plan
-    _before: Tensor  # (j - 1,) w_{j-1,i} for i < j - 1
-    _latest: Tensor  # (j,) w_ji for i < j
+    _estimate: "_Estimate"
 
     def __init__(self, *, eps: float, ahead: int) -> None:
         self._lost = eps**0.5
@@ -159,71 +167,109 @@ class Partial:
         self._ahead = ahead
         self.reset(0)
 
-    def rows(self, size: int) -> slice | None:
-        """All where the plan says so."""
+    @property
+    def estimate(self) -> float:
+        """Of the largest inner product of the latest vector with one before it."""
+        return self._estimate.largest
+
+    @override
+    def vectors(self, size: int) -> slice | None:
         return slice(0, size) if size <= self._until else None
 
-    def observe(self, alphas: Tensor, betas: Tensor, losses: Tensor, *, asymmetry: float) -> int | None:
-        """Carry the estimate on, and plan the steps until the next look unless a vector has been lost."""
-        m = len(alphas)
-        self._noise = max(self._noise, _CAUTION * asymmetry)
-        while self._size < m:
-            purged = self._size + 1 <= self._until
-            earlier = self._largest()
-            ratio = losses[self._size].item() / max(self._advance(alphas, betas, self._size, purged=purged), self._base)
-            self._size += 1
-            if purged and ratio > 1:
-                self._excess *= ratio
-                if earlier * ratio > self._lost:
-                    return self._orthogonal + 1
-            if self._largest() > self._lost:
-                return self._size
-            if purged:
-                self._orthogonal = self._size
-        if m == 0:
-            return None
+    @override
+    def observe(self, recurrence: Recurrence) -> int | None:
+        self._noise = max(self._noise, _CAUTION * recurrence.asymmetry)
+        while self._size < len(recurrence):
+            lost = self._carry_on(recurrence)
+            if lost is not None:
+                return lost
+        if len(recurrence) > 0:
+            self._plan(recurrence)
+        return None
+
+    @override
+    def reset(self, size: int) -> None:
+        self._size = self._orthogonal = size
+        self._until = size + 2 if size else 0  # the two after it as well
+        before = torch.full((max(0, size - 1),), self._lost, dtype=torch.float64)  # at most
+        self._estimate = _Estimate(before, torch.full((size,), self._base, dtype=torch.float64))
+
+    def _carry_on(self, recurrence: Recurrence) -> int | None:
+        """Carry the estimate over one more step; the vector to go back to, if one has been lost."""
+        j = self._size
+        passed = j + 1 <= self._until
+        earlier = self._estimate.largest
+        following = self._following(self._estimate, recurrence.alphas, recurrence.betas, j)
+        ratio = recurrence.losses[j].item() / max(following.abs().max().item(), self._base)
+        self._estimate = self._estimate.then(self._after_pass(following) if passed else following)
+        self._size = j + 1
+        if passed and ratio > 1:
+            self._excess *= ratio
+            if earlier * ratio > self._lost:
+                return self._orthogonal + 1
+        if self._estimate.largest > self._lost:
+            return self._size
+        if passed:
+            self._orthogonal = self._size
+        return None
+
+    def _plan(self, recurrence: Recurrence) -> None:
+        """Set how many of the next vectors are orthogonalised against all: as few as keep the forecast small."""
+        m = len(recurrence)
         planned = max(0, self._until - m)
         for count in (planned, max(planned, 2), max(planned, self._ahead)):
             self._until = m + count
-            if self._forecast(alphas, betas, count) < self._limit:
+            if self._forecast(recurrence, count) < self._limit:
                 break
-        return None
 
-    def reset(self, size: int) -> None:
-        """Begin anew with the vector at place `size`; the two after it are orthogonalised against all as well."""
-        self._size = self._orthogonal = size
-        self._until = size + 2 if size else 0
-        self._before = torch.full((max(0, size - 1),), self._lost, dtype=torch.float64)  # at most
-        self._latest = torch.full((size,), self._base, dtype=torch.float64)
+    def _forecast(self, recurrence: Recurrence, passes: int) -> float:
+        """Largest estimate over the steps ahead, of which the first `passes` are orthogonalised against all."""
+        alphas = torch.cat([recurrence.alphas, recurrence.alphas[-1:].expand(self._ahead)])
+        betas = torch.cat([recurrence.betas, recurrence.betas[-1:].expand(self._ahead)])
+        estimate, worst = self._estimate, 0.0
+        for step in range(self._ahead):
+            following = self._following(estimate, alphas, betas, len(recurrence) + step)
+            estimate = estimate.then(self._after_pass(following) if step < passes else following)
+            worst = max(worst, estimate.largest)
+        return worst
 
-    def _largest(self) -> float:
-        return self._latest.abs().max().item() if len(self._latest) else 0.0
-
-    def _advance(self, alphas: Tensor, betas: Tensor, j: int, *, purged: bool) -> float:
-        """From the estimates of vectors j - 1 and j to those of j and j + 1; the largest of the latter before any pass."""
+    def _following(self, estimate: "_Estimate", alphas: Tensor, betas: Tensor, j: int) -> Tensor:
+        """(j + 1,) `w_{j+1,i}` for i <= j before any pass, from those of vectors j - 1 and j."""
         following = torch.full((j + 1,), self._base, dtype=torch.float64)
         if j > 0:
             beta = betas[j].clamp_min(torch.finfo(torch.float64).tiny)
-            own = torch.cat([self._latest, torch.ones(1, dtype=torch.float64)])  # w_jj = 1
-            past = torch.cat([self._before, torch.ones(1, dtype=torch.float64)])  # w_{j-1,j-1} = 1
-            terms = betas[:j] * own[1:] + (alphas[:j] - alphas[j]) * own[:j] - betas[j - 1] * past
-            terms[1:] += betas[: j - 1] * own[: j - 1]
+            latest = torch.cat([estimate.latest, torch.ones(1, dtype=torch.float64)])  # w_jj = 1
+            before = torch.cat([estimate.before, torch.ones(1, dtype=torch.float64)])  # w_{j-1,j-1} = 1
+            terms = betas[:j] * latest[1:] + (alphas[:j] - alphas[j]) * latest[:j] - betas[j - 1] * before
+            terms[1:] += betas[: j - 1] * latest[: j - 1]
             scale = max(alphas[: j + 1].abs().max().item(), betas[: j + 1].max().item())
             noise = max(self._noise, self._excess * self._base * scale)  # not Simon's b_i + b_j: a product rounds by its norm
             following[:j] = ((terms + noise * terms.sign()) / beta).clamp(-1.0, 1.0)  # signed: else the terms cancel wrongly
-        largest = following.abs().max().item()
-        self._before, self._latest = self._latest, following.fill_(self._base) if purged else following
-        return largest
+        return following
 
-    def _forecast(self, alphas: Tensor, betas: Tensor, purged: int) -> float:
-        """Largest estimate over the steps ahead, of which the first `purged` are orthogonalised against all."""
-        saved = self._before, self._latest
-        worst = 0.0
-        m = len(alphas)
-        alphas = torch.cat([alphas, alphas[-1:].expand(self._ahead)])
-        betas = torch.cat([betas, betas[-1:].expand(self._ahead)])
-        for step in range(self._ahead):
-            self._advance(alphas, betas, m + step, purged=step < purged)
-            worst = max(worst, self._largest())
-        self._before, self._latest = saved
-        return worst
+    def _after_pass(self, following: Tensor) -> Tensor:
+        """What a pass over all vectors leaves of these inner products: rounding."""
+        return torch.full_like(following, self._base)
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class _Estimate:
+    """Estimated inner products of the two latest vectors, j - 1 and j, with those before them.
+
+    Attributes:
+        before: (j - 1,) `w_{j-1,i}` for i < j - 1.
+        latest: (j,) `w_ji` for i < j.
+    """
+
+    before: Tensor
+    latest: Tensor
+
+    @property
+    def largest(self) -> float:
+        """`max_i |w_ji|`; zero where no vector is before j."""
+        return self.latest.abs().max().item() if len(self.latest) else 0.0
+
+    def then(self, following: Tensor) -> "_Estimate":
+        """That of vectors j and j + 1."""
+        return _Estimate(self.latest, following)

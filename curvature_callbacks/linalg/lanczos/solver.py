@@ -1,6 +1,7 @@
 """Lanczos for the outer eigenpairs of a symmetric operator: full basis or restarted, with a residual for every pair."""
 
 import time
+from dataclasses import replace
 from typing import Final
 
 import torch
@@ -10,8 +11,9 @@ from curvature_callbacks.device import device_budget
 from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.linalg.eigenpairs import Eigenpairs
 from curvature_callbacks.linalg.inner_products import InnerProducts
-from curvature_callbacks.linalg.lanczos.iteration import LOOK_EVERY, Iteration
+from curvature_callbacks.linalg.lanczos.iteration import Iteration
 from curvature_callbacks.linalg.lanczos.krylov import Krylov
+from curvature_callbacks.linalg.lanczos.limits import DEFAULT_LIMITS, Limits
 from curvature_callbacks.linalg.lanczos.options import LEAST_ROOM, LanczosOptions, ReorthMode
 from curvature_callbacks.linalg.lanczos.reorthogonalisation import Full, Off, Partial, Reorthogonalisation, Selective
 from curvature_callbacks.linalg.lanczos.ritz import Ritz
@@ -119,7 +121,9 @@ def lanczos(
     return solve(operator, options, initial_vectors=initial_vectors)
 
 
-def solve(operator: Operator, options: LanczosOptions, *, initial_vectors: Tensor | None = None) -> Eigenpairs:
+def solve(
+    operator: Operator, options: LanczosOptions, *, initial_vectors: Tensor | None = None, limits: Limits = DEFAULT_LIMITS
+) -> Eigenpairs:
     """`lanczos` with its options as an object.
 
     Raises:
@@ -128,44 +132,54 @@ def solve(operator: Operator, options: LanczosOptions, *, initial_vectors: Tenso
     """
     _check_initial_vectors(initial_vectors, operator)
     start = time.perf_counter()
-    k, tol = options.k, options.tol
-    mode, capacity = _basis(operator, options)
+    run = iteration(operator, options, initial_vectors=initial_vectors, limits=limits)
+    ritz, krylov = run.result(), run.krylov
+    vectors = krylov.vectors(ritz.coordinates) if options.return_eigenvectors or options.true_residuals else None
+    num_matvecs = krylov.num_matvecs
+    if options.true_residuals and vectors is not None:
+        ritz = replace(ritz, residuals=_true_residuals(operator, vectors, ritz))
+        num_matvecs += vectors.shape[1]
+    return Eigenpairs(
+        eigenvalues=ritz.values,
+        residuals=ritz.residuals,
+        converged=ritz.converged(options.tol),
+        eigenvectors=vectors if options.return_eigenvectors else None,
+        num_matvecs=num_matvecs,
+        which=options.which,
+        reorth_mode=run.mode,
+        is_psd=operator.is_psd,
+        tol=options.tol,
+        lambda_abs_max=ritz.scale,
+        asymmetry=krylov.projection.asymmetry / ritz.scale if ritz.scale > 0 else 0.0,
+        seconds=time.perf_counter() - start,
+        warnings=_warnings(ritz, options.k, krylov, options.tol),
+    )
+
+
+def iteration(
+    operator: Operator, options: LanczosOptions, *, initial_vectors: Tensor | None = None, limits: Limits = DEFAULT_LIMITS
+) -> Iteration:
+    """The run that `solve` makes, before its first step."""
+    deadline = None if options.max_seconds is None else time.perf_counter() + options.max_seconds
+    mode, capacity = _basis(operator, options, limits)
     krylov = Krylov(
         operator,
         capacity,
         seed=options.seed,
         start=_start(initial_vectors, operator, options.seed),
-        policy=_policy(mode, operator, options),
+        policy=_policy(mode, operator, options, limits),
+        restart_columns=limits.restart_columns,
     )
-    run = Iteration(
+    return Iteration(
         krylov=krylov,
-        wanted=wanted(k, options.which).at_most(krylov.dimension),
-        tol=tol,
+        mode=mode,
+        wanted=wanted(options.k, options.which).at_most(krylov.dimension),
+        tol=options.tol,
         max_matvecs=options.most_matvecs,
-        deadline=None if options.max_seconds is None else start + options.max_seconds,
-        patience=LOOK_EVERY,
-        hurried=initial_vectors is not None and k == 1,
-        sweeping=tol <= _SWEEP,
-    )
-    ritz = run.result()
-    vectors = krylov.vectors(ritz.coordinates) if options.return_eigenvectors or options.true_residuals else None
-    if options.true_residuals and vectors is not None:
-        ritz.residuals = _true_residuals(operator, vectors, ritz)
-        krylov.num_matvecs += vectors.shape[1]
-    return Eigenpairs(
-        eigenvalues=ritz.values,
-        residuals=ritz.residuals,
-        converged=ritz.converged(tol),
-        eigenvectors=vectors if options.return_eigenvectors else None,
-        num_matvecs=krylov.num_matvecs,
-        which=options.which,
-        reorth_mode=mode,
-        is_psd=operator.is_psd,
-        tol=tol,
-        lambda_abs_max=ritz.scale,
-        asymmetry=krylov.asymmetry / ritz.scale if ritz.scale > 0 else 0.0,
-        seconds=time.perf_counter() - start,
-        warnings=_warnings(ritz, k, krylov, tol),
+        deadline=deadline,
+        look_every=limits.look_every,
+        hurried=initial_vectors is not None and options.k == 1,
+        sweeping=options.tol <= _SWEEP,
     )
 
 
@@ -176,7 +190,7 @@ def _check_initial_vectors(vectors: Tensor | None, operator: Operator) -> None:
         )
 
 
-def _basis(operator: Operator, options: LanczosOptions) -> tuple[ReorthMode, int]:
+def _basis(operator: Operator, options: LanczosOptions, limits: Limits) -> tuple[ReorthMode, int]:
     """The mode that runs, and how many basis vectors it has."""
     k, mode, budget = options.k, options.reorth_mode, options.most_matvecs
     if mode == "thick_restart":
@@ -185,16 +199,17 @@ def _basis(operator: Operator, options: LanczosOptions) -> tuple[ReorthMode, int
         return mode, budget
     vector = operator.shape[0] * operator.dtype.itemsize
     products = InnerProducts(operator)
-    fitting = int(products.average(device_budget(operator.device) // max(vector, 1) - 1))
+    memory = device_budget(operator.device) if limits.basis_bytes is None else limits.basis_bytes
+    fitting = int(products.average(memory // max(vector, 1) - 1))
     if min(budget, products.dimension(operator.shape[0])) <= fitting:
         return ("partial" if products.reads_are_free else "full"), budget
     return "thick_restart", max(k + LEAST_ROOM, fitting)
 
 
-def _policy(mode: ReorthMode, operator: Operator, options: LanczosOptions) -> Reorthogonalisation:
+def _policy(mode: ReorthMode, operator: Operator, options: LanczosOptions, limits: Limits) -> Reorthogonalisation:
     eps = torch.finfo(operator.dtype).eps
     if mode == "partial":
-        return Partial(eps=eps, ahead=1 if InnerProducts(operator).reads_are_free else LOOK_EVERY)
+        return Partial(eps=eps, ahead=1 if InnerProducts(operator).reads_are_free else limits.look_every)
     if mode == "selective":
         return Selective(eps=eps, window=options.reorth_window, period=options.reorth_period)
     return Off() if mode == "off" else Full()

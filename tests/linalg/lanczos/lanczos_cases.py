@@ -8,18 +8,25 @@ from torch import Tensor
 
 from curvature_callbacks.linalg.eigenpairs import Eigenpairs
 from curvature_callbacks.linalg.operator import MatrixOperator
+from curvature_callbacks.space import LocalSpace
 
 DTYPES = (torch.float64, torch.float32)
 ENDS = ("LA", "SA", "LM", "BE")
 
 
-class Counted:
-    """A matrix operator that counts its products and stops a run that would never end."""
+class Counted(LocalSpace):
+    """A matrix operator that counts its products and stops a run that would never end. It is its own space.
+
+    As a space it notes every pass: (products so far, basis vectors that were passed over).
+    """
 
     is_psd = False
 
-    def __init__(self, matrix: Tensor, *, limit: int = 400, seconds: float = 0.0) -> None:
+    def __init__(self, matrix: Tensor, *, limit: int = 400, seconds: float = 0.0, reads_are_free: bool = True) -> None:
         self._inner = MatrixOperator(matrix)
+        self.space = self
+        self.reads_are_free = reads_are_free
+        self.passes: list[tuple[int, int]] = []
         self.shape, self.dtype, self.device = self._inner.shape, self._inner.dtype, self._inner.device
         self.products = 0
         self._limit = limit
@@ -30,6 +37,15 @@ class Counted:
         assert self.products <= self._limit, "the run does not end"
         time.sleep(self._seconds)
         return self._inner.matmat(V)
+
+    def total(self, partial: Tensor) -> Tensor:
+        if partial.ndim == 1:
+            self.passes.append((self.products, len(partial)))
+        return partial
+
+    def num_passes(self, *, beyond: int = 0) -> int:
+        """Steps with a pass over more vectors than these."""
+        return len({product for product, vectors in self.passes if vectors > beyond})
 
 
 def symmetric(eigenvalues: Tensor, *, seed: int = 0) -> Tensor:

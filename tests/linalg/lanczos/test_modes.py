@@ -3,15 +3,14 @@
 import inspect
 import itertools
 import math
-import sys
 from typing import Any
 
 import pytest
 import torch
 
-from curvature_callbacks.linalg.inner_products import InnerProducts
-from curvature_callbacks.linalg.lanczos.solver import lanczos
-from curvature_callbacks.linalg.operator import MatrixOperator
+from curvature_callbacks.linalg.lanczos.limits import Limits
+from curvature_callbacks.linalg.lanczos.options import LanczosOptions
+from curvature_callbacks.linalg.lanczos.solver import iteration, lanczos, solve
 from tests.linalg.lanczos.lanczos_cases import (
     DTYPES,
     ENDS,
@@ -29,12 +28,11 @@ from tests.linalg.lanczos.lanczos_cases import (
 )
 
 SIZE = 130
-LANCZOS = sys.modules["curvature_callbacks.linalg.lanczos.solver"]
 MODES = ("full", "partial", "thick_restart", "auto")
 MATRICES = {name: symmetric(values) for name, values in prescribed_spectra(SIZE).items()}
 
 
-def options(mode: str, name: str, which: str, k: int) -> dict[str, Any]:
+def asked_of(mode: str, name: str, which: str, k: int) -> dict[str, Any]:
     """A restarted basis cannot resolve twelve decades from the wrong end unless it is long (nor can ARPACK)."""
     long = mode == "thick_restart" and name == "twelve_decades" and which in ("SA", "BE")
     return {"k": k, "which": which, "reorth_mode": mode, "max_matvecs": 4 * SIZE, "basis_size": 100 if long else None}
@@ -48,7 +46,7 @@ def options(mode: str, name: str, which: str, k: int) -> dict[str, Any]:
 def test_prescribed_spectra(name: str, which: str, mode: str, dtype: torch.dtype):
     k, A, asked = 6, MATRICES[name], tolerance_of(dtype)
     operator = Counted(A.to(dtype), limit=4 * SIZE + 4)
-    pairs = lanczos(operator, **options(mode, name, which, k), tol=asked["tol"], return_eigenvectors=True)
+    pairs = lanczos(operator, **asked_of(mode, name, which, k), tol=asked["tol"], return_eigenvectors=True)
     expected = prescribed_spectra(SIZE)[name]
     scale = max(expected.abs().max().item(), 1e-300)
     assert len(pairs.eigenvalues) == k
@@ -103,50 +101,43 @@ def test_copies_are_found_at_any_tolerance_where_the_space_closes(mode: str, dty
 
 @pytest.mark.parametrize("room", [14, 17, 20])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_auto_restarts_where_the_device_has_no_room(room: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+def test_auto_restarts_where_the_device_has_no_room(room: int, dtype: torch.dtype):
     values = outliers_and_bulk(SIZE)
     A = symmetric(values)
-    monkeypatch.setattr(LANCZOS, "device_budget", lambda device: (room + 1) * SIZE * dtype.itemsize)
-    asked = {"k": 6, "which": "BE", "tol": 1e-4, "max_matvecs": 150}
-    pairs = lanczos(Counted(A.to(dtype)), **asked)
+    options = LanczosOptions(k=6, which="BE", tol=1e-4, max_matvecs=150)
+    pairs = solve(Counted(A.to(dtype)), options, limits=Limits(basis_bytes=(room + 1) * SIZE * dtype.itemsize))
     assert pairs.reorth_mode == "thick_restart"
     assert pairs.num_matvecs > room
     assert pairs.converged.all()
     assert torch.allclose(pairs.eigenvalues, wanted_values(values, 6, "BE"), rtol=1e-5)
-    monkeypatch.undo()
-    assert lanczos(Counted(A.to(dtype)), **asked).reorth_mode == "partial"
+    assert solve(Counted(A.to(dtype)), options).reorth_mode == "partial"
 
 
-def test_auto_orthogonalises_by_need_only_where_reads_are_free(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("free", "mode"), [(True, "partial"), (False, "full")])
+def test_auto_orthogonalises_by_need_only_where_reads_are_free(free: bool, mode: str):
     """Elsewhere steps that are lost until the next look cost products: up to a third more."""
-    operator = Counted(symmetric(outliers_and_bulk(SIZE)))
-    assert lanczos(operator, k=2).reorth_mode == "partial"
-    monkeypatch.setattr(InnerProducts, "reads_are_free", False)
-    assert lanczos(operator, k=2).reorth_mode == "full"
+    assert lanczos(Counted(symmetric(outliers_and_bulk(SIZE)), reads_are_free=free), k=2).reorth_mode == mode
 
 
 @pytest.mark.parametrize("mode", ["full", "partial", "selective", "off", "thick_restart"])
 @pytest.mark.parametrize("is_psd", [False, True])
-def test_the_mode_asked_for_is_the_one_that_runs(mode: str, is_psd: bool, monkeypatch: pytest.MonkeyPatch):
+def test_the_mode_asked_for_is_the_one_that_runs(mode: str, is_psd: bool):
     """Also for operators that are known to be positive semi-definite."""
-    built = []
-
-    class Watched(LANCZOS.Krylov):  # type: ignore[name-defined, misc]
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            built.append(self)
-
-    monkeypatch.setattr(LANCZOS, "Krylov", Watched)
-    pairs = lanczos(MatrixOperator(symmetric(decaying(80)), is_psd=is_psd), k=3, tol=1e-6, reorth_mode=mode)
+    operator = Counted(symmetric(decaying(80)))
+    operator.is_psd = is_psd
+    options = LanczosOptions(k=3, tol=1e-6, reorth_mode=mode)  # type: ignore[arg-type]
+    policy = {"thick_restart": "Full"}.get(mode, mode.capitalize())
+    assert type(iteration(operator, options).krylov.policy).__name__ == policy
+    pairs = solve(operator, options)
     assert pairs.reorth_mode == mode
     assert pairs.is_psd == is_psd
-    policy = {"thick_restart": "Full"}.get(mode, mode.capitalize())
-    assert type(built[0].policy).__name__ == policy
-    share = {"full": 1.0, "thick_restart": 1.0, "off": 0.0}.get(mode)
-    if share is not None:
-        assert built[0].num_passes == share * pairs.num_matvecs
+    if mode in ("full", "thick_restart"):
+        assert operator.num_passes() == pairs.num_matvecs
+    elif mode == "off":
+        assert operator.num_passes() == 0
     else:
-        assert built[0].num_passes < pairs.num_matvecs
+        window = {"partial": 0, "selective": options.reorth_window}[mode]
+        assert 0 < operator.num_passes(beyond=window) < pairs.num_matvecs
 
 
 @pytest.mark.parametrize("mode", ["full", "partial", "thick_restart"])

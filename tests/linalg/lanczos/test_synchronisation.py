@@ -1,6 +1,5 @@
 """The host waits for the device at looks only, never within a step."""
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -9,10 +8,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from curvature_callbacks.linalg.inner_products import InnerProducts
 from curvature_callbacks.linalg.lanczos.krylov import Krylov
+from curvature_callbacks.linalg.lanczos.limits import Limits
+from curvature_callbacks.linalg.lanczos.options import LanczosOptions
 from curvature_callbacks.linalg.lanczos.reorthogonalisation import Full, Off, Partial, Reorthogonalisation, Selective
-from curvature_callbacks.linalg.lanczos.solver import lanczos
+from curvature_callbacks.linalg.lanczos.solver import solve
 from tests.linalg.lanczos.lanczos_cases import Counted, outliers_and_bulk, reflected, symmetric
 
 READS = {"cpu", "item", "tolist", "numpy", "nonzero", "__bool__", "__float__", "__int__", "__index__", "is_nonzero"}
@@ -46,10 +46,9 @@ class ScalarReads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.fixture(autouse=True)
-def reads_cost_something(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU a step may look whether a second pass is needed, and the run at every step."""
-    monkeypatch.setattr(InnerProducts, "reads_are_free", False)
+def watched() -> Counted:
+    """Without free reads: on a CPU a step may look whether a second pass is needed, and the run at every step."""
+    return Counted(symmetric(outliers_and_bulk(80)), reads_are_free=False)
 
 
 POLICIES: dict[str, Callable[[], Reorthogonalisation]] = {
@@ -62,7 +61,7 @@ POLICIES: dict[str, Callable[[], Reorthogonalisation]] = {
 
 @pytest.mark.parametrize("mode", POLICIES)
 def test_a_step_reads_nothing(mode: str):
-    krylov = Krylov(Counted(symmetric(outliers_and_bulk(80))), 40, seed=0, policy=POLICIES[mode]())
+    krylov = Krylov(watched(), 40, seed=0, policy=POLICIES[mode]())
     with Reads() as reads, ScalarReads() as scalars:
         for _ in range(20):
             krylov.step()
@@ -71,11 +70,11 @@ def test_a_step_reads_nothing(mode: str):
 
 
 def test_a_step_after_a_restart_reads_nothing():
-    krylov = Krylov(Counted(symmetric(outliers_and_bulk(80))), 20, seed=0)
+    krylov = Krylov(watched(), 20, seed=0)
     for _ in range(20):
         krylov.step()
-    krylov.look()
-    krylov.restart(torch.linalg.eigh(krylov.projected()).eigenvectors[:, -8:], locked=0)
+    krylov.settle()
+    krylov.restart(torch.linalg.eigh(krylov.projection.matrix()).eigenvectors[:, -8:], locked=0)
     with Reads() as reads, ScalarReads() as scalars:
         for _ in range(5):
             krylov.step()
@@ -84,10 +83,10 @@ def test_a_step_after_a_restart_reads_nothing():
 
 def test_a_look_is_seen_by_the_counters():
     """Else zero above would mean nothing."""
-    krylov = Krylov(Counted(symmetric(outliers_and_bulk(80))), 40, seed=0)
+    krylov = Krylov(watched(), 40, seed=0)
     krylov.step()
     with Reads() as reads, ScalarReads() as scalars:
-        krylov.look()
+        krylov.settle()
     assert reads.count > 0
     assert scalars.count > 0
     with Reads() as reads:
@@ -96,16 +95,21 @@ def test_a_look_is_seen_by_the_counters():
 
 
 @pytest.mark.parametrize("mode", ["full", "thick_restart"])
-def test_reads_depend_on_the_looks_and_not_on_the_steps(mode: str, monkeypatch: pytest.MonkeyPatch):
-    found = set()
+def test_reads_depend_on_the_looks_and_not_on_the_steps(mode: str):
+    counts = set()
     for every in (5, 10, 20):
-        for module in ("solver", "iteration"):
-            monkeypatch.setattr(sys.modules[f"curvature_callbacks.linalg.lanczos.{module}"], "LOOK_EVERY", every)
-        operator = Counted(reflected(torch.linspace(-1, 1, 500)))
-        basis = {"basis_size": 120} if mode == "thick_restart" else {}
+        operator = Counted(reflected(torch.linspace(-1, 1, 500)), reads_are_free=False)
+        options = LanczosOptions(
+            k=4,
+            tol=1e-30,
+            max_matvecs=4 * every,
+            reorth_mode=mode,  # type: ignore[arg-type]
+            max_seconds=1e6,
+            basis_size=120 if mode == "thick_restart" else None,
+        )
         with Reads() as reads, ScalarReads() as scalars:
-            pairs = lanczos(operator, k=4, tol=1e-30, max_matvecs=4 * every, reorth_mode=mode, max_seconds=1e6, **basis)  # type: ignore[arg-type]
+            pairs = solve(operator, options, limits=Limits(look_every=every))
         assert pairs.num_matvecs == 4 * every
-        found.add((reads.count, scalars.count))
-    assert len(found) == 1
-    assert next(iter(found))[0] <= 4 * 30
+        counts.add((reads.count, scalars.count))
+    assert len(counts) == 1
+    assert next(iter(counts))[0] <= 4 * 30
