@@ -1,7 +1,7 @@
 """Settings: the arguments of both callbacks and of the monitor, validated in one place, and the rows they ask for."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Final, final, get_args
 
 from torch.utils.data import default_collate
@@ -14,10 +14,8 @@ from curvature_callbacks.model.loss.resolve import Loss, TargetLossName
 from curvature_callbacks.model.objective import ParamsFilter
 from curvature_callbacks.probes import CapturedProbes, Draw, Prepare, Probes, dataset_probes, probes_from_loader
 from curvature_callbacks.run.choice import check_measurements, chosen_measurements
-from curvature_callbacks.run.fingerprint import fingerprint, settings_text
+from curvature_callbacks.run.fingerprint import argument_texts, fingerprint
 from curvature_callbacks.run.schedules import EveryNSteps, LossSpike, Schedule
-
-_NOT_IN_FINGERPRINT: Final = ("max_overhead", "max_seconds", "spike")  # may be changed in the middle of a run
 
 EVERY_N_STEPS: Final = 200  # the default of `every_n_steps`
 
@@ -79,9 +77,12 @@ class Settings:
     @property
     def description(self) -> dict[str, str]:
         """The arguments, for a state that may be read by another callback."""
-        found = {option.name: getattr(self, option.name) for option in fields(self) if option.name not in _NOT_IN_FINGERPRINT}
-        data = {name: type(found[name]).__name__ for name in ("probe_dataset", "probe_dataloader")}
-        return settings_text(found | data | {"measure": chosen_measurements(self.measure)})
+        return argument_texts(
+            self,
+            measure=chosen_measurements(self.measure),
+            probe_dataset=type(self.probe_dataset).__name__,
+            probe_dataloader=type(self.probe_dataloader).__name__,
+        )
 
     def probes(self, loader: Any, *, prepare: Prepare | None = None) -> Probes | None:
         """Rows of `probe_dataset` or `probe_dataloader`, else of the training data; None where these cannot be indexed."""

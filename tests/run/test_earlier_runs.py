@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from curvature_callbacks import Record
+from curvature_callbacks import GradientNoise, Record
 from curvature_callbacks.lightning import CurvatureCallback as LightningCallback
 from curvature_callbacks.transformers import CurvatureCallback as TransformersCallback
 from tests.run import earlier_runs
 from tests.run.earlier_runs import CHECKPOINT, NUM_STEPS, SAVED_AT, callback_arguments
+from tests.run.later_releases import with_default, with_field
 from tests.training_cases import LIGHTNING_WARNINGS, reports
 
 FILES = Path(__file__).parents[1] / "data" / "earlier_runs"
@@ -97,6 +98,31 @@ def test_a_checkpoint_of_the_trainer_goes_on(tmp_path: Path, caplog: Any) -> Non
     later = [record for record in earlier_records("transformers.jsonl") if record.step > SAVED_AT]  # it probes, then saves
     assert_measured_on(callback.history, later)
     assert reports(caplog) == []
+
+
+def replaced(cls: type, measurement: Any) -> list[Any]:
+    return [measurement if type(each) is cls else each for each in earlier_runs.measurements()]
+
+
+def test_a_field_that_was_added_since_changes_nothing(tmp_path: Path, caplog: Any) -> None:
+    measure = replaced(GradientNoise, with_field(GradientNoise, default=3)())
+    callback = LightningCallback(**callback_arguments(loss_fn="cross_entropy", measure=measure))
+    earlier_runs.lightning_training(tmp_path, callback, checkpoint=FILES / "lightning.ckpt")
+    assert_measured_on(callback.history, earlier_records("lightning.jsonl"))
+    assert reports(caplog) == []
+
+
+def test_a_default_that_changed_since_is_said_and_begins_anew(tmp_path: Path, caplog: Any) -> None:
+    shutil.copytree(FILES / CHECKPOINT, tmp_path / CHECKPOINT)
+    callback = TransformersCallback(
+        **callback_arguments(measure=replaced(GradientNoise, with_default(GradientNoise, decay=0.8)()))
+    )
+    earlier_runs.transformers_training(tmp_path, callback, checkpoint=tmp_path / CHECKPOINT)
+    (report,) = reports(caplog)
+    assert "had other arguments (`measure` [" in report
+    assert "GradientNoise(decay=0.9)" in report.partition(", now ")[0]
+    assert "GradientNoise(decay=0.8)" in report.partition(", now ")[2]
+    assert {record.step for record in callback.history} == {SAVED_AT, 9}
 
 
 @pytest.mark.parametrize("name", earlier_runs.KEYED)

@@ -1,5 +1,6 @@
 """A checkpoint's state is used by the arguments that wrote it, and others are told what differs."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -8,9 +9,23 @@ from typing import Any
 
 import pytest
 
-from curvature_callbacks import FisherSpectrum, TopEigenpairs
-from curvature_callbacks.run.fingerprint import fingerprint, settings_text, warn_of_change
-from tests.training_cases import reports
+from curvature_callbacks import (
+    AtSteps,
+    EdgeRatio,
+    EveryNSteps,
+    FisherSpectrum,
+    GradientNoise,
+    KFACCoverage,
+    KFACQuality,
+    LogSpaced,
+    SpectralDensity,
+    TopEigenpairs,
+)
+from curvature_callbacks.run import fingerprint as tables
+from curvature_callbacks.run.fingerprint import FIELD_TABLES, Added, FieldTable, warn_of_change
+from curvature_callbacks.run.settings import Settings
+from tests.run.later_releases import with_default, with_field
+from tests.training_cases import Checksum, reports
 
 
 def kept(name: Any, parameter: Any) -> Any:
@@ -38,38 +53,87 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
+def with_changes(*names: str) -> Settings:
+    arguments = dict(USUAL)
+    for name in names:
+        arguments |= CHANGES[name]
+    return Settings(**arguments)
+
+
 @pytest.mark.parametrize("name", CHANGES)
-def test_every_change_is_another_fingerprint(name: str) -> None:
-    assert fingerprint(settings_text(USUAL | CHANGES[name])) != fingerprint(settings_text(USUAL))
-    assert fingerprint(settings_text(USUAL | CHANGES[name])) == fingerprint(settings_text(USUAL | CHANGES[name]))
+def test_every_change_is_another_key(name: str) -> None:
+    assert with_changes(name).key != with_changes().key
+    assert with_changes(name).key == with_changes(name).key
 
 
 def test_it_survives_json_and_has_no_address() -> None:
-    description = settings_text(USUAL | CHANGES["function"])
+    description = with_changes("function").description
     assert json.loads(json.dumps(description)) == description
     assert "0x" not in str(description)
 
 
 def test_it_is_the_same_in_another_process() -> None:
     code = (
-        "import os\nfrom curvature_callbacks import TopEigenpairs\nfrom curvature_callbacks.run.fingerprint import *\n"
-        "print(fingerprint(settings_text({'measure': [TopEigenpairs(operator=os.path.join)], 'params_filter': os.path.join})))"
+        "import os\nfrom curvature_callbacks import TopEigenpairs\nfrom curvature_callbacks.run.settings import Settings\n"
+        "print(Settings(measure=[TopEigenpairs(operator=os.path.join)], params_filter=os.path.join).key)"
     )
     found = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in range(2)}
-    here: Any = os.path.join
-    assert found == {fingerprint(settings_text({"measure": [TopEigenpairs(operator=here)], "params_filter": here})) + "\n"}
+    join: Any = os.path.join
+    assert found == {Settings(measure=[TopEigenpairs(operator=join)], params_filter=join).key + "\n"}
 
 
 def test_what_changed_is_said_once_against_the_nearest(caplog: Any) -> None:
-    states = [
-        {"settings": settings_text(USUAL | CHANGES["seed"])},
-        {"settings": settings_text(USUAL | CHANGES["seed"] | CHANGES["blocks"])},
-    ]
-    warn_of_change(settings_text(USUAL), [*states, {}, None, 3])
+    states = [{"settings": with_changes(*names).description} for names in (["seed"], ["seed", "blocks"])]
+    warn_of_change(with_changes().description, [*states, {}, None, 3])
     assert len(reports(caplog)) == 1
     assert "(`seed` 1, now 0)" in reports(caplog)[0]
 
 
 def test_nothing_is_said_of_a_checkpoint_without_our_state(caplog: Any) -> None:
-    warn_of_change(settings_text(USUAL), [{}, {"previous": 3}])
+    warn_of_change(with_changes().description, [{}, {"previous": 3}])
     assert reports(caplog) == []
+
+
+def test_a_field_that_is_added_leaves_the_key_until_it_is_used() -> None:
+    later = with_field(GradientNoise, default=3)
+    before = Settings(measure=[GradientNoise(decay=0.8)]).key
+    assert Settings(measure=[later(decay=0.8)]).key == before
+    assert Settings(measure=[later(decay=0.8, added=4)]).key != before
+    assert Settings(measure=[later()]).key != before
+
+
+def test_a_default_that_changes_after_it_was_recorded_is_a_difference(monkeypatch: Any) -> None:
+    """What counts is the default that the field came with: 3, also where the class has 5 by then."""
+    table = FieldTable(FIELD_TABLES["GradientNoise"].first, {"added": Added(version=2, default=3)})
+    monkeypatch.setattr(tables, "FIELD_TABLES", {**FIELD_TABLES, "GradientNoise": table})
+    before = Settings(measure=[GradientNoise()]).key
+    assert Settings(measure=[with_field(GradientNoise, default=3)()]).key == before
+    later = with_field(GradientNoise, default=5)
+    assert Settings(measure=[later()]).key != before
+    assert Settings(measure=[later(added=3)]).key == before
+
+
+def test_a_default_of_the_first_version_that_changes_is_a_difference() -> None:
+    later, before = with_default(GradientNoise, decay=0.8), Settings(measure=[GradientNoise()]).key
+    assert Settings(measure=[later()]).key != before
+    assert Settings(measure=[later(decay=0.9)]).key == before
+
+
+CLASSES = [
+    Settings,
+    *(FisherSpectrum, TopEigenpairs, SpectralDensity, EdgeRatio, GradientNoise, KFACQuality, KFACCoverage),
+    *(EveryNSteps, AtSteps, LogSpaced),
+]
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=[cls.__name__ for cls in CLASSES])
+def test_every_field_stands_in_its_table(cls: Any) -> None:
+    """A field that is new is written into its table with the default it comes with."""
+    table = FIELD_TABLES[cls.__name__]
+    assert {each.name for each in dataclasses.fields(cls)} == {*table.first, *table.added, *table.ignored}
+    assert all(added.version > 1 for added in table.added.values())
+
+
+def test_a_measurement_of_ones_own_is_written_out_whatever_its_name() -> None:
+    mine = dataclasses.make_dataclass("GradientNoise", [("scale", float, 1.0)], bases=(Checksum,), frozen=True)
+    assert "scale=1.0" in Settings(measure=[mine()]).description["measure"]
