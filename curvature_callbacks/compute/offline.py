@@ -1,4 +1,4 @@
-"""The interface of a measurement."""
+"""A problem outside any training loop, which the one-call functions measure."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +26,7 @@ def offline_problem(
     seed: int = 0,
     optimizer: Optimizers | None = None,
 ) -> Iterator[Problem]:
-    """A problem outside any training loop, isolated all the same and checked."""
+    """The problem of `batches`, checked, inside `isolated`: the model is left as found."""
     with isolated(model, seed=seed):
         problem = Problem(
             model,

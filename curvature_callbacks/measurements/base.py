@@ -22,11 +22,11 @@ class Measurement(Protocol):
 
     @property
     def name(self) -> str:
-        """Name in records and tags."""
+        """Name in records and tags, different for all measurements of a run."""
         ...
 
     def init(self, problem: Problem) -> Any:
-        """State before the first probe."""
+        """State before the first probe; None where nothing is carried."""
         ...
 
     def measure(self, problem: Problem, state: Any) -> tuple[Sequence[Record], Any]:
@@ -42,37 +42,37 @@ for _method in (Measurement.init, Measurement.measure):
 
 @runtime_checkable
 class OfFisher(Protocol):
-    """A measurement of a type of Fisher; where the run's loss does not have it, the run stops before step 1."""
+    """A measurement of a type of Fisher; the run is refused before step 1 if its loss does not have that type."""
 
     @property
     def fisher_type(self) -> FisherType:
-        """Whose per-sample gradients it takes."""
+        """The type whose per-sample gradients it takes."""
         ...
 
 
 @runtime_checkable
 class OfKronecker(OfFisher, Protocol):
-    """One of Kronecker factors too; these come from the pass over the microbatches that gives the Grams of the others."""
+    """A measurement of Kronecker factors; they come from the pass over the microbatches that gives the Grams of that type."""
 
     @property
     def sharing(self) -> Sharing:
-        """How positions enter the factors."""
+        """How the positions that share a weight enter its factors."""
         ...
 
 
 @runtime_checkable
 class OfOptimizer(Protocol):
-    """A measurement that may read the optimizer; where the run has none that it can read, it stops before step 1."""
+    """A measurement that may need the optimizer; the run is refused before step 1 if it needs one and none is readable."""
 
     @property
     def needs_optimizer(self) -> bool:
-        """Whether it does."""
+        """Whether this one, with its options, needs the optimizer."""
         ...
 
 
 @runtime_checkable
 class Checked(Protocol):
-    """A measurement that can tell from a first probe whether the run can ever have it."""
+    """A measurement that can find out at a first probe whether the run can have it at all."""
 
     def check(self, problem: Problem) -> None:
         """Raise a `ConfigurationError`, which stops the run before step 1, if not. Cost: at most a forward pass."""

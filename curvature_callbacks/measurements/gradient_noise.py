@@ -106,7 +106,7 @@ class GradientNoise:
 
     @property
     def name(self) -> str:
-        """`gradient_noise`."""
+        """`gradient_noise`, whatever the options."""
         return _NAME
 
     def init(self, problem: Problem) -> GradientNoiseState:
@@ -117,30 +117,31 @@ class GradientNoise:
         """One record for the whole model and one a block; the state of averages and reference kernel."""
         usable = _usable(problem)
         total, blocks = _statistics(problem, usable)
-        whole = gradient_statistics(total)
-        kernel, rows = half_vector(total), _fingerprint(problem, usable)
-        reference = state["reference"] or {"rows": rows, "step": problem.step, "kernel": kernel.tolist()}
-        comparable = reference["rows"] == rows
+        model_wide = gradient_statistics(total)
+        kernel, rows_hash = half_vector(total), _fingerprint(problem, usable)
+        reference = state["reference"] or {"rows": rows_hash, "step": problem.step, "kernel": kernel.tolist()}
+        comparable = reference["rows"] == rows_hash
         drift = kernel_drift(kernel, torch.tensor(reference["kernel"], dtype=torch.float64)) if comparable else None
         after: GradientNoiseState = {
-            "whole": self._averaged(state["whole"], whole),
+            "whole": self._averaged(state["whole"], model_wide),
             "blocks": {
-                block: self._averaged(state["blocks"].get(block, _no_averages()), found) for block, found in blocks.items()
+                block: self._averaged(state["blocks"].get(block, _no_averages()), statistics)
+                for block, statistics in blocks.items()
             },
             "reference": reference,
         }
         metadata = {**_settings(problem, usable), "decay": self.decay, "reference_step": reference["step"]}
         why_no_drift = "a kernel is zero" if comparable else "not the rows and parameters of the first probe"
-        first = _whole_record(problem, whole, after["whole"], drift, why_no_drift, metadata)
+        first = _model_record(problem, model_wide, after["whole"], drift, why_no_drift, metadata)
         return [first, *(_block_record(problem, block, blocks[block], after["blocks"][block]) for block in blocks)], after
 
-    def _averaged(self, averages: _Averages, found: GradientStatistics) -> _Averages:
-        kept, new = self.decay, 1.0 - self.decay
+    def _averaged(self, averages: _Averages, statistics: GradientStatistics) -> _Averages:
+        past, new = self.decay, 1.0 - self.decay
         return {
-            "weight": kept * averages["weight"] + new,
-            "covariance_trace": kept * averages["covariance_trace"] + new * found.covariance_trace,
+            "weight": past * averages["weight"] + new,
+            "covariance_trace": past * averages["covariance_trace"] + new * statistics.covariance_trace,
             "mean_gradient_norm_squared": (
-                kept * averages["mean_gradient_norm_squared"] + new * found.mean_gradient_norm_squared
+                past * averages["mean_gradient_norm_squared"] + new * statistics.mean_gradient_norm_squared
             ),
         }
 
@@ -151,8 +152,8 @@ def _no_averages() -> _Averages:
 
 def _usable(problem: Problem) -> Tensor:
     """(N,) on CPU: whether a sample has a valid target and a finite gradient."""
-    found = problem.grams()
-    usable = (found.num_targets > 0).cpu() & finite_samples(found.grams)
+    block_grams = problem.grams()
+    usable = (block_grams.num_targets > 0).cpu() & finite_samples(block_grams.grams)
     if usable.sum() < 2:
         raise ProbeError(
             f"{int(usable.sum())} of {len(usable)} samples of this probe have a valid target and a finite gradient: gradient "
@@ -163,11 +164,11 @@ def _usable(problem: Problem) -> Tensor:
 
 def _statistics(problem: Problem, usable: Tensor) -> tuple[Tensor, dict[str, GradientStatistics]]:
     """The Gram of the whole model over the usable samples, and the statistics of every block; one block's copy at a time."""
-    kept = usable.nonzero()[:, 0].to(problem.objective.device)
-    total = torch.zeros(len(kept), len(kept), dtype=torch.float64, device=kept.device)
+    indices = usable.nonzero()[:, 0].to(problem.objective.device)
+    total = torch.zeros(len(indices), len(indices), dtype=torch.float64, device=indices.device)
     blocks = {}
     for block, gram in problem.grams().grams.items():
-        K = gram[kept][:, kept]
+        K = gram[indices][:, indices]
         total += K
         blocks[block] = gradient_statistics(K)
     return total, blocks
@@ -185,18 +186,18 @@ def _settings(problem: Problem, usable: Tensor) -> dict[str, Any]:
     }
 
 
-def _whole_record(
+def _model_record(
     problem: Problem,
-    found: GradientStatistics,
+    statistics: GradientStatistics,
     averages: _Averages,
     drift: float | None,
     why_no_drift: str,
     metadata: Mapping[str, Any],
 ) -> Record:
-    values = _common(found, averages) | {
+    values = _common(statistics, averages) | {
         "kernel_drift": drift,
-        "diversity": found.diversity,
-        "mean_gradient_norm_squared_standard_error": found.standard_error,
+        "diversity": statistics.diversity,
+        "mean_gradient_norm_squared_standard_error": statistics.standard_error,
     }
     reasons = {
         "scale": _NO_SIGNAL,
@@ -209,30 +210,30 @@ def _whole_record(
     averaged = {
         f"{name}_average": averages[name] / averages["weight"] for name in ("covariance_trace", "mean_gradient_norm_squared")
     }
-    counts = {"num_undefined_pairs": float(found.num_undefined_pairs), "num_samples": float(found.num_samples)}
+    counts = {"num_undefined_pairs": float(statistics.num_undefined_pairs), "num_samples": float(statistics.num_samples)}
     return Record(
         step=problem.step,
         measurement=_NAME,
-        scalars={**_defined(values), **averaged, **found.norm_quantiles(), **counts},
+        scalars={**_defined(values), **averaged, **statistics.norm_quantiles(), **counts},
         headline=_HEADLINE,
-        arrays={"norms": found.norms.tolist()},
+        arrays={"norms": statistics.norms.tolist()},
         metadata={**metadata, "absent": {name: reasons[name] for name, value in values.items() if value is None}},
     )
 
 
-def _block_record(problem: Problem, block: str, found: GradientStatistics, averages: _Averages) -> Record:
-    values = _defined(_common(found, averages))
+def _block_record(problem: Problem, block: str, statistics: GradientStatistics, averages: _Averages) -> Record:
+    values = _defined(_common(statistics, averages))
     return Record(step=problem.step, measurement=_NAME, block=block, scalars=values, curves=())
 
 
-def _common(found: GradientStatistics, averages: _Averages) -> dict[str, float | None]:
-    """What a block and the whole model both have."""
+def _common(statistics: GradientStatistics, averages: _Averages) -> dict[str, float | None]:
+    """The metrics that a block and the model both have; None where undefined."""
     return {
         "scale": _ratio(averages),
-        "covariance_trace": found.covariance_trace,
-        "mean_gradient_norm_squared": found.mean_gradient_norm_squared,
-        "mean_cosine": found.mean_cosine,
-        "conflict_share": found.conflict_share,
+        "covariance_trace": statistics.covariance_trace,
+        "mean_gradient_norm_squared": statistics.mean_gradient_norm_squared,
+        "mean_cosine": statistics.mean_cosine,
+        "conflict_share": statistics.conflict_share,
     }
 
 
@@ -248,7 +249,7 @@ def _defined(values: Mapping[str, float | None]) -> dict[str, float]:
 def _fingerprint(problem: Problem, usable: Tensor) -> str:
     """SHA-1 of what a kernel depends on beside the parameters' values: their names, the rows' bytes, which rows were used.
 
-    The same on all processes, whose rows the kernel is of: a checkpoint has that of one.
+    The kernel is of the rows of all processes, and so is the hash: it is the same on all, as a checkpoint has that of one only.
     """
     digest = hashlib.sha1(repr((list(problem.objective.parameters), usable.tolist())).encode())
 
@@ -261,5 +262,5 @@ def _fingerprint(problem: Problem, usable: Tensor) -> str:
 
     for batch in problem.microbatches:
         map_tensors(batch, add)
-    found = problem.world.gathered(digest.hexdigest())
-    return found[0] if len(found) == 1 else hashlib.sha1(repr(found).encode()).hexdigest()
+    digests = problem.world.gathered(digest.hexdigest())
+    return digests[0] if len(digests) == 1 else hashlib.sha1(repr(digests).encode()).hexdigest()

@@ -12,7 +12,7 @@ from curvature_callbacks.record import Record
 
 @final
 class JSONLinesSink:
-    """Appends each record whole, full spectra included, as one line of strict JSON.
+    """Appends each record with all its arrays as one line of strict JSON.
 
     All lines of a probe are written together. After a kill in mid-write the torn last line is closed by the next run and
     skipped by `read_records`; what a full disk had no room for is taken back, and the error raised. The file and its directory
@@ -29,7 +29,7 @@ class JSONLinesSink:
         self.path = Path(path)
 
     def write(self, records: Sequence[Record]) -> None:
-        """Append."""
+        """Append one line for each record."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = "".join(record.to_json() + "\n" for record in records)
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
@@ -47,7 +47,10 @@ class JSONLinesSink:
 
 
 def _append(descriptor: int, content: bytes) -> None:
-    """All of it or nothing. Without Python's buffer, which would try the rest of a failed write again when it is closed."""
+    """Append all of `content` or nothing.
+
+    Without Python's buffer, which would try the rest of a failed write again when it is closed.
+    """
     before, written = os.fstat(descriptor).st_size, 0
     try:
         while written < len(content):
@@ -60,7 +63,7 @@ def _append(descriptor: int, content: bytes) -> None:
 
 
 def read_records(path: str | Path) -> list[Record]:
-    """The records in a JSON-lines file; lines torn by a kill are skipped."""
+    """The records in a JSON-lines file of any version; lines torn by a kill are skipped."""
     records = []
     for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         try:

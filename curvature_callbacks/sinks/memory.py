@@ -1,4 +1,4 @@
-"""Records in memory."""
+"""Records in a list, for looking at them in the same process."""
 
 from collections.abc import Sequence
 from typing import final
@@ -16,5 +16,5 @@ class MemorySink:
         self.records: list[Record] = []
 
     def write(self, records: Sequence[Record]) -> None:
-        """Append."""
+        """Append `records`."""
         self.records.extend(records)

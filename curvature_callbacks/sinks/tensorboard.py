@@ -34,7 +34,7 @@ class TensorBoardSink:
         self._drawn: dict[str, int] = {}  # columns of each map when it was drawn last
 
     def write(self, records: Sequence[Record]) -> None:
-        """Write one probe."""
+        """Write the records of one probe at its step."""
         if not records:
             return
         step = records[0].step

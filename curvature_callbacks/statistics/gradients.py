@@ -15,11 +15,14 @@ _QUANTILES: Final = {"min": 0.0, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95":
 class GradientStatistics:
     """Statistics of gradients `g_1 ... g_N` drawn from a distribution of mean G and covariance Sigma.
 
+    The unit u of a gradient is that of its loss over a parameter's; cosines, shares and `diversity` have none.
+
     Attributes:
-        norms: (N,) float64 on CPU, `||g_i||`.
-        covariance_trace: unbiased estimate of `tr Sigma`, never negative.
-        mean_gradient_norm_squared: unbiased estimate of `||G||^2`, the mean of `g_i . g_j` over pairs i != j. It may be
-            negative: its own scatter is as large as itself where N is below `tr Sigma / ||G||^2`.
+        norms: (N,) float64 on CPU, `||g_i||`, in u.
+        covariance_trace: unbiased estimate of `tr Sigma` of one gradient (of a mean of B of them it is a B-th), in u^2, never
+            negative.
+        mean_gradient_norm_squared: unbiased estimate of `||G||^2`, the mean of `g_i . g_j` over pairs i != j, in u^2. It may be
+            negative: its scatter is as large as it is where N is below `tr Sigma / ||G||^2`.
         standard_error: of `mean_gradient_norm_squared`, by leaving one sample out (jackknife); None for N = 2.
         diversity: `sum_i ||g_i||^2 / ||sum_i g_i||^2`, 1/N for equal gradients, 1 for orthogonal ones; None when they cancel.
         mean_cosine: mean over pairs i != j of the cosine between g_i and g_j; None without a defined pair.
@@ -38,7 +41,7 @@ class GradientStatistics:
 
     @property
     def num_samples(self) -> int:
-        """N."""
+        """N, the number of gradients."""
         return len(self.norms)
 
     def norm_quantiles(self) -> dict[str, float]:

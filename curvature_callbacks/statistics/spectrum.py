@@ -20,11 +20,12 @@ class Spectrum:
     """The non-zero eigenvalues of `F = sum_s g_s g_s' / normaliser`; the normaliser is N where each gradient is a sample.
 
     Attributes:
-        eigenvalues: (r,) float64 on CPU, descending; those above `tau lambda_1` with `tau = N eps`.
+        eigenvalues: (r,) float64 on CPU, descending, in units of (loss / parameter)^2; those above `tau lambda_1` with
+            `tau = N eps`.
         num_samples: N, the gradients used: rows, or one for every target, draw and class of them (pseudo-samples).
         num_params: P, the dimension of F.
-        trace: `tr F`, from the diagonal of the Gram (all eigenvalues, also those cut).
-        jitter: what had to be added to the diagonal for the eigensolver to succeed; 0 otherwise.
+        trace: `tr F`, from the diagonal of the Gram (all eigenvalues, also those cut), in the unit of the eigenvalues.
+        jitter: what had to be added to the diagonal for the eigensolver to succeed, in that unit; 0 otherwise.
         pair_statistics: unbiased statistics over pairs of gradients of different rows, empty for a union of spectra.
     """
 
@@ -112,9 +113,9 @@ def spectrum_of_gram(
     K = (centred(K, w / scale) if center else K) / scale
     values, jitter = _eigenvalues(K)
     values = values.cpu().flip(0)[: max(num_params, 0)]
-    kept = values[values > rank_cut(N, dtype) * values[:1].clamp_min(0.0)] if N else values
+    nonzero = values[values > rank_cut(N, dtype) * values[:1].clamp_min(0.0)] if N else values
     return Spectrum(
-        eigenvalues=kept,
+        eigenvalues=nonzero,
         num_samples=N,
         num_params=num_params,
         trace=K.diagonal().sum().item(),
@@ -185,12 +186,12 @@ def _pair_statistics(K: Tensor, w: Tensor, rows: Tensor, *, center: bool) -> dic
     apart = K * other_row
     weight = _sum_over_pairs(w, other_row)
     mean = (w.sqrt() @ apart @ w.sqrt()).item()
-    found = {"mean_gradient_norm_squared": mean / weight} if weight > 0 else {}
+    statistics = {"mean_gradient_norm_squared": mean / weight} if weight > 0 else {}
     if not center:
         squares = apart.square().sum().item()
         products = _sum_over_pairs(K.diagonal(), other_row)
-        found["participation_ratio_unbiased"] = products / squares if squares > 0 else math.inf
-    return found
+        statistics["participation_ratio_unbiased"] = products / squares if squares > 0 else math.inf
+    return statistics
 
 
 def _sum_over_pairs(x: Tensor, pairs: Tensor) -> float:
