@@ -1,6 +1,6 @@
 """Space: where the vectors of an operator are, all in one process or in parts over several."""
 
-from typing import Final, Protocol, final
+from typing import Final, Protocol
 
 from torch import Tensor
 from typing_extensions import override
@@ -26,7 +26,6 @@ class Space(Protocol):
         ...
 
 
-@final
 class LocalSpace(Space):
     """Every process holds all entries of every vector."""
 

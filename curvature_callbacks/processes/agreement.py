@@ -1,4 +1,4 @@
-"""Common failure: the one exception that all processes raise when some of them failed."""
+"""Agreement: the one exception that all processes raise when some of them failed."""
 
 from collections.abc import Sequence
 from typing import Final
@@ -7,7 +7,7 @@ import torch
 
 from curvature_callbacks.errors import ConfigurationError, ProbeError, RefusedError, is_out_of_memory, message_of, named
 
-_KINDS: Final[dict[str, type[Exception]]] = {  # what a failure is to everybody, the most decisive first
+_CATEGORIES: Final[dict[str, type[Exception]]] = {  # of failures, the most decisive first, and what all then raise
     "configuration": ConfigurationError,
     "refused": RefusedError,
     "memory": torch.OutOfMemoryError,
@@ -17,27 +17,28 @@ _KINDS: Final[dict[str, type[Exception]]] = {  # what a failure is to everybody,
 
 
 def failure_text(error: BaseException) -> tuple[str, str]:
-    """What kind of failure it is, and its message: with its type, where that is not the one all will raise."""
-    return _kind(error), message_of(error) if type(error) in _KINDS.values() else named(error)
+    """(category, message); the message names the exception's type when all processes will raise another."""
+    return _category(error), message_of(error) if type(error) in _CATEGORIES.values() else named(error)
 
 
 def common_failure(failures_by_rank: Sequence[tuple[str, str] | None]) -> Exception:
-    """Of the most decisive kind any process has, with its messages.
+    """The exception of the most decisive category that any process has, with the messages of those that have it.
 
     Args:
-        failures_by_rank: of each process by rank, None where it did not fail.
+        failures_by_rank: (category, message) of each process by rank, None where it did not fail.
     """
     failures = [(rank, *failure) for rank, failure in enumerate(failures_by_rank) if failure is not None]
-    kind = next(kind for kind in _KINDS if any(kind == each for _, each, _ in failures))
-    told: dict[str, int] = {}
-    for rank, each, message in failures:
-        if each == kind:
-            told.setdefault(message, rank)
-    everywhere = len(told) == 1 and len(failures) == len(failures_by_rank)
-    return _KINDS[kind]("; ".join(text if everywhere else f"process {rank}: {text}" for text, rank in told.items()))
+    decisive = next(category for category in _CATEGORIES if any(category == each for _, each, _ in failures))
+    messages: dict[str, int] = {}  # each once, to the first rank that has it
+    for rank, category, message in failures:
+        if category == decisive:
+            messages.setdefault(message, rank)
+    everywhere = len(messages) == 1 and len(failures) == len(failures_by_rank)
+    text = "; ".join(message if everywhere else f"process {rank}: {message}" for message, rank in messages.items())
+    return _CATEGORIES[decisive](text)
 
 
-def _kind(error: BaseException) -> str:
+def _category(error: BaseException) -> str:
     if is_out_of_memory(error):
         return "memory"
-    return next((kind for kind, known in _KINDS.items() if isinstance(error, known)), "probe")
+    return next((category for category, cls in _CATEGORIES.items() if isinstance(error, cls)), "probe")

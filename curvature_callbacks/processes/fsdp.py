@@ -1,20 +1,22 @@
-"""Sharding: how a model lies over processes, as a whole on each (DDP) or in parts (FSDP2), and what cannot be measured."""
+"""How a model lies over processes, a replica on each (DDP) or in shards (FSDP2), and which models cannot be measured."""
 
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.library_internals.fsdp import sharded_parameters
 from curvature_callbacks.library_internals.modules import buffers_of
 from curvature_callbacks.processes.world import World
+from curvature_callbacks.space import Space
 
 
 def check_model_over_processes(model: nn.Module, world: World) -> None:
     """Raise a `ConfigurationError` for a model that cannot be measured over these processes.
 
-    Supported are one process, replicas (DDP) and FSDP2 (`fully_shard`), whose parameters are put together inside a probe.
+    Supported are one process, replicas (DDP) and FSDP2 (`fully_shard`), whose parameters are gathered inside a probe.
 
     Cost: with replicas one pass over the parameters.
     """
@@ -27,11 +29,11 @@ def check_model_over_processes(model: nn.Module, world: World) -> None:
     if world.size == 1:
         return
     with world.together():
-        own = [(name, tuple(value.shape), value.requires_grad, _checksum(value)) for name, value in model.named_parameters()]
-    digests = world.gathered(own)
-    for rank, digest in enumerate(digests):
-        if digest != digests[0]:
-            names = [ours[0] for theirs, ours in zip(digest, digests[0], strict=False) if theirs != ours]
+        digest = [(name, tuple(value.shape), value.requires_grad, _checksum(value)) for name, value in model.named_parameters()]
+    first, *others = world.gathered(digest)
+    for rank, other in enumerate(others, start=1):
+        if other != first:
+            names = [expected[0] for given, expected in zip(other, first, strict=False) if given != expected]
             raise ConfigurationError(
                 f"processes 0 and {rank} train different models (parameter `{(names or ['?'])[0]}` differs): curvature is "
                 "reduced over replicas of one model. Measure in a process group of one, or before `init_process_group`."
@@ -41,17 +43,18 @@ def check_model_over_processes(model: nn.Module, world: World) -> None:
 def take_buffers(model: nn.Module, world: World) -> None:
     """Put rank zero's buffers (running statistics) into `model`, as DDP does at its next pass and checkpoints have them.
 
-    Call it inside `isolated`, which puts the own ones back. Cost: one broadcast of them.
+    Call it inside `isolated`, which puts this process's buffers back. Cost: one broadcast of them.
     """
-    own = {name: buffer for name, buffer in model.named_buffers() if _can_be_sent(buffer)}
-    kinds = world.gathered({name: (tuple(buffer.shape), buffer.dtype) for name, buffer in own.items()})
-    common = [name for name, kind in kinds[0].items() if all(other.get(name) == kind for other in kinds)]  # no caches by length
-    found = world.broadcast([own[name] for name in common], source=0)
+    buffers = {name: buffer for name, buffer in model.named_buffers() if _can_be_sent(buffer)}
+    sizes = world.gathered({name: (tuple(buffer.shape), buffer.dtype) for name, buffer in buffers.items()})
+    # Those that are alike everywhere: a cache may be as long as the longest sequence its process has seen.
+    common = [name for name, size in sizes[0].items() if all(other.get(name) == size for other in sizes)]
+    contents = world.broadcast([buffers[name] for name in common], source=0)
     if world.rank == 0:
         return
     with torch.no_grad():
-        for name, content in zip(common, found, strict=True):
-            _fill(model, own[name], content)
+        for name, content in zip(common, contents, strict=True):
+            _fill(model, buffers[name], content)
 
 
 def _can_be_sent(buffer: Tensor) -> bool:
@@ -60,7 +63,7 @@ def _can_be_sent(buffer: Tensor) -> bool:
 
 
 def _fill(model: nn.Module, buffer: Tensor, content: Tensor) -> None:
-    """Copy `content` there, or put it in the place of a buffer that cannot be written to."""
+    """Copy `content` to `buffer`, or give it to the modules that hold a buffer which cannot be written to."""
     if not buffer.is_inference() and 0 not in buffer.stride():  # neither made in inference mode nor expanded
         buffer.copy_(content)
         return
@@ -94,7 +97,7 @@ def passes_are_collective(model: nn.Module) -> bool:
 
 
 def _checksum(value: Tensor) -> str:
-    """Of the bits, which replicas share, by integer sums; of a shard nothing, they differ."""
+    """The sum of the bits as integers, the same on all replicas; "" for a shard, which differs from the others."""
     if hasattr(value, "full_tensor"):
         return ""
     return str(int(value.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64)))
@@ -109,12 +112,16 @@ def is_split_evenly(value: Any, world: World) -> bool:
 
 
 def unsharded(value: Any, world: World) -> Any:
-    """`value` itself, detached, or the whole tensor of which it is a shard (FSDP2); then every process must ask."""
+    """The tensor of which `value` is a shard (FSDP2), which every process must then ask for; else `value` itself, detached.
+
+    A tensor of which processes hold uneven parts is gathered by itself (`full_tensor`): the only collective outside of
+    `group.py`, made in `together` so that a process that has no room for it leaves nobody waiting.
+    """
     if not isinstance(value, Tensor) or not hasattr(value, "full_tensor"):
         return value.detach() if isinstance(value, Tensor) else value
     if is_split_evenly(value, world):
         return world.concatenated(shard(value), value.shape[0], label=str(value.shape))
-    with world.together():  # room for it: nobody may be alone in what follows
+    with world.together():  # is there room for it everywhere? all take part in what follows
         torch.empty(value.shape, dtype=value.dtype, device=value.device)
     gathered: Tensor = value.detach().full_tensor()  # type: ignore[attr-defined]
     return gathered
@@ -129,24 +136,24 @@ def shard(value: Any) -> Any:
 
 
 @final
-class ShardSpace:
-    """Vectors of which every process holds its shards, and that nobody may hold as a whole."""
+class ShardSpace(Space):
+    """Vectors of which every process holds its shards, and no process more: the part of a vector is the vector handed on."""
 
     def __init__(self, world: World) -> None:
         self._world = world
 
+    @override
     def total(self, partial: Tensor) -> Tensor:
-        """Over processes."""
         return self._world.total(partial)
 
+    @override
     def seed(self, seed: int) -> int:
-        """Of the part held here."""
         return self._world.seed(seed)
 
+    @override
     def part(self, length: int) -> slice:
-        """All: vectors are handed on as the parts they are."""
         return slice(0, length)
 
+    @override
     def assembled(self, part: Tensor, length: int) -> Tensor:
-        """`part` itself."""
         return part

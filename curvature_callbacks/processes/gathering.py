@@ -1,10 +1,16 @@
-"""On use: parameters that FSDP2 has sharded, put together where a module uses them and let go behind it.
+"""Parameters that FSDP2 has sharded, gathered where a module uses them and let go behind it.
 
 Inside a probe FSDP2's own hooks do not run: its gathering is in training precision, and its backward pass leaves nothing that
-can be differentiated again. Here a parameter is a differentiable function of the shard held on this process, `whole =
-gather(shard)`, whose derivative is "sum over processes, then the own part". That is linear, so gradients and products with
-second derivatives come out as shards, and as sums over the rows of all processes. What a backward pass needs of `whole` is not
-saved: it is gathered again.
+can be differentiated again. Here a parameter is a differentiable function of the shard held on this process,
+`parameter = gather(shard)`, whose derivative is "sum over processes, then the own part". That is linear, so gradients and
+products with second derivatives come out as shards, and as sums over the samples of all processes.
+
+One forward pass of a module that FSDP2 shards:
+
+    before it runs      gather: its parameters are put together and stand in the module in place of the shards
+    while it runs       the graph saves what its derivative needs; of a gathered parameter it saves how to gather it again
+    when it has run     give back: the shards stand in the module again, and the gathered parameters are freed
+    backward pass       what was saved is gathered again, for as long as one node needs it
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from curvature_callbacks.batches import batch_size, take_rows
@@ -25,20 +31,20 @@ from curvature_callbacks.library_internals.tensors import WeakStorage, without_t
 from curvature_callbacks.processes.fsdp import is_split_evenly
 from curvature_callbacks.processes.world import World
 
-_MOST_NOTED: Final = 1 << 10  # storages noted before those that are gone are dropped
+_MOST_NOTED: Final = 1 << 10  # storages noted before those that are freed are dropped
 _VECTORS: Final = 4  # of parameters, in float32: their values, a vector, its product, and one to work with
 
 G = TypeVar("G")
 
 
 class Watch(Protocol):
-    """Who wants to know the tensors that a forward pass sees."""
+    """Observer of gathered parameters during a forward pass."""
 
-    def adopt(self, name: str, whole: Tensor) -> None:
-        """The parameter `name` is `whole` from now on."""
+    def adopt(self, name: str, gathered: Tensor, /) -> None:
+        """From now on the model uses `gathered` as the parameter `name`."""
         ...
 
-    def forget(self, whole: Tensor) -> None:
+    def forget(self, gathered: Tensor, /) -> None:
         """The module that needed it has run."""
         ...
 
@@ -50,23 +56,23 @@ class _Member:
 
     Attributes:
         name: in the model.
-        places: modules and the attributes they know it by.
-        shape: of the whole.
-        world: the processes that hold its parts, along the first axis.
+        owners: modules and the attributes they know it by.
+        shape: of the parameter, gathered.
+        world: the processes that hold its shards, along the first axis.
     """
 
     name: str
-    places: tuple[tuple[nn.Module, str], ...]
+    owners: tuple[tuple[nn.Module, str], ...]
     shape: torch.Size
     world: World
 
     def gathered(self, shard: Tensor) -> Tensor:
-        """The whole of it, (shape)."""
+        """(shape) from the shards of all processes."""
         return self.world.concatenated(shard, self.shape[0], label=self.name)
 
-    def scattered(self, whole: Tensor) -> Tensor:
-        """The part held here of the sum over processes."""
-        return self.world.total(whole, label=self.name)[self.world.part(self.shape[0])].clone()
+    def scattered(self, gradient: Tensor) -> Tensor:
+        """The part held here of the sum over processes of a `gradient` (shape)."""
+        return self.world.total(gradient, label=self.name)[self.world.part(self.shape[0])].clone()
 
 
 @final
@@ -87,13 +93,13 @@ class OnUse:
         self._groups: list[tuple[nn.Module, list[_Member]]] = []
         for module in model.modules():
             members = [
-                _Member(names[id(parameter)], tuple(places), parameter.shape, world)
-                for parameter, places in sharded_parameters(module)
+                _Member(names[id(parameter)], tuple(owners), parameter.shape, world)
+                for parameter, owners in sharded_parameters(module)
                 if id(parameter) in names
             ]
             if members:
                 self._groups.append((module, members))
-        self._gathered: dict[int, tuple[WeakStorage, _Member, Tensor]] = {}  # address of a storage to what it holds
+        self.storages = _GatheredStorages()
         self.saved_bytes = 0
 
     @property
@@ -103,132 +109,174 @@ class OnUse:
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
-        """Of the whole parameters."""
+        """Name to the shape of the gathered parameter."""
         return {member.name: member.shape for _, members in self._groups for member in members}
 
     @contextmanager
     def using(self, shards: Mapping[str, Tensor], watch: Watch | None = None) -> Iterator[None]:
-        """A forward pass inside sees the whole parameters of these `shards`, each group while its module runs.
+        """A forward pass inside sees the gathered parameters of these `shards`, each group while its module runs.
 
         Args:
             shards: by name.
-            watch: told of every whole parameter that comes and goes.
+            watch: is shown every gathered parameter that comes and goes.
         """
         with ExitStack() as stack:
             for module, members in self._groups:
-                stack.enter_context(self._gathering(module, members, shards, watch))
+                turn = _Turn(members, lambda member: self._gathered(member, shards[member.name]), watch)
+                stack.enter_context(turn.around(module))
             yield
-        self._gathered = {key: found for key, found in self._gathered.items() if not found[0].is_freed()}
+        self.storages.drop_freed()
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Graphs built inside keep shards in place of whole parameters."""
-        with saved_tensors_hooks(self._packed, self._unpacked):
+        """Graphs built inside keep shards in place of gathered parameters."""
+        with saved_tensors_hooks(self._pack, self._unpack):
             yield
 
     def size_of(self, build: Callable[[], G]) -> tuple[G, int]:
-        """What `build` builds, and the bytes it saved on the way."""
+        """What `build` builds, and the bytes it saved on the way: the most over processes, which must keep the same graphs."""
         self.saved_bytes = 0
         graph = build()
-        return graph, max(self._world.gathered(self.saved_bytes))  # all must keep the same graphs
+        return graph, max(self._world.gathered(self.saved_bytes))
+
+    def _gathered(self, member: _Member, shard: Tensor) -> Tensor:
+        with without_torch_function():  # what is put together here is not what the model computes
+            differentiable = shard.requires_grad
+            result: Tensor = _Gather.apply(shard, member) if differentiable else member.gathered(shard)  # type: ignore[no-untyped-call]
+            self.storages.note(result, member, shard)
+            return result
+
+    def _pack(self, tensor: Tensor) -> Any:
+        storage = tensor.untyped_storage()
+        source = self.storages.source_of(storage)
+        if source is None:
+            self.saved_bytes += storage.nbytes()
+            return tensor
+        return *source, tensor.shape, tensor.stride(), tensor.storage_offset()
+
+    def _unpack(self, packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        member, shard, shape, stride, offset = packed
+        gathered: Tensor = member.gathered(shard)
+        self.storages.note(gathered, member, shard)  # a graph of this backward pass may save it again
+        return gathered.as_strided(shape, stride, offset)
+
+
+@final
+class _Turn:
+    """One module's turn in a forward pass: `gather` runs before it and `give_back` behind it."""
+
+    def __init__(self, members: Sequence[_Member], gathered: Callable[[_Member], Tensor], watch: Watch | None) -> None:
+        self._members = members
+        self._gathered = gathered
+        self._watch = watch
+        owners = [owner for member in members for owner in member.owners]
+        self._shards = [(module, attribute, parameters_of(module)[attribute]) for module, attribute in owners]
+        self._held: list[Tensor] = []  # empty outside the turn: nothing gathered may outlive it here
 
     @contextmanager
-    def _gathering(
-        self, module: nn.Module, members: list[_Member], shards: Mapping[str, Tensor], watch: Watch | None
-    ) -> Iterator[None]:
-        there: list[Tensor] = []
-        before = [(place, attribute, parameters_of(place)[attribute]) for one in members for place, attribute in one.places]
-
-        def gather(*_: Any) -> None:
-            for member in members:
-                with without_torch_function():  # what is put together here is not what the model computes
-                    whole = self._whole(member, shards[member.name])
-                there.append(whole)
-                if watch is not None:
-                    watch.adopt(member.name, whole)
-                for place, attribute in member.places:
-                    parameters_of(place)[attribute] = whole  # type: ignore[assignment]
-
-        def let_go(*_: Any) -> None:
-            for place, attribute, parameter in before:
-                parameters_of(place)[attribute] = parameter
-            while there:
-                whole = there.pop()
-                if watch is not None:
-                    watch.forget(whole)
-
+    def around(self, module: nn.Module) -> Iterator[None]:
+        """Inside, the turn is taken whenever `module` runs."""
         handles = [
-            module.register_forward_pre_hook(gather, prepend=True),
-            module.register_forward_hook(let_go, always_call=True),
+            module.register_forward_pre_hook(self._gather, prepend=True),
+            module.register_forward_hook(self._give_back, always_call=True),
         ]
         try:
             yield
         finally:
-            let_go()
+            self._give_back()
             for handle in handles:
                 handle.remove()
 
-    def _whole(self, member: _Member, shard: Tensor) -> Tensor:
-        whole: Tensor = _Gather.apply(shard, member) if shard.requires_grad else member.gathered(shard)  # type: ignore[no-untyped-call]
-        return self._noted(whole, member, shard)
+    def _gather(self, *_: Any) -> None:
+        for member in self._members:
+            gathered = self._gathered(member)
+            self._held.append(gathered)
+            if self._watch is not None:
+                self._watch.adopt(member.name, gathered)
+            for module, attribute in member.owners:
+                parameters_of(module)[attribute] = gathered  # type: ignore[assignment]
 
-    def _noted(self, whole: Tensor, member: _Member, shard: Tensor) -> Tensor:
-        storage = whole.untyped_storage()
-        if len(self._gathered) >= _MOST_NOTED:
-            self._gathered = {key: found for key, found in self._gathered.items() if not found[0].is_freed()}
-        self._gathered[storage.data_ptr()] = WeakStorage(storage), member, shard.detach()
-        return whole
+    def _give_back(self, *_: Any) -> None:
+        for module, attribute, shard in self._shards:
+            parameters_of(module)[attribute] = shard
+        while self._held:
+            gathered = self._held.pop()
+            if self._watch is not None:
+                self._watch.forget(gathered)
 
-    def _packed(self, tensor: Tensor) -> Any:
-        storage = tensor.untyped_storage()
-        found = self._gathered.get(storage.data_ptr())
-        if found is None or not found[0].refers_to(storage):
-            self.saved_bytes += storage.nbytes()
-            return tensor
-        _, member, shard = found
-        return member, shard, tensor.shape, tensor.stride(), tensor.storage_offset()
 
-    def _unpacked(self, packed: Any) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        member, shard, shape, stride, offset = packed
-        whole = self._noted(member.gathered(shard), member, shard)
-        return whole.as_strided(shape, stride, offset)
+@final
+class _GatheredStorages:
+    """Which storages are those of gathered parameters, and from which shard each can be gathered again.
+
+    By address, since a graph saves views of a parameter (transposed, cut), which are other objects and share its storage alone.
+    An address is used again once its storage is freed; a weak reference, which keeps nothing alive, tells whether the storage
+    noted there is the one asked for.
+    """
+
+    def __init__(self) -> None:
+        self._sources: dict[int, tuple[WeakStorage, _Member, Tensor]] = {}
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def note(self, gathered: Tensor, member: _Member, shard: Tensor) -> None:
+        """The storage of `gathered` is that of the parameter `member`, put together from this `shard` and those of others."""
+        if len(self._sources) >= _MOST_NOTED:
+            self.drop_freed()
+        storage = gathered.untyped_storage()
+        self._sources[storage.data_ptr()] = WeakStorage(storage), member, shard.detach()
+
+    def source_of(self, storage: UntypedStorage) -> tuple[_Member, Tensor] | None:
+        """Parameter and shard behind a storage; None for one that holds something else."""
+        source = self._sources.get(storage.data_ptr())
+        return None if source is None or not source[0].refers_to(storage) else source[1:]
+
+    def drop_freed(self) -> None:
+        """Forget storages that nobody holds any more."""
+        self._sources = {address: source for address, source in self._sources.items() if not source[0].is_freed()}
 
 
 def on_use_parameters(model: nn.Module, world: World, device: torch.device) -> OnUse | None:
-    """None where every process can hold the whole parameters of `model`, and a few vectors of their size, beside training."""
+    """The parameters to gather on use; None where every process can hold all of them, and a few vectors of their size, beside
+    training.
+
+    Raises:
+        ConfigurationError: they do not fit, and are sharded in a way that cannot be gathered on use.
+    """
     if world.size == 1 or not any(map(is_fully_sharded, model.modules())):
         return None
     named = dict(model.named_parameters())
     needed = _VECTORS * sum(4 * parameter.numel() for parameter in named.values())
     if not world.anywhere(needed > device_budget(device)):
         return None
-    odd = [name for name, value in named.items() if not is_split_evenly(value, world)]
-    if odd:
+    uneven = [name for name, value in named.items() if not is_split_evenly(value, world)]
+    if uneven:
         raise ConfigurationError(
-            f"whole parameters do not fit a process, and `{odd[0]}` is not split along its first axis over all {world.size} of "
-            "them: shard over a mesh of one dimension, or measure fewer parameters."
+            f"whole parameters do not fit a process, and `{uneven[0]}` is not split along its first axis over all {world.size} "
+            "of them: shard over a mesh of one dimension, or measure fewer parameters."
         )
-    found = OnUse(model, world)
-    missing = [name for name, parameter in named.items() if parameter.requires_grad and name not in found.names]
+    on_use = OnUse(model, world)
+    missing = [name for name, parameter in named.items() if parameter.requires_grad and name not in on_use.names]
     if missing:
         raise ConfigurationError(
             f"`{missing[0]}` is not sharded while others are, and whole parameters do not fit: apply `fully_shard` to the root "
             "too."
         )
-    return found
+    return on_use
 
 
 def in_step(microbatches: Sequence[Any], world: World) -> list[Any]:
     """As many microbatches, of as many rows, on every process: every pass gathers parameters, and all must take part."""
     sizes = world.gathered([batch_size(batch) for batch in microbatches])
-    common = [min(found) for found in zip(*sizes, strict=False)]
+    common = [min(of_processes) for of_processes in zip(*sizes, strict=False)]
     return [take_rows(batch, torch.arange(size)) for batch, size in zip(microbatches, common, strict=False)]
 
 
 class _Gather(torch.autograd.Function):
-    """Shard to whole."""
+    """From the shard held here to the parameter; derivative `_Scatter`."""
 
     @staticmethod
     def forward(ctx: Any, shard: Tensor, member: _Member) -> Tensor:
@@ -241,12 +289,12 @@ class _Gather(torch.autograd.Function):
 
 
 class _Scatter(torch.autograd.Function):
-    """Summed over processes, then the own part."""
+    """From a gradient by the parameter to the part held here of its sum over processes; derivative `_Gather`."""
 
     @staticmethod
-    def forward(ctx: Any, whole: Tensor, member: _Member) -> Tensor:
+    def forward(ctx: Any, gradient: Tensor, member: _Member) -> Tensor:
         ctx.member = member
-        return member.scattered(whole)
+        return member.scattered(gradient)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:

@@ -7,6 +7,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from curvature_callbacks.processes.world import World
 
@@ -14,35 +15,31 @@ Parcel = tuple[bytes, list[Tensor]]  # pickled without its tensors, and these, e
 
 
 def delivered(parcels: Sequence[Parcel], world: World, device: torch.device) -> list[Any]:
-    """What the processes packed for this one, by rank; nothing where it owns nothing in this turn."""
-    labels = world.gathered([(form, [_size(one) for one in tensors]) for form, tensors in parcels])
-    idle = world.rank >= len(parcels)
-    sizes = [[] if idle else label[world.rank][1] for label in labels]
+    """What the processes packed for this one, by rank; nothing for those of a rank to which nobody sends in this turn.
+
+    Args:
+        parcels: for each of the first ranks what goes there; all processes pack for the same ranks.
+        world: the processes.
+        device: where the received tensors are put.
+    """
+    labels = world.gathered([(pickled, [_size(tensor) for tensor in tensors]) for pickled, tensors in parcels])
+    is_idle = world.rank >= len(parcels)
+    sizes = [[] if is_idle else label[world.rank][1] for label in labels]
     sent = [tensors for _, tensors in parcels] + [[] for _ in range(world.size - len(parcels))]
-    found = world.delivered(sent, sizes)
-    if idle:
+    received = world.delivered(sent, sizes)
+    if is_idle:
         return []
-    return [unpacked(label[world.rank][0], tensors, device) for label, tensors in zip(labels, found, strict=True)]
+    return [unpacked(label[world.rank][0], tensors, device) for label, tensors in zip(labels, received, strict=True)]
 
 
 def handed_round(result: Any, world: World, device: torch.device) -> list[Any]:
-    """The results of all processes, by rank."""
-    label, tensors = packed(result)
-    found = []
-    for source, (form, sizes) in enumerate(world.gathered((label, [_size(one) for one in tensors]))):
-        own = source == world.rank
-        there = tensors if own else [_like(shape, dtype, device) for shape, dtype in sizes]
-        found.append(unpacked(form, world.broadcast(there, source=source), device))
-    return found
-
-
-def _like(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of that kind that takes no memory."""
-    return torch.empty((), dtype=dtype, device=device).expand(shape)
-
-
-def _size(tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
-    return tuple(tensor.shape), tensor.dtype
+    """The results of all processes, by rank, their tensors on `device`."""
+    pickled, tensors = packed(result)
+    results = []
+    for source, (label, sizes) in enumerate(world.gathered((pickled, [_size(tensor) for tensor in tensors]))):
+        shapes = tensors if source == world.rank else [_like(shape, dtype, device) for shape, dtype in sizes]
+        results.append(unpacked(label, world.broadcast(shapes, source=source), device))
+    return results
 
 
 def packed(value: Any) -> Parcel:
@@ -53,32 +50,47 @@ def packed(value: Any) -> Parcel:
     return file.getvalue(), pickler.tensors
 
 
-def unpacked(form: bytes, tensors: Sequence[Tensor], device: torch.device) -> Any:
+def unpacked(pickled: bytes, tensors: Sequence[Tensor], device: torch.device) -> Any:
     """What was packed, its tensors on `device`."""
-    return _Unpickler(io.BytesIO(form), [tensor.to(device) for tensor in tensors]).load()
+    return _Unpickler(io.BytesIO(pickled), [tensor.to(device) for tensor in tensors]).load()
+
+
+def _like(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of that shape and dtype that takes no memory."""
+    return torch.empty((), dtype=dtype, device=device).expand(shape)
+
+
+def _size(tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
+    return tuple(tensor.shape), tensor.dtype
 
 
 @final
 class _Pickler(pickle.Pickler):
+    """Leaves tensors out: a number stands for each, its index in `tensors`."""
+
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
         self.tensors: list[Tensor] = []
-        self._places: dict[int, int] = {}
+        self._indices: dict[int, int] = {}  # identity of a tensor to its index
 
+    @override
     def persistent_id(self, value: Any) -> int | None:
         if not isinstance(value, Tensor):
             return None
-        place = self._places.setdefault(id(value), len(self.tensors))
-        if place == len(self.tensors):
+        index = self._indices.setdefault(id(value), len(self.tensors))
+        if index == len(self.tensors):
             self.tensors.append(value)
-        return place
+        return index
 
 
 @final
 class _Unpickler(pickle.Unpickler):
+    """Puts tensors in again by their index."""
+
     def __init__(self, file: io.BytesIO, tensors: Sequence[Tensor]) -> None:
         super().__init__(file)
         self._tensors = tensors
 
-    def persistent_load(self, place: Any) -> Any:
-        return self._tensors[place]
+    @override
+    def persistent_load(self, index: Any) -> Any:
+        return self._tensors[index]

@@ -5,8 +5,9 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Final, Protocol, final
 
 from torch import Tensor
+from typing_extensions import override
 
-from curvature_callbacks.space import Space
+from curvature_callbacks.space import LocalSpace, Space
 
 
 class World(Space, Protocol):
@@ -33,15 +34,15 @@ class World(Space, Protocol):
         ...
 
     def assembled(self, part: Tensor, length: int) -> Tensor:
-        """(K, length) whole vectors as rows, from the `part` (K, held here) of each."""
+        """(K, length) vectors, one a row, put together from the `part` (K, held here) of each."""
         ...
 
     def reduced(self, partial: Tensor) -> Tensor:
         """(K, held here): the part held here of the sum over processes of `partial` (K, length)."""
         ...
 
-    def concatenated(self, rows: Tensor, length: int, *, label: str = "") -> Tensor:
-        """(length, ...) the `rows` of all processes, of which `part(length)` are here. All must ask with the same `label`."""
+    def concatenated(self, slices: Tensor, length: int, *, label: str = "") -> Tensor:
+        """(length, ...) the `slices` of all processes, of which `part(length)` are here. All must ask with the same `label`."""
         ...
 
     def gathered(self, item: Any) -> list[Any]:
@@ -49,7 +50,7 @@ class World(Space, Protocol):
         ...
 
     def delivered(self, parcels: Sequence[Sequence[Tensor]], sizes: Sequence[Sequence[Any]]) -> list[list[Tensor]]:
-        """What every process sent here, by rank.
+        """What every process sent to this one, by rank.
 
         Args:
             parcels: for each rank the tensors that go there.
@@ -58,76 +59,64 @@ class World(Space, Protocol):
         ...
 
     def broadcast(self, tensors: Sequence[Tensor], *, source: int) -> list[Tensor]:
-        """The `tensors` of the process `source`; new ones everywhere else, of the shape, dtype and device of those there."""
+        """The `tensors` of the process `source`; new ones everywhere else, of the shape, dtype and device of those given."""
         ...
 
     def together(self) -> AbstractContextManager[None]:
-        """A context that all processes leave normally, or all with an exception of the same kind."""
+        """A context that all processes leave normally, or all with an exception of the same category."""
         ...
 
     def anywhere(self, flag: bool) -> bool:
-        """Whether any process says so."""
+        """Whether it is True in any process."""
         ...
 
     def average(self, number: float) -> float:
-        """Over processes, the same on each: for clocks, which differ."""
+        """The mean over processes, the same on each: for clocks, which differ."""
         ...
 
 
 @final
-class SingleProcess:
-    """A world of one."""
+class SingleProcess(LocalSpace, World):
+    """A world of one process, which exchanges nothing: sums, parts and broadcasts are what it was given."""
 
     rank = 0
     size = 1
 
+    @override
     def total(self, partial: Tensor, *, label: str = "") -> Tensor:
-        """`partial` itself."""
         return partial
 
-    def seed(self, seed: int) -> int:
-        """`seed` itself."""
-        return seed
-
-    def part(self, length: int) -> slice:
-        """All of it."""
-        return slice(0, length)
-
-    def assembled(self, part: Tensor, length: int) -> Tensor:
-        """`part` itself."""
-        return part
-
+    @override
     def reduced(self, partial: Tensor) -> Tensor:
-        """`partial` itself."""
         return partial
 
-    def concatenated(self, rows: Tensor, length: int, *, label: str = "") -> Tensor:
-        """`rows` themselves."""
-        return rows
+    @override
+    def concatenated(self, slices: Tensor, length: int, *, label: str = "") -> Tensor:
+        return slices
 
+    @override
     def gathered(self, item: Any) -> list[Any]:
-        """`[item]`."""
         return [item]
 
+    @override
     def delivered(self, parcels: Sequence[Sequence[Tensor]], sizes: Sequence[Sequence[Any]]) -> list[list[Tensor]]:
-        """The parcel to itself."""
         return [list(parcels[0])]
 
+    @override
     def broadcast(self, tensors: Sequence[Tensor], *, source: int) -> list[Tensor]:
-        """`tensors` themselves."""
         return list(tensors)
 
+    @override
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Nothing to agree on."""
         yield
 
+    @override
     def anywhere(self, flag: bool) -> bool:
-        """`flag` itself."""
         return flag
 
+    @override
     def average(self, number: float) -> float:
-        """`number` itself."""
         return number
 
 

@@ -1,6 +1,5 @@
-"""Sharded parameters that no process can hold: the same numbers, and never more than a few of them in one place."""
+"""Sharded parameters that no process can hold: the numbers are those of one process with all rows."""
 
-import gc
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,15 +10,12 @@ from torch.distributed.fsdp import fully_shard
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
 from curvature_callbacks import CurvatureMonitor, FisherSpectrum, GradientNoise, KFACCoverage, KFACQuality, TopEigenpairs
-from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.isolation.model import isolated
-from curvature_callbacks.operators.hessian import HessianOperator
 from curvature_callbacks.problem.problem import Problem
-from curvature_callbacks.processes import gathering as on_use
 from curvature_callbacks.processes.group import current_world
 from curvature_callbacks.record import Record
 from tests.processes.ranks import Ranks
-from tests.processes.training import Net, hsdp, nothing_fits
+from tests.processes.training import nothing_fits
 
 ROWS = 6
 TIGHT: dict[str, Any] = {"k": 2, "tol": 1e-5, "max_matvecs": 80}
@@ -103,9 +99,6 @@ def assert_close(records: list[Record], expected: Mapping[tuple[str, str | None]
                 assert record.scalars[name] == pytest.approx(value, rel=1e-6, abs=1e-9), (record.measurement, name)
 
 
-# --------------------------------------------------------------------------------------- rows that differ by process
-
-
 def classifier() -> GPT2ForSequenceClassification:
     torch.manual_seed(0)
     sizes = {"vocab_size": 19, "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 2, "num_labels": 3, "pad_token_id": 0}
@@ -115,19 +108,19 @@ def classifier() -> GPT2ForSequenceClassification:
     return model
 
 
-def labelled(kind: str) -> tuple[Any, list[dict[str, Tensor]]]:
+def labelled(labels_are: str) -> tuple[Any, list[dict[str, Tensor]]]:
     """A model with a loss of its own, and the microbatches of two processes, of which only the first tells all about it."""
     generator = torch.Generator().manual_seed(1)
     first, second = (torch.randint(1, 19, (3, 7), generator=generator) for _ in range(2))
-    if kind == "equal labels":
+    if labels_are == "equal":
         labels = [torch.tensor([0, 1, 2]), torch.tensor([1, 1, 1])]
         return classifier(), [{"input_ids": first, "labels": labels[0]}, {"input_ids": second, "labels": labels[1]}]
     ignored = torch.full_like(second, -100)
     return language_model(), [{"input_ids": first, "labels": first}, {"input_ids": second, "labels": ignored}]
 
 
-def measured_labelled(kind: str, measure: list[Any], shared: bool) -> list[Record]:
-    model, batches = labelled(kind)
+def measured_labelled(labels_are: str, measure: list[Any], shared: bool) -> list[Record]:
+    model, batches = labelled(labels_are)
     if not shared:
         return CurvatureMonitor(model, probes=batches, measure=measure).step(0)
     with nothing_fits():
@@ -135,15 +128,15 @@ def measured_labelled(kind: str, measure: list[Any], shared: bool) -> list[Recor
         return CurvatureMonitor(sharded(model), probes=[own], measure=measure).step(0)
 
 
-@pytest.mark.parametrize("kind", ["equal labels", "ignored labels"])
+@pytest.mark.parametrize("labels_are", ["equal", "ignored"])
 @pytest.mark.parametrize(
     "measurement",
     [FisherSpectrum(), pytest.param(TopEigenpairs(k=1, which="LA", tol=1e-5, max_matvecs=80), marks=pytest.mark.slow)],
     ids=["gram", "hessian"],
 )
-def test_the_models_own_loss_of_labels_that_tell_one_process_less(kind: str, measurement: Any, two: Ranks) -> None:
-    expected = {(record.measurement, record.block): record for record in measured_labelled(kind, [measurement], False)}
-    for records in two(measured_labelled, kind, [measurement], True):
+def test_the_models_own_loss_of_labels_that_tell_one_process_less(labels_are: str, measurement: Any, two: Ranks) -> None:
+    expected = {(record.measurement, record.block): record for record in measured_labelled(labels_are, [measurement], False)}
+    for records in two(measured_labelled, labels_are, [measurement], True):
         assert_close(records, expected)
 
 
@@ -196,9 +189,6 @@ def test_rows_of_other_lengths_on_other_processes(two: Ranks) -> None:
         assert_close(records, expected)
 
 
-# -------------------------------------------------------------------------------------------- one product after another
-
-
 def tiny() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2)).double()
@@ -240,160 +230,3 @@ def test_a_product_is_the_part_of_that_over_all_rows(operator: str, two: Ranks) 
 
 def test_differences_need_no_whole_parameter_either(two: Ranks) -> None:
     assert max(one["error"] for one in two(products, "finite_difference_hessian", tiny)) <= 1e-5
-
-
-# ------------------------------------------------------------------------------------------------------- what is held
-
-
-def most_held() -> tuple[int, int, int]:
-    """Elements: most that were whole at one time, of the largest group, of the model."""
-    noted, alive, most = on_use.OnUse._noted, {}, 0
-
-    def watched(self: on_use.OnUse, whole: Tensor, member: Any, shard: Tensor) -> Tensor:
-        nonlocal most
-        alive[id(whole.untyped_storage())] = on_use._weak(whole.untyped_storage()), whole.numel()
-        for key in [key for key, (weak, _) in alive.items() if weak.expired()]:
-            del alive[key]
-        most = max(most, sum(size for _, size in alive.values()))
-        return noted(self, whole, member, shard)
-
-    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(12))).double()
-    for part in model:
-        fully_shard(part)
-    fully_shard(model)
-    batch = torch.randn(4, 8, dtype=torch.float64), torch.randint(8, (4,))
-    on_use.OnUse._noted = watched  # type: ignore[method-assign]
-    gc.disable()
-    try:
-        measure = [
-            FisherSpectrum(),
-            TopEigenpairs(k=1, which="LA", max_matvecs=5),
-            TopEigenpairs(operator="ggn", k=1, which="LA"),
-        ]
-        with nothing_fits():
-            records = CurvatureMonitor(model, probes=[batch], loss="cross_entropy", measure=measure).step(0)
-    finally:
-        gc.enable()
-        on_use.OnUse._noted = noted  # type: ignore[method-assign]
-    assert not [record.error for record in records if record.failed]
-    return most, 72, 12 * 72
-
-
-@pytest.mark.slow
-def test_no_more_than_a_few_layers_are_whole_at_a_time(two: Ranks) -> None:
-    for most, group, whole in two(most_held):
-        assert group <= most <= 3 * group < whole
-
-
-# ---------------------------------------------------------------------------------------------------- what cannot be done
-
-
-class Branching(nn.Module):
-    """The second process leaves a layer out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
-        self.skips = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        found = self.first(x)
-        return found if self.skips else self.second(found)
-
-
-def errors_of(kind: str) -> list[str]:
-    """What the records of a probe say went wrong; or the refusal at the start."""
-    torch.manual_seed(0)
-    measure: list[Any] = [FisherSpectrum(), TopEigenpairs(k=1)]
-    batch: Any = torch.randn(4, 3), torch.randint(3, (4,))
-    if kind == "other paths":
-        model: nn.Module = Branching()
-        for part in (model.first, model.second):
-            fully_shard(part)
-        fully_shard(model)
-    elif kind == "other experts":
-        model = Experts()
-        fully_shard(model)
-        measure = [TopEigenpairs(k=1), KFACCoverage()]
-    elif kind == "unsharded root":
-        model = Net()
-        fully_shard(model.head)
-        batch = torch.randn(4, 6), torch.randint(3, (4,))
-    elif kind == "two dimensions":
-        model = hsdp(Net())
-        batch = torch.randn(4, 6), torch.randint(3, (4,))
-    elif kind == "no rule":
-        model = nn.Sequential(nn.LSTM(3, 3, batch_first=True), Last())
-        fully_shard(model[0])
-        fully_shard(model)
-        batch = torch.randn(4, 2, 3), torch.randint(3, (4,))
-    else:
-        model = fully_shard(nn.Sequential(nn.Linear(3, 3)))
-        measure = [FisherSpectrum(max_params_per_block=2), TopEigenpairs(operator="kfac", k=1)]
-    monitor = CurvatureMonitor(model, probes=[batch], loss="cross_entropy", measure=measure)
-    with nothing_fits():
-        try:
-            monitor.check()
-        except ConfigurationError as error:
-            return [str(error)]
-        if kind in ("other paths", "other experts"):
-            model.skips = current_world().rank == 1
-        return [str(record.error) for record in monitor.step(0) if record.failed]
-
-
-class Experts(nn.Module):
-    """Two layers of one shape, of which each process uses another: their gradients must not be added up."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
-        self.skips = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(x) if self.skips else self.first(x)
-
-
-class Last(nn.Module):
-    def forward(self, found: tuple[Tensor, Any]) -> Tensor:
-        return found[0][:, -1]
-
-
-@pytest.mark.parametrize(
-    ("kind", "messages"),
-    [
-        ("other paths", ["different paths", "different paths"]),
-        ("other experts", ["different paths", "different paths"]),
-        ("unsharded root", ["`first.weight` is not sharded while others are"]),
-        ("two dimensions", ["shard over a mesh of one dimension"]),
-        ("no rule", ["cannot be taken row by row"]),
-        ("options", ["`max_params_per_block` needs whole parameters", "K-FAC's matrix needs whole parameters"]),
-    ],
-)
-def test_what_cannot_be_done_is_said_on_all_processes(kind: str, messages: list[str], two: Ranks) -> None:
-    for found in two(errors_of, kind):
-        assert len(found) == len(messages)
-        for message, error in zip(messages, found, strict=True):
-            assert message in error
-
-
-def graphs_kept() -> list[int]:
-    """Graphs kept with budgets that differ by process, and the storages that are still noted after many passes."""
-    model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3))).double()
-    for part in model:
-        fully_shard(part)
-    fully_shard(model)
-    batches = [(torch.randn(3, 4, dtype=torch.float64), torch.randint(4, (3,))) for _ in range(3)]
-    with nothing_fits(), isolated(model, seed=0):
-        problem = Problem(model, batches, loss="cross_entropy", world=current_world())
-        budget = 1 << 30 if current_world().rank == 0 else 0
-        operator = HessianOperator(problem.objective, problem.microbatches, memory_budget=budget)
-        for _ in range(6):
-            operator.matmat(torch.ones(operator.shape[0], 1, dtype=torch.float64))
-        assert problem.objective._on_use is not None
-        return [operator.num_kept, len(problem.objective._on_use._gathered)]
-
-
-def test_processes_keep_the_same_graphs_and_forget_what_they_gathered(two: Ranks) -> None:
-    for kept, noted in two(graphs_kept):
-        assert kept == 0, "one process had no room"
-        assert noted <= 40

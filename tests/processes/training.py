@@ -1,8 +1,9 @@
 """Training on several processes, with and without a monitor: what each rank is left with."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from curvature_callbacks import CurvatureMonitor, EdgeRatio, FisherSpectrum, KFACCoverage, TopEigenpairs
 from curvature_callbacks.measurements import Measurement
-from curvature_callbacks.processes import gathering as on_use
+from curvature_callbacks.processes import gathering
 from curvature_callbacks.processes.group import current_world
 from curvature_callbacks.record import Record
 from tests.training_cases import Rows, global_generators, seed_everything
@@ -70,15 +71,9 @@ def fsdp2_checkpointing(model: Net) -> nn.Module:
     return fsdp2(model)
 
 
-@contextmanager
-def nothing_fits() -> Iterator[None]:
-    """As if no process had the memory for whole parameters."""
-    found = on_use.device_budget
-    on_use.device_budget = lambda device: 0  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        on_use.device_budget = found  # type: ignore[attr-defined]
+def nothing_fits() -> AbstractContextManager[Any]:
+    """As if no process had the memory for gathered parameters."""
+    return mock.patch.object(gathering, "device_budget", return_value=0)
 
 
 def train_without_room(wrap: Callable[..., nn.Module], probed: bool) -> tuple[dict[str, Any], list[Record]]:
