@@ -75,8 +75,8 @@ class Collector:
             passes: its uses in every pass.
             observed: the same passes.
         """
-        slices = self._slices.get(name) if all(placed.view.whole for uses in passes for placed in uses) else None
-        gram = parameter_gram(passes, observed.sizes, self._scratch, rows=slices)
+        slices = self._slices.get(name) if all(placed.view.is_parameter for uses in passes for placed in uses) else None
+        gram = parameter_gram(passes, observed.sizes, self._scratch, chosen=slices)
         sharing, factors = self._options.sharing, None
         if gram is not None and sharing is not None and _has_factors(name, passes, observed):
             uses = self._by_microbatch(passes, observed)
@@ -132,7 +132,7 @@ def _has_factors(name: str, passes: Sequence[Sequence[Placed]], observed: Observ
     return (
         len(observed.biases.get(name, ())) == 1
         and factor_obstacle([placed.use.operation for placed in uses]) is None
-        and all(placed.view.whole for placed in uses)
+        and all(placed.view.is_parameter for placed in uses)
     )
 
 

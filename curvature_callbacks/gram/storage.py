@@ -133,4 +133,4 @@ def _in_form(use: Use, form: KeptForm) -> Use:
     left, right = use.factors()
     _, T, d_out = left.shape
     d_in = right.shape[2]
-    return Dense(use.operation, use.rows(0, d_out)) if form == "gradients" or d_out * d_in < T * (d_out + d_in) else use
+    return Dense(use.operation, use.slices(0, d_out)) if form == "gradients" or d_out * d_in < T * (d_out + d_in) else use

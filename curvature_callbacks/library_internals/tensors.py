@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
+from types import CodeType, FunctionType
 from typing import Any, final
 
 import torch
@@ -120,3 +121,22 @@ def layer_norm_backward(*args: Any) -> Any:
 def convolution_backward(*args: Any) -> Any:
     """Gradients by input, weight and bias of a convolution; arguments as of `aten::convolution_backward`."""
     return torch.ops.aten.convolution_backward(*args)
+
+
+def without_dispatch(function: Callable[..., Any]) -> Callable[..., Any] | None:
+    """A function of torch's Python source that does not ask for a `TorchFunctionMode`, which then sees the operations inside.
+
+    None where torch has it in another form: a mode would meet the function itself again and again.
+    """
+    code, scope = getattr(function, "__code__", None), getattr(function, "__globals__", {})
+    if not isinstance(code, CodeType) or "has_torch_function" not in code.co_names or "has_torch_function" not in scope:
+        return None
+    opened = FunctionType(
+        code,
+        {**scope, "has_torch_function": lambda _: False},
+        function.__name__,
+        getattr(function, "__defaults__", None),
+        getattr(function, "__closure__", None),
+    )
+    opened.__kwdefaults__ = getattr(function, "__kwdefaults__", None)
+    return opened

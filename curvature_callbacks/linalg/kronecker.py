@@ -63,29 +63,29 @@ def factor_of_matrix(matrix: Tensor, *, dtype: torch.dtype) -> Factor:
     return Factor(eigenvalues=values[kept].flip(0), basis=vectors[:, kept].flip(1).to(dtype))
 
 
-def factor_of_rows(rows: Tensor, *, scale: float, chunk: int = 1 << 12) -> Factor:
-    """Eigenpairs of `scale rows' rows` (d, d) from the Gram of its `rows` (n, d): for n < d, where d x d may not fit at all.
+def factor_of_vectors(vectors: Tensor, *, scale: float, chunk: int = 1 << 12) -> Factor:
+    """Eigenpairs of `scale V' V` (d, d) from the Gram of the `vectors` V (n, d): for n < d, where d x d may not fit at all.
 
-    One pair of nan where they are not finite. Products in float64: the eigenvectors `rows' v / sqrt(lambda)` of small
+    One pair of nan where they are not finite. Products in float64: the eigenvectors `V' u / sqrt(lambda)` of small
     eigenvalues would not be orthonormal otherwise.
 
     Args:
-        rows: (n, d).
+        vectors: (n, d).
         scale: of the products.
         chunk: columns cast to float64 at a time.
 
     Cost: `2 n^2 d` operations and one n x n symmetric eigensolve in float64. Memory: n x n and the basis, d x r.
     """
-    gram = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
-    for part in torch.split(rows, chunk, dim=1):
+    gram = torch.zeros(len(vectors), len(vectors), dtype=torch.float64, device=vectors.device)
+    for part in torch.split(vectors, chunk, dim=1):
         gram.addmm_(part.double(), part.double().T)
     if not gram.isfinite().all():
-        return _unknown(rows.shape[1], rows)
-    values, vectors = torch.linalg.eigh(gram)
+        return _unknown(vectors.shape[1], vectors)
+    values, combinations = torch.linalg.eigh(gram)
     kept = _kept(values)
-    values, vectors = values[kept].flip(0), vectors[:, kept].flip(1)
-    basis = torch.cat([part.double().T @ vectors for part in torch.split(rows, chunk, dim=1)]) / values.sqrt()
-    return Factor(eigenvalues=values * scale, basis=basis.to(rows.dtype))
+    values, combinations = values[kept].flip(0), combinations[:, kept].flip(1)
+    basis = torch.cat([part.double().T @ combinations for part in torch.split(vectors, chunk, dim=1)]) / values.sqrt()
+    return Factor(eigenvalues=values * scale, basis=basis.to(vectors.dtype))
 
 
 def factor_of_diagonal(diagonal: Tensor) -> Factor:

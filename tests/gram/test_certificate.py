@@ -77,13 +77,13 @@ def faulty_products(fault: Callable[[Tensor], Tensor], monkeypatch: pytest.Monke
 
 
 def faulty_convolutions(fault: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Convolution.rows
+    original = Convolution.slices
 
-    def rows(self: Convolution, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+    def slices(self: Convolution, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         found = fault(original(self, start, stop))
         return found if out is None else out.copy_(found.reshape(out.shape))
 
-    monkeypatch.setattr(Convolution, "rows", rows)
+    monkeypatch.setattr(Convolution, "slices", slices)
 
 
 def faulty_lookups(fault: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -289,7 +289,7 @@ def test_a_use_moved_to_the_host_gives_the_same_rows():
     indices = torch.randint(7, (3, 5))
     lookup = Lookup(3, indices, None).completed(draw(3, 5, 4))
     for use, rows in ((product(draw(3, 5, 4), 6)[0].use, 6), (lookup, 7), (Dense(SCALE, draw(3, 4)), 4)):
-        assert torch.equal(use.moved(torch.device("cpu")).rows(1, rows), use.rows(1, rows))
+        assert torch.equal(use.moved(torch.device("cpu")).slices(1, rows), use.slices(1, rows))
 
 
 class WatchedStorage(Storage):

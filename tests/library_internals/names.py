@@ -157,6 +157,10 @@ TENSORS: Final = [
         _saved_result2="layer norms are normalised anew in Grams, which takes three times as long",
         _saved_input="nodes do not tell what they save, and more graphs are kept than fit the memory (operators/graphs)",
     ),
+    *rows(
+        lambda: SimpleNamespace(**dict.fromkeys(nn.functional.multi_head_attention_forward.__code__.co_names)),
+        has_torch_function="gradients of nn.MultiheadAttention are taken row by row (gram/capture/arguments)",
+    ),
     *rows(custom_node, saved_tensors="the memory of graphs with custom operations is misjudged"),
     *rows(lambda: torch.autograd.function, BackwardCFunction="custom operations without a second derivative are not named"),
     *rows(lambda: type(custom_node()), _forward_cls="the package's own operations are taken for the user's"),

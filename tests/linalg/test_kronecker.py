@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from curvature_callbacks.linalg.kronecker import Factor, factor_of_diagonal, factor_of_matrix, factor_of_rows
+from curvature_callbacks.linalg.kronecker import Factor, factor_of_diagonal, factor_of_matrix, factor_of_vectors
 from tests.linalg.kronecker_cases import D, semidefinite
 
 
@@ -17,7 +17,7 @@ def dense(factor: Factor) -> Tensor:
 def test_rows_and_matrix_give_the_eigenpairs_of_the_same_factor(n: int, d: int):
     rows = torch.randn(n, d, generator=torch.Generator().manual_seed(n), dtype=D)
     matrix = 0.3 * rows.T @ rows
-    for found in (factor_of_rows(rows, scale=0.3), factor_of_matrix(matrix, dtype=D)):
+    for found in (factor_of_vectors(rows, scale=0.3), factor_of_matrix(matrix, dtype=D)):
         assert len(found.eigenvalues) == min(n, d)
         assert (found.eigenvalues.diff() <= 0).all()
         assert torch.allclose(dense(found), matrix)
@@ -26,7 +26,7 @@ def test_rows_and_matrix_give_the_eigenpairs_of_the_same_factor(n: int, d: int):
 
 def test_rows_are_taken_in_chunks_of_columns():
     rows = torch.randn(4, 23, generator=torch.Generator().manual_seed(0), dtype=D)
-    assert torch.allclose(dense(factor_of_rows(rows, scale=2.0, chunk=5)), 2 * rows.T @ rows)
+    assert torch.allclose(dense(factor_of_vectors(rows, scale=2.0, chunk=5)), 2 * rows.T @ rows)
 
 
 def test_rows_of_single_precision_keep_an_orthonormal_basis():
@@ -34,7 +34,7 @@ def test_rows_of_single_precision_keep_an_orthonormal_basis():
     generator = torch.Generator().manual_seed(0)
     mixed = torch.linalg.qr(torch.randn(6, 6, generator=generator)).Q * torch.logspace(0, -4, 6)
     rows = mixed @ torch.randn(6, 200, generator=generator)
-    basis = factor_of_rows(rows, scale=1.0).basis
+    basis = factor_of_vectors(rows, scale=1.0).basis
     assert basis is not None
     assert basis.dtype == torch.float32
     assert torch.allclose(basis.T @ basis, torch.eye(6), atol=1e-5)
@@ -42,14 +42,14 @@ def test_rows_of_single_precision_keep_an_orthonormal_basis():
 
 def test_zero_directions_are_left_out():
     assert len(factor_of_matrix(semidefinite(6, rank=2), dtype=D).eigenvalues) == 2
-    assert len(factor_of_rows(torch.ones(3, 7, dtype=D), scale=1.0).eigenvalues) == 1
-    for empty in (factor_of_matrix(torch.zeros(3, 3), dtype=D), factor_of_rows(torch.zeros(2, 3), scale=1.0)):
+    assert len(factor_of_vectors(torch.ones(3, 7, dtype=D), scale=1.0).eigenvalues) == 1
+    for empty in (factor_of_matrix(torch.zeros(3, 3), dtype=D), factor_of_vectors(torch.zeros(2, 3), scale=1.0)):
         assert len(empty.eigenvalues) == 0
 
 
 def test_what_is_not_finite_gives_nan_and_does_not_raise():
     rows = torch.tensor([[1.0, torch.inf, 0.0], [1.0, 2.0, 0.0]], dtype=D)
-    for found in (factor_of_rows(rows, scale=1.0), factor_of_matrix(rows.T @ rows, dtype=D)):
+    for found in (factor_of_vectors(rows, scale=1.0), factor_of_matrix(rows.T @ rows, dtype=D)):
         assert len(found.eigenvalues) == 1
         assert found.eigenvalues.isnan().all()
         assert found.rotated(torch.ones(3, dtype=D)).isnan().tolist() == [True]

@@ -1,25 +1,22 @@
 """Arguments of intercepted operations: the tensors in them, and other arguments in their place."""
 
 from collections.abc import Callable, Iterable, Mapping
-from types import FunctionType
+from functools import cache
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from curvature_callbacks.library_internals.tensors import without_dispatch
+
 _NESTED: Final = (list, tuple)  # a union is made anew at every call, and this is called for every operation
 
 
-def _opened(func: Any) -> Callable[..., Any]:
-    """`func` from torch's Python source without its own dispatch, so that the operations inside are seen."""
-    scope = {**func.__globals__, "has_torch_function": lambda _: False}
-    opened = FunctionType(func.__code__, scope, func.__name__, func.__defaults__, func.__closure__)
-    opened.__kwdefaults__ = func.__kwdefaults__
-    return opened
-
-
-OPENED: Final = {F.multi_head_attention_forward: _opened(F.multi_head_attention_forward)}
+@cache
+def opened_attention() -> Callable[..., Any] | None:
+    """`F.multi_head_attention_forward` so that the operations inside are seen; None where torch's cannot be opened."""
+    return without_dispatch(F.multi_head_attention_forward)
 
 
 def plain_index(index: Any) -> Any:
@@ -48,10 +45,10 @@ def replaced(values: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 def tensors_in(values: Iterable[Any]) -> list[Tensor]:
     """The tensors in nested lists and tuples."""
-    found: list[Tensor] = []
+    tensors: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
-            found.append(value)
+            tensors.append(value)
         elif isinstance(value, _NESTED):
-            found += tensors_in(value)
-    return found
+            tensors += tensors_in(value)
+    return tensors

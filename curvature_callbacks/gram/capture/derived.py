@@ -13,21 +13,21 @@ from curvature_callbacks.gram.uses.uses import OuterProduct, Tap, Use
 @final
 @dataclass(frozen=True, slots=True)
 class View:
-    """A rearranged part of one parameter, by its elements in memory.
+    """Part of one parameter, perhaps with its axes in another order, by where its elements lie in the parameter's memory.
 
     Attributes:
         name: the parameter.
-        start: first element.
+        start: offset of the first element.
         layout: (size, stride) of every axis, axes that run on merged; equal layouts list elements in the same order.
-        shape: of the view.
-        whole: whether it is the parameter as it is.
+        shape: of the view, as the operation sees it.
+        is_parameter: whether it is the parameter itself.
     """
 
     name: str
     start: int
     layout: tuple[tuple[int, int], ...]
     shape: tuple[int, ...]
-    whole: bool
+    is_parameter: bool
 
     @property
     def size(self) -> int:
@@ -56,7 +56,7 @@ class Derived:
 
 @final
 class DerivedTensors:
-    """The sources of one forward pass, by the identity of the tensor the model sees.
+    """The tensors of one forward pass that depend on parameters alone, by the identity of the tensor the model sees.
 
     Args:
         parameters: name to the very tensor the forward pass will use.
@@ -76,66 +76,76 @@ class DerivedTensors:
         return id(value) in self._known
 
     def any_of(self, values: Iterable[Tensor]) -> bool:
-        """Whether one of them is a source."""
+        """Whether one of them depends on parameters alone."""
         return not self._known.keys().isdisjoint(map(id, values))
 
     def __getitem__(self, value: Tensor) -> Derived:
         return self._known[id(value)]
 
-    def adopt(self, name: str, whole: Tensor) -> None:
-        """The parameter `name` is `whole` from now on."""
-        self.parameters[name] = whole
-        self._known[id(whole)] = Derived(whole, view_of(name, whole, whole), None)
+    def adopt(self, name: str, parameter: Tensor) -> None:
+        """Take the gathered `parameter` for the one called `name` from now on."""
+        self.parameters[name] = parameter
+        self._known[id(parameter)] = Derived(parameter, view_of(name, parameter, parameter), None)
 
-    def forget(self, whole: Tensor) -> None:
-        """`whole` is let go: of what was computed from it the graph stays, of itself the shape."""
-        source = self._known.pop(id(whole), None)
-        if source is not None and source.view is not None:
-            source.value = torch.empty_strided(whole.shape, whole.stride(), dtype=whole.dtype, device="meta")
-            self.parameters[source.view.name] = source.value
+    def forget(self, parameter: Tensor) -> None:
+        """Drop the gathered parameter; keep its shape and the graphs computed from it."""
+        derived = self._known.pop(id(parameter), None)
+        if derived is not None and derived.view is not None:
+            derived.value = torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device="meta")
+            self.parameters[derived.view.name] = derived.value
 
-    def names(self, source: Derived) -> list[str]:
-        """Parameters that `source` is computed from."""
-        return [source.view.name] if source.view is not None else self._names[id(source)]
+    def names(self, derived: Derived) -> list[str]:
+        """Parameters that `derived` is computed from."""
+        return [derived.view.name] if derived.view is not None else self._names[id(derived)]
 
     def graph(self, value: Tensor) -> Tensor:
-        """`value` as a differentiable function of the leaves, where it is a source."""
-        source = self._known.get(id(value))
-        if source is None:
+        """`value` as a differentiable function of the leaves; as it is where it does not depend on them."""
+        derived = self._known.get(id(value))
+        if derived is None:
             return value
-        if source.graph is None:
-            assert source.view is not None
-            source.graph = self.leaves[source.view.name] = source.value.detach().requires_grad_()
-        return source.graph
+        if derived.graph is None:
+            assert derived.view is not None
+            derived.graph = self.leaves[derived.view.name] = derived.value.detach().requires_grad_()
+        return derived.graph
 
     def computed(self, graph: Tensor) -> Derived:
-        """A new source with the value of `graph`, not yet among those the model sees."""
+        """The derived tensor with the value of `graph`; the model does not see it yet."""
         names = leaf_names(graph, self.leaves)
         value = graph.detach()
         view = view_of(names[0], value, self.parameters[names[0]]) if len(names) == 1 else None
-        source = Derived(value, view, graph)
-        self._names[id(source)] = names
-        return source
+        derived = Derived(value, view, graph)
+        self._names[id(derived)] = names
+        return derived
 
-    def add(self, source: Derived) -> Tensor:
-        """The value of `source`, for the model to see."""
-        self._known[id(source.value)] = source
-        return source.value
+    def add(self, derived: Derived) -> Tensor:
+        """Track `derived`; returns its value, for the model to see."""
+        self._known[id(derived.value)] = derived
+        return derived.value
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A completed use of a view of a parameter."""
+    """A completed use of a parameter or of a part of it, and which part that is.
+
+    Attributes:
+        view: the part of the parameter that the operation saw.
+        use: gives the per-sample gradients of that part, (N, *view.shape).
+    """
 
     view: View
     use: Use
 
 
+def parameter_view(name: str, parameter: Tensor) -> View:
+    """The view of a parameter that is the parameter itself."""
+    return View(name, 0, ((parameter.numel(), 1),), tuple(parameter.shape), True)
+
+
 def view_of(name: str, tensor: Tensor, parameter: Tensor) -> View | None:
     """`tensor` as a view of the contiguous `parameter`, or None where it is not one (a copy, overlapping elements)."""
-    if tensor.shape == parameter.shape and tensor.stride() == parameter.stride() and _same_place(tensor, parameter):
-        return View(name, 0, ((parameter.numel(), 1),), tuple(tensor.shape), True)
+    if tensor.shape == parameter.shape and tensor.stride() == parameter.stride() and _start_together(tensor, parameter):
+        return parameter_view(name, parameter)
     if not parameter.is_contiguous() or not _shares_storage(tensor, parameter):
         return None
     axes = [(size, stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size != 1]
@@ -145,12 +155,12 @@ def view_of(name: str, tensor: Tensor, parameter: Tensor) -> View | None:
     return View(name, start, _merged(axes), tuple(tensor.shape), False)
 
 
-def placed(view: View, tap: Tap, value: Tensor) -> tuple[View, Tap]:
+def in_memory_order(view: View, tap: Tap, value: Tensor) -> tuple[View, Tap]:
     """View and tap, a transposed matrix turned round so that all uses of a matrix list its elements in one order."""
     if isinstance(tap, OuterProduct) and value.ndim == 2 and value.stride(0) == 1 and value.stride(1) == value.shape[0]:
         rows, columns = value.shape
         if rows > 1 and columns > 1:
-            turned = View(view.name, view.start, ((rows * columns, 1),), (columns, rows), view.whole)
+            turned = View(view.name, view.start, ((rows * columns, 1),), (columns, rows), view.is_parameter)
             return turned, tap.transposed()
     return view, tap
 
@@ -160,7 +170,7 @@ def leaf_names(graph: Tensor, leaves: Mapping[str, Tensor]) -> list[str]:
     names = {id(leaf): name for name, leaf in leaves.items()}
     if id(graph) in names:
         return [names[id(graph)]]
-    found: set[str] = set()
+    reached: set[str] = set()
     pending, seen = [graph.grad_fn], set()
     while pending:
         node = pending.pop()
@@ -169,12 +179,12 @@ def leaf_names(graph: Tensor, leaves: Mapping[str, Tensor]) -> list[str]:
         seen.add(node)
         name = names.get(id(getattr(node, "variable", None)))
         if name is not None:
-            found.add(name)
+            reached.add(name)
         pending += [parent for parent, _ in node.next_functions]
-    return sorted(found)
+    return sorted(reached)
 
 
-def _same_place(tensor: Tensor, parameter: Tensor) -> bool:
+def _start_together(tensor: Tensor, parameter: Tensor) -> bool:
     return _shares_storage(tensor, parameter) and tensor.storage_offset() == parameter.storage_offset()
 
 

@@ -1,19 +1,20 @@
 """Taps: hooks on activations that collect a parameter's uses in the backward pass."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import final
 
 import torch
 from torch import Tensor
 
-from curvature_callbacks.gram.capture.derived import Derived, DerivedTensors, Placed, View, placed
+from curvature_callbacks.gram.capture.derived import Derived, DerivedTensors, Placed, in_memory_order, parameter_view
 from curvature_callbacks.gram.capture.pullback import Pullback
 from curvature_callbacks.gram.uses.operation import Operation
 from curvature_callbacks.gram.uses.uses import Tap
 from curvature_callbacks.library_internals.tensors import base_of
 
 Completed = Callable[[str, list[Placed]], None]
+Tapped = tuple[Derived, Tap]
 
 
 @final
@@ -21,8 +22,8 @@ class Taps:
     """Gradients of the outputs of tapped operations, gathered until a parameter has those of all its uses.
 
     Args:
-        sources: the tensors that depend on parameters.
-        num_samples: rows of the microbatch.
+        derived: the tensors that depend on parameters alone.
+        num_samples: N of the microbatch.
         unruled: parameters without a valid rule, which are not tapped; those met here are added.
 
     Attributes:
@@ -30,10 +31,10 @@ class Taps:
         operations: parameter to the operations seen.
     """
 
-    def __init__(self, sources: DerivedTensors, num_samples: int, unruled: dict[str, str]) -> None:
-        self.completed: Completed = _nobody
+    def __init__(self, derived: DerivedTensors, num_samples: int, unruled: dict[str, str]) -> None:
+        self.completed: Completed = _ignore
         self.operations: dict[str, list[Operation]] = {}
-        self._sources = sources
+        self._derived = derived
         self._num_samples = num_samples
         self._unruled = unruled
         self._expected: Counter[str] = Counter()
@@ -44,42 +45,42 @@ class Taps:
         self._pulled: set[str] = set()
         self._anchors: list[Tensor] = []
 
-    def tap(self, output: Tensor, chosen: list[tuple[Derived, Tap]]) -> Tensor:
-        """`output` with a hook for the gradient of its operation's uses; what has to take its place in the graph."""
-        chosen = [(source, tap) for source, tap in chosen if self.admits(source)]
-        for source, tap in chosen:
-            for name in self._sources.names(source):
-                self.operations.setdefault(name, []).append(_operation(tap, source))
-        wanted = [one for one in chosen if any(name not in self._unruled for name in self._sources.names(one[0]))]
+    def tap(self, output: Tensor, chosen: Sequence[Tapped]) -> Tensor:
+        """Hook the gradient of `output`; returns the tensor to use in its place (possibly a copy)."""
+        chosen = [(derived, tap) for derived, tap in chosen if self.admits(derived)]
+        for derived, tap in chosen:
+            for name in self._derived.names(derived):
+                self.operations.setdefault(name, []).append(_operation(tap, derived))
+        wanted = [pair for pair in chosen if any(name not in self._unruled for name in self._derived.names(pair[0]))]
         if not wanted:
             return output
         if not output.requires_grad:
             output = self._anchored(output)
         if not output.requires_grad:  # inside a transform of its own (vmap)
-            self.refuse([source for source, _ in wanted], "no gradient to tap")
+            self.refuse([derived for derived, _ in wanted], "no gradient to tap")
             return output
-        for source, _ in wanted:
-            if source.view is not None:
-                self._expected[source.view.name] += 1
+        for derived, _ in wanted:
+            if derived.view is not None:
+                self._expected[derived.view.name] += 1
             else:
-                self._pulled.update(self._sources.names(source))
+                self._pulled.update(self._derived.names(derived))
         return self._hooked(output, wanted)
 
     def anchor(self, leaf: Tensor) -> None:
         """Send the gradient to `leaf` too: what follows from it is no constant, but leads to no other anchor."""
         self._anchors.append(leaf)
 
-    def admits(self, source: Derived) -> bool:
-        """Whether the per-sample gradients of a computed source fit in memory; its parameters have no rule otherwise."""
-        names = self._sources.names(source)
-        if source.view is not None or self._pullback.admits(source, names, self._sources.leaves, self._num_samples):
+    def admits(self, derived: Derived) -> bool:
+        """Whether the per-sample gradients of a computed tensor fit in memory; its parameters have no rule otherwise."""
+        names = self._derived.names(derived)
+        if derived.view is not None or self._pullback.admits(derived, names, self._derived.leaves, self._num_samples):
             return True
-        self.refuse([source], "per-sample gradients of a large function of it", Operation("large function of the parameter"))
+        self.refuse([derived], "per-sample gradients of a large function of it", Operation("large function of the parameter"))
         return False
 
-    def refuse(self, sources: list[Derived], reason: str, operation: Operation | None = None) -> None:
-        """Note that the parameters behind `sources` have no valid rule, and because of which operation."""
-        for name in [name for source in sources for name in self._sources.names(source)]:
+    def refuse(self, operands: Sequence[Derived], reason: str, operation: Operation | None = None) -> None:
+        """Note that the parameters behind `operands` have no valid rule, and because of which operation."""
+        for name in [name for derived in operands for name in self._derived.names(derived)]:
             if operation is not None:
                 self.operations.setdefault(name, []).append(operation)
             self._unruled.setdefault(name, reason)
@@ -89,10 +90,8 @@ class Taps:
         self._open, self._again = Counter(self._expected), again
         if self._anchors and total.requires_grad:
             torch.autograd.grad(total, self._anchors, allow_unused=True, retain_graph=again)
-        for name, use in self._pullback.finish(self._sources.leaves).items():
-            parameter = self._sources.parameters[name]
-            view = View(name, 0, ((parameter.numel(), 1),), tuple(parameter.shape), True)
-            self._uses.setdefault(name, []).append(Placed(view, use))
+        for name, use in self._pullback.finish(self._derived.leaves).items():
+            self._uses.setdefault(name, []).append(Placed(parameter_view(name, self._derived.parameters[name]), use))
         for name in sorted({*self._pulled, *(name for name, count in self._open.items() if count > 0)}):
             self._finish(name)
 
@@ -101,7 +100,7 @@ class Taps:
         self._anchors.append(anchor)
         return output + anchor
 
-    def _hooked(self, output: Tensor, wanted: list[tuple[Derived, Tap]]) -> Tensor:
+    def _hooked(self, output: Tensor, wanted: list[Tapped]) -> Tensor:
         # On the tensor and now: a later in-place activation must not change what the gradient refers to. Such a one replaces
         # the history of a view (what `F.linear` gives for three axes), not that of its base.
         base = base_of(output)
@@ -111,14 +110,16 @@ class Taps:
         base.register_hook(lambda gradient: self._arrive(wanted, gradient.reshape(shape)))  # type: ignore[no-untyped-call]
         return output
 
-    def _arrive(self, wanted: list[tuple[Derived, Tap]], gradient: Tensor) -> None:
+    def _arrive(self, wanted: list[Tapped], gradient: Tensor) -> None:
+        """Complete the taps of one operation, whose output has got its `gradient`."""
         with torch.no_grad():
-            for source, tap in reversed(wanted):
-                if source.view is None:
-                    self._pullback.add(source, tap.completed(gradient))
+            for derived, tap in reversed(wanted):
+                if derived.view is None:
+                    self._pullback.add(derived, tap.completed(gradient))
                     continue
-                name = source.view.name
-                self._uses.setdefault(name, []).append(_placed(source, tap, gradient))
+                name = derived.view.name
+                view, tap = in_memory_order(derived.view, tap, derived.value)
+                self._uses.setdefault(name, []).append(Placed(view, tap.completed(gradient)))
                 self._open[name] -= 1
                 if self._open[name] == 0 and name not in self._pulled:
                     self._finish(name)
@@ -132,17 +133,11 @@ class Taps:
             self.completed(name, uses)
 
 
-def _nobody(name: str, uses: list[Placed]) -> None:
+def _ignore(name: str, uses: list[Placed]) -> None:
     """Before a backward pass there is nothing to complete."""
 
 
-def _placed(source: Derived, tap: Tap, gradient: Tensor) -> Placed:
-    assert source.view is not None
-    view, turned = placed(source.view, tap, source.value)
-    return Placed(view, turned.completed(gradient))
-
-
-def _operation(tap: Tap, source: Derived) -> Operation:
-    if source.view is None:
+def _operation(tap: Tap, derived: Derived) -> Operation:
+    if derived.view is None:
         return tap.operation.on("a function of it")
-    return tap.operation if source.view.whole else tap.operation.on("a part of it")
+    return tap.operation if derived.view.is_parameter else tap.operation.on("a part of it")

@@ -11,10 +11,8 @@ from torch.nn import functional as F
 from curvature_callbacks.errors import RefusedError
 from curvature_callbacks.gram.uses.elementwise import SCALE, SHIFT, Elementwise
 from curvature_callbacks.gram.uses.sample_axis import LayoutOf
-from curvature_callbacks.gram.uses.uses import Tap
+from curvature_callbacks.gram.uses.uses import RuleTaps
 from curvature_callbacks.library_internals.tensors import layer_norm_statistics
-
-RuleTaps = list[tuple[Tensor, Tap]]
 
 
 def _layer_norm(

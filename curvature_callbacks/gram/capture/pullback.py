@@ -1,4 +1,4 @@
-"""Derived tensors: tensors that depend on parameters only, and what a use of them means for the parameters."""
+"""Pullback: per-sample gradients of tensors computed from parameters, carried back to these parameters."""
 
 from collections.abc import Iterable, Mapping
 from typing import Final, final
@@ -22,45 +22,45 @@ class Pullback:
     """
 
     def __init__(self) -> None:
-        self._sources: list[Derived] = []
+        self._admitted: list[Derived] = []
         self._gradients: dict[int, Tensor] = {}
         self._held = 0
 
-    def admits(self, source: Derived, names: Iterable[str], leaves: Mapping[str, Tensor], num_samples: int) -> bool:
-        """Whether the per-sample gradients of `source` and its parameters fit in memory; counts them if so."""
-        if any(known is source for known in self._sources):
+    def admits(self, derived: Derived, names: Iterable[str], leaves: Mapping[str, Tensor], num_samples: int) -> bool:
+        """Whether the per-sample gradients of `derived` and its parameters fit in memory; counts them if so."""
+        if any(known is derived for known in self._admitted):
             return True
-        size = source.value.numel() + sum(leaves[name].numel() for name in names)
-        needed = num_samples * size * source.value.element_size()
+        size = derived.value.numel() + sum(leaves[name].numel() for name in names)
+        needed = num_samples * size * derived.value.element_size()
         if self._held + needed > _HELD_BYTES:
             return False
         self._held += needed
-        self._sources.append(source)
+        self._admitted.append(derived)
         return True
 
-    def add(self, source: Derived, use: Use) -> None:
-        """Add the per-sample gradients of one use of `source`."""
-        shape = source.value.shape
-        rows = use.rows(0, shape[0] if shape else 1).reshape(use.num_samples, *shape)
-        found = self._gradients.get(id(source))
-        self._gradients[id(source)] = rows if found is None else found + rows
+    def add(self, derived: Derived, use: Use) -> None:
+        """Add the per-sample gradients of one use of `derived`."""
+        shape = derived.value.shape
+        gradients = use.slices(0, shape[0] if shape else 1).reshape(use.num_samples, *shape)
+        before = self._gradients.get(id(derived))
+        self._gradients[id(derived)] = gradients if before is None else before + gradients
 
     def finish(self, leaves: Mapping[str, Tensor]) -> dict[str, Dense]:
         """Parameter to its per-sample gradients through all tensors added so far, which are forgotten."""
-        reached = [source for source in self._sources if id(source) in self._gradients]
-        graphs = [source.graph for source in reached if source.graph is not None]
-        gradients, self._gradients = [self._gradients[id(source)] for source in reached], {}
+        reached = [derived for derived in self._admitted if id(derived) in self._gradients]
+        graphs = [derived.graph for derived in reached if derived.graph is not None]
+        gradients, self._gradients = [self._gradients[id(derived)] for derived in reached], {}
         if not graphs:
             return {}
         needed = {name: leaves[name] for name in sorted({name for graph in graphs for name in leaf_names(graph, leaves)})}
-        rows: dict[str, list[Tensor]] = {name: [] for name in needed}
+        by_sample: dict[str, list[Tensor]] = {name: [] for name in needed}
         for sample in zip(*gradients, strict=True):
-            found = torch.autograd.grad(graphs, list(needed.values()), sample, retain_graph=True, allow_unused=True)
-            for name, gradient in zip(needed, found, strict=True):
+            products = torch.autograd.grad(graphs, list(needed.values()), sample, retain_graph=True, allow_unused=True)
+            for name, gradient in zip(needed, products, strict=True):
                 if gradient is not None:
-                    rows[name].append(gradient)
+                    by_sample[name].append(gradient)
         return {
-            name: Dense(_FUNCTION, torch.stack(found).reshape(len(found), *(needed[name].shape or (1,))))
-            for name, found in rows.items()
-            if found
+            name: Dense(_FUNCTION, torch.stack(parts).reshape(len(parts), *(needed[name].shape or (1,))))
+            for name, parts in by_sample.items()
+            if parts
         }

@@ -4,22 +4,23 @@ A rule has the signature of its operation, so that Python binds positional and k
 can vouch for; a tracked parameter left out is spread over the samples or takes the exact fallback row by row.
 """
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from inspect import signature
 from typing import Any, Final, final
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
+from curvature_callbacks.gram.capture.convolution_rules import CONVOLUTION_RULES
 from curvature_callbacks.gram.capture.norm_rules import NORM_RULES
-from curvature_callbacks.gram.uses.convolution import convolution_rule
 from curvature_callbacks.gram.uses.elementwise import BIAS, SCALE, SHIFT, Elementwise
 from curvature_callbacks.gram.uses.operation import Operation
 from curvature_callbacks.gram.uses.sample_axis import Layout, LayoutOf
-from curvature_callbacks.gram.uses.uses import Lookup, OuterProduct, Tap
+from curvature_callbacks.gram.uses.uses import Lookup, OuterProduct, RuleTaps, Tap
 
-RuleTaps = list[tuple[Tensor, Tap]]
 Rule = Callable[..., RuleTaps]
 
 LINEAR: Final = Operation("linear", has_factors=True)
@@ -67,15 +68,15 @@ def _matmul(layout_of: LayoutOf, output: Tensor, input: Tensor, other: Tensor) -
 
 @final
 class _Rearranged(Tap):
-    """A matrix product whose output is that of a linear layer with its axes in another place."""
+    """A matrix product whose output is that of a linear layer with its axes in another order; `rearrange` mends the order."""
 
     def __init__(self, product: OuterProduct, rearrange: Callable[[Tensor], Tensor]) -> None:
         self.operation, self.num_samples = product.operation, product.num_samples
         self._product = product
         self._rearrange = rearrange
 
+    @override
     def completed(self, gradient: Tensor) -> OuterProduct:
-        """With the output's gradient in the linear layer's places."""
         return self._product.completed(self._rearrange(gradient))
 
 
@@ -108,8 +109,8 @@ def _embedding(
     layout = layout_of(output)
     if layout is None or scale_grad_by_freq or input.ndim == 0:
         return []
-    row = None if padding_idx is None else padding_idx % weight.shape[0]
-    return [(weight, Lookup(layout, input, row))]
+    padding = None if padding_idx is None else padding_idx % weight.shape[0]
+    return [(weight, Lookup(layout, input, padding))]
 
 
 def _multiply(layout_of: LayoutOf, output: Tensor, input: Any, other: Any) -> RuleTaps:
@@ -156,17 +157,30 @@ RULES: Final[dict[Any, Rule]] = {
     F.embedding: _embedding,
     F.bilinear: _bilinear,
     F.prelu: _prelu,
-    F.conv1d: convolution_rule(1),
-    F.conv2d: convolution_rule(2),
-    F.conv3d: convolution_rule(3),
+    **CONVOLUTION_RULES,
     **NORM_RULES,
     **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm), _matmul),
     **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _multiply),
     **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__), _add),
 }
 
-
 _IN_PLACE: Final = frozenset(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "pow", "matmul"))
+
+
+def rule_for(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rule | None:
+    """The rule of an operation; None where it has none, or none for these arguments (`out=`, a dtype): another overload."""
+    rule = RULES.get(func)
+    return rule if rule is not None and _takes(rule, len(args), frozenset(kwargs)) else None
+
+
+@cache
+def _takes(rule: Rule, num_positional: int, names: frozenset[str]) -> bool:
+    """Whether so many positional arguments and keywords of these names fit the signature of `rule`."""
+    try:
+        signature(rule).bind(None, None, *[None] * num_positional, **dict.fromkeys(names))
+    except TypeError:
+        return False
+    return True
 
 
 def is_indexing(func: Any) -> bool:

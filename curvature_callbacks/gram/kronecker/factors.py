@@ -22,13 +22,15 @@ output gradient and no pair of positions shares a pass. They are equal for one p
 row cancel (the keys of attention: a shift of all changes nothing), G is rounding in `reduce`, and so is what follows from it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import final
 
 import torch
 from torch import Tensor
 
+from curvature_callbacks.gram.kronecker.corrected import squared_coordinates
 from curvature_callbacks.gram.kronecker.positions import (
     CHUNK_BYTES,
     HasLayerVectors,
@@ -43,20 +45,26 @@ from curvature_callbacks.model.loss.sharing import Sharing
 
 
 def kronecker_factors(
-    microbatches: Sequence[MicrobatchUses], *, bias: bool, sharing: Sharing, device: torch.device | None = None
+    microbatches: Sequence[MicrobatchUses],
+    *,
+    bias: bool,
+    sharing: Sharing,
+    device: torch.device | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> KroneckerFactors | None:
     """Factors `A x G` of one layer's Fisher block and EKFAC's eigenvalues `(1/Z) sum_s (U_G' g_s U_A)^2`.
 
     Formulas and conventions: see the module. A layer used several times in a pass has the positions of all uses. For an
     embedding A is diagonal, over the rows looked up (in `reduce` its off-diagonal part is dropped); V x V is never formed.
-    Sums are float64 over products in the data's dtype; where a factor has fewer rows than columns (the output gradients of a
-    vocabulary) it is decomposed from its rows, and d x d is not formed either.
+    Sums are float64 over products in the data's dtype; where a factor is the sum of fewer than d products (the output
+    gradients of a vocabulary) it is decomposed from these vectors, and d x d is not formed either.
 
     Args:
         microbatches: every microbatch, with uses that `factor_obstacle` accepts.
         bias: whether the operation adds a trained bias.
         sharing: `expand` or `reduce`.
         device: where to compute (uses may wait elsewhere); default where the first use is.
+        chunk_bytes: of positions copied, and of per-sample gradients, at a time.
 
     Returns:
         The factors; None where no pass used the weight.
@@ -76,15 +84,15 @@ def kronecker_factors(
     device = device or first.gradient.device
     normaliser = sum(batch.counts.sum().item() for batch in microbatches)
     if isinstance(first, Lookup):
-        return lookup_factors(microbatches, normaliser=normaliser, sharing=sharing, device=device)
+        return lookup_factors(microbatches, normaliser=normaliser, sharing=sharing, device=device, chunk_bytes=chunk_bytes)
     A, G, mass = SecondMoment(), SecondMoment(), 0.0
-    for piece in pieces(microbatches, _layer_vectors, bias=bias, device=device):
+    in_pieces = partial(pieces, microbatches, _layer_vectors, bias=bias, device=device, chunk_bytes=chunk_bytes)
+    for piece in in_pieces():
         A.add(piece.weighted_inputs(sharing))
         G.add(piece.gradients(sharing))
         mass += piece.mass(sharing)
     factors = KroneckerFactors(A=A.factor(normaliser), G=G.factor(mass))
-    corrected = _squares(factors, pieces(microbatches, _layer_vectors, bias=bias, device=device)) / normaliser
-    return replace(factors, corrected=corrected)
+    return replace(factors, corrected=squared_coordinates(factors, in_pieces(), chunk_bytes) / normaliser)
 
 
 def _layer_vectors(use: Use) -> tuple[Tensor, Tensor]:
@@ -92,73 +100,36 @@ def _layer_vectors(use: Use) -> tuple[Tensor, Tensor]:
     return use.layer_vectors()
 
 
-def _squares(factors: KroneckerFactors, found: Iterator[Positions]) -> Tensor:
-    """`sum_s (U_G' g_s U_A)^2`, (r_G, r_A) float64; per-sample gradients in pieces of 64 MiB."""
-    A, G = factors.A, factors.G
-    total = torch.zeros(len(G.eigenvalues), len(A.eigenvalues), dtype=torch.float64, device=A.eigenvalues.device)
-    for piece in found:
-        for outputs in piece.outputs:
-            if _gradients_are_smaller(piece.inputs, outputs):
-                _add_rotated_gradients(total, factors, piece.inputs, outputs)
-            else:
-                _add_products(total, G.rotated(outputs), A.rotated(piece.inputs))
-    return total
-
-
-def _gradients_are_smaller(inputs: Tensor, outputs: Tensor) -> bool:
-    """Whether rotating a sample's gradient takes fewer operations than rotating its positions (convolutions)."""
-    T, d_in, d_out = inputs.shape[1], inputs.shape[2], outputs.shape[2]
-    fits = d_in * d_out * inputs.element_size() <= CHUNK_BYTES
-    return fits and d_in * d_out * (d_in + d_out) < T * (d_in**2 + d_out**2)
-
-
-def _add_rotated_gradients(total: Tensor, factors: KroneckerFactors, inputs: Tensor, outputs: Tensor) -> None:
-    size = inputs.shape[2] * outputs.shape[2] * inputs.element_size()
-    step = max(1, CHUNK_BYTES // size)
-    for a, b in zip(torch.split(inputs, step), torch.split(outputs, step), strict=True):
-        gradients = factors.A.rotated(b.mT @ a)  # (n, d_out, r_A)
-        total += factors.G.rotated(gradients.mT).mT.square().sum(0, dtype=torch.float64)
-
-
-def _add_products(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """`sum_s (left_s' right_s)^2` of `left` (n, T, r_G) and `right` (n, T, r_A)."""
-    if left.shape[1] == 1:  # the square of a product is the product of squares
-        total += left[:, 0].double().square().T @ right[:, 0].double().square()
-        return
-    step = max(1, CHUNK_BYTES // max(len(right) * right.shape[2] * right.element_size(), 1))
-    for start in range(0, left.shape[2], step):
-        gradients = left[:, :, start : start + step].mT @ right
-        total[start : start + step] += gradients.square_().sum(0, dtype=torch.float64)
-
-
 def lookup_factors(
-    microbatches: Sequence[MicrobatchUses], *, normaliser: float, sharing: Sharing, device: torch.device
+    microbatches: Sequence[MicrobatchUses], *, normaliser: float, sharing: Sharing, device: torch.device, chunk_bytes: int
 ) -> KroneckerFactors:
     """The factors and EKFAC's eigenvalues of an embedding, whose input a_it is the unit vector of the index.
 
     `expand`: `A_vv = (1/Z) sum_i c_i #{t: index v}`, all there is to A. `reduce`:
-    `A_vv = (1/Z) sum_i c_i (share of v in i)^2`, its diagonal. `A.axes` are rows of the table.
+    `A_vv = (1/Z) sum_i c_i (share of v in i)^2`, its diagonal. `A.axes` are indices of the table.
 
     Cost: `2 n d^2` operations for n positions a pass, and one d x d eigensolve. Memory: 128 MiB and V' d numbers in float64
-    for the V' rows looked up.
+    for the V' indices looked up.
     """
-    support = torch.unique(torch.cat([use.present_rows().to(device) for use in _lookups(microbatches)]))
+    support = torch.unique(torch.cat([use.present().to(device) for use in _lookups(microbatches)]))
 
     def extract(use: Use) -> tuple[Tensor, Tensor]:
         assert isinstance(use, Lookup)
         assert use.gradient is not None
-        places = use.on(support.to(use.indices.device)).indices[..., None]  # (N, T, 1), -1 where the row receives no gradient
-        return places, use.gradient.masked_fill(places < 0, 0.0)
+        indices = use.restricted(support.to(use.indices.device)).indices[..., None]  # (N, T, 1), -1 where there is no gradient
+        return indices, use.gradient.masked_fill(indices < 0, 0.0)
+
+    in_pieces = partial(pieces, microbatches, extract, bias=False, device=device, chunk_bytes=chunk_bytes)
 
     diagonal = torch.zeros(len(support), dtype=torch.float64, device=device)
     G, mass = SecondMoment(), 0.0
-    for piece in pieces(microbatches, extract, bias=False, device=device):
+    for piece in in_pieces():
         diagonal += _diagonal(_entries(piece, len(support)), piece, sharing, len(support))
         G.add(piece.gradients(sharing))
         mass += piece.mass(sharing)
     factors = KroneckerFactors(A=factor_of_diagonal(diagonal / normaliser), G=G.factor(mass))
     total = torch.zeros(len(support), len(factors.G.eigenvalues), dtype=torch.float64, device=diagonal.device)
-    for piece in pieces(microbatches, extract, bias=False, device=device):
+    for piece in in_pieces():
         _add_squares(total, _entries(piece, len(support)), piece, factors.G)
     axes = factors.A.axes
     assert axes is not None
@@ -173,13 +144,13 @@ class _Entries:
 
     Attributes:
         rows: (E,) row of the pair.
-        places: (E,) index.
+        indices: (E,) index of the pair, among those looked up.
         counts: (E,) float64, live positions of the pair.
         owner: (m,) the pair each live position belongs to.
     """
 
     rows: Tensor
-    places: Tensor
+    indices: Tensor
     counts: Tensor
     owner: Tensor
 
@@ -196,18 +167,18 @@ def _diagonal(entries: _Entries, piece: Positions, sharing: Sharing, size: int) 
     if sharing == "reduce":
         values = (values / piece.num_live()[entries.rows]).square()
     total = torch.zeros(size, dtype=torch.float64, device=values.device)
-    return total.index_add_(0, entries.places, values * piece.counts[entries.rows])
+    return total.index_add_(0, entries.indices, values * piece.counts[entries.rows])
 
 
 def _add_squares(total: Tensor, entries: _Entries, piece: Positions, G: Factor) -> None:
     """`total` (V', r) gets the squares of the rotated gradients, which are zero but for the pairs."""
     for outputs in piece.outputs:
         rotated = G.rotated(outputs[piece.live]).double()  # (m, r)
-        gradients = rotated.new_zeros(len(entries.places), rotated.shape[1]).index_add_(0, entries.owner, rotated)
-        total.index_add_(0, entries.places, gradients.square_())
+        gradients = rotated.new_zeros(len(entries.indices), rotated.shape[1]).index_add_(0, entries.owner, rotated)
+        total.index_add_(0, entries.indices, gradients.square_())
 
 
 def _lookups(microbatches: Sequence[MicrobatchUses]) -> list[Lookup]:
-    found = [use for batch in microbatches for uses in batch.passes for use in uses]
-    assert all(isinstance(use, Lookup) for use in found)
-    return [use for use in found if isinstance(use, Lookup)]
+    uses = [use for batch in microbatches for of_pass in batch.passes for use in of_pass]
+    assert all(isinstance(use, Lookup) for use in uses)
+    return [use for use in uses if isinstance(use, Lookup)]

@@ -1,7 +1,8 @@
-"""Positions: a layer's inputs and output gradients row by row, in pieces of bounded size."""
+"""Positions: a layer's inputs and output gradients, some samples of a microbatch at a time."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Final, Protocol, final, runtime_checkable
 
 import torch
@@ -10,12 +11,12 @@ from torch.nn.functional import pad
 
 from curvature_callbacks.gram.uses.uses import Use
 from curvature_callbacks.linalg.accumulate import gram
-from curvature_callbacks.linalg.kronecker import Factor, factor_of_matrix, factor_of_rows
+from curvature_callbacks.linalg.kronecker import Factor, factor_of_matrix, factor_of_vectors
 from curvature_callbacks.model.loss.sharing import Sharing
 
 Extract = Callable[[Use], tuple[Tensor, Tensor]]
 
-CHUNK_BYTES: Final = 64 << 20  # of copied positions, and of per-sample gradients, at a time
+CHUNK_BYTES: Final = 64 << 20  # of copied positions, or of per-sample gradients, at a time
 
 
 @runtime_checkable
@@ -66,7 +67,7 @@ class Positions:
         return self.live.sum(1, dtype=torch.float64)
 
     def weighted_inputs(self, sharing: Sharing) -> Tensor:
-        """Rows (m, d_in) whose second moment is `sum_i c_i sum_t a_it a_it'` or `sum_i c_i a_i a_i'`."""
+        """Vectors (m, d_in) whose second moment is `sum_i c_i sum_t a_it a_it'` or `sum_i c_i a_i a_i'`."""
         weights = self.live * self.counts[:, None].sqrt()  # (n, T)
         if sharing == "expand":
             return (self.inputs * weights[..., None].to(self.inputs.dtype)).flatten(0, 1)
@@ -74,7 +75,7 @@ class Positions:
         return (self.inputs * means[..., None].to(self.inputs.dtype)).sum(1)
 
     def gradients(self, sharing: Sharing) -> Tensor:
-        """Rows (m, d_out) whose second moment is that of the output gradients, by position or summed over positions."""
+        """Vectors (m, d_out) whose second moment is that of the output gradients, by position or summed over positions."""
         return torch.cat([b.flatten(0, 1) if sharing == "expand" else b.sum(1) for b in self.outputs])
 
     def mass(self, sharing: Sharing) -> float:
@@ -84,15 +85,16 @@ class Positions:
 
 
 def pieces(
-    microbatches: Sequence[MicrobatchUses], extract: Extract, *, bias: bool, device: torch.device
+    microbatches: Sequence[MicrobatchUses], extract: Extract, *, bias: bool, device: torch.device, chunk_bytes: int
 ) -> Iterator[Positions]:
-    """Rows with a count, copied to `device` in pieces of at most 64 MiB (or one row).
+    """Rows with a count, copied to `device` in pieces of at most `chunk_bytes` (or one row).
 
     Args:
         microbatches: what to go through.
         extract: `(inputs (N, T, d_in), output gradients (N, T, d_out))` of a use; several uses in a pass are put side by side.
         bias: whether to append the constant 1 to the inputs.
         device: where to put them.
+        chunk_bytes: of inputs and output gradients at a time.
     """
     for batch in microbatches:
         reached = [uses for uses in batch.passes if uses]
@@ -101,7 +103,7 @@ def pieces(
         inputs = [extract(use)[0] for use in reached[0]]
         outputs = [[extract(use)[1] for use in uses] for uses in reached]
         rows = batch.counts.nonzero()[:, 0]
-        for part in torch.split(rows, _step([*inputs, *(tensor for found in outputs for tensor in found)])):
+        for part in torch.split(rows, _step([*inputs, *chain(*outputs)], chunk_bytes)):
             yield _piece(inputs, outputs, part, batch.counts, bias, device)
 
 
@@ -109,11 +111,11 @@ def _piece(
     inputs: list[Tensor], outputs: list[list[Tensor]], rows: Tensor, counts: Tensor, bias: bool, device: torch.device
 ) -> Positions:
     a = _side_by_side(inputs, rows, device)
-    b = [_side_by_side(found, rows, device) for found in outputs]
+    b = [_side_by_side(of_pass, rows, device) for of_pass in outputs]
     return Positions(
         inputs=pad(a, (0, 1), value=1.0) if bias else a,
         outputs=b,
-        live=torch.stack([(one != 0).any(-1) for one in b]).any(0),
+        live=torch.stack([(gradients != 0).any(-1) for gradients in b]).any(0),
         counts=counts[rows].to(device=device, dtype=torch.float64),
     )
 
@@ -122,33 +124,33 @@ def _side_by_side(tensors: Sequence[Tensor], rows: Tensor, device: torch.device)
     return torch.cat([tensor[rows.to(tensor.device)] for tensor in tensors], 1).to(device)
 
 
-def _step(tensors: Sequence[Tensor]) -> int:
+def _step(tensors: Sequence[Tensor], chunk_bytes: int) -> int:
     """Rows that fit a piece."""
-    return max(1, CHUNK_BYTES // max(sum(tensor[0].numel() * tensor.element_size() for tensor in tensors), 1))
+    return max(1, chunk_bytes // max(sum(tensor[0].numel() * tensor.element_size() for tensor in tensors), 1))
 
 
 @final
 class SecondMoment:
-    """`sum r r'` over rows r (d,), kept as the rows themselves while these are fewer than d."""
+    """`sum v v'` over vectors v (d,), kept as the vectors themselves while these are fewer than d."""
 
     def __init__(self) -> None:
-        self._rows: list[Tensor] = []
+        self._vectors: list[Tensor] = []
         self._matrix: Tensor | None = None
         self._dtype = torch.float64
 
-    def add(self, rows: Tensor) -> None:
-        """Add the products of `rows` (m, d): float64 sums over products in their dtype."""
-        self._dtype = rows.dtype
-        self._rows.append(rows)
-        if self._matrix is None and sum(map(len, self._rows)) < rows.shape[1]:
+    def add(self, vectors: Tensor) -> None:
+        """Add the products of `vectors` (m, d): float64 sums over products in their dtype."""
+        self._dtype = vectors.dtype
+        self._vectors.append(vectors)
+        if self._matrix is None and sum(map(len, self._vectors)) < vectors.shape[1]:
             return
-        products = [gram(found.T) for found in self._rows]
+        products = [gram(part.T) for part in self._vectors]
         self._matrix = sum(products, start=torch.zeros_like(products[0]) if self._matrix is None else self._matrix)
-        self._rows = []
+        self._vectors = []
 
     def factor(self, mass: float) -> Factor:
         """The sum divided by `mass`, or zero where that is; used up by it."""
         scale = 1.0 / mass if mass > 0 else 0.0
         if self._matrix is not None:
             return factor_of_matrix(self._matrix * scale, dtype=self._dtype)
-        return factor_of_rows(torch.cat(self._rows), scale=scale)
+        return factor_of_vectors(torch.cat(self._vectors), scale=scale)

@@ -8,38 +8,42 @@ from typing import Final, final
 import torch
 from torch import Tensor
 
+from curvature_callbacks.gram.products.limits import LIMITS, Limits
 from curvature_callbacks.gram.uses.convolution import Convolution, Geometry
 
-_BLOCK_BYTES: Final = 16 << 20  # of pixel pairs held at a time, two to three times over
-_FEWEST_SAMPLES: Final = 16  # rows of a block: below that a product loses more speed than symmetry saves
 _SHIFT_COST: Final = 20  # operations of a matrix product that take as long as adding up one shifted pair (a CPU thread)
 
 
-def pair_gram(uses: Sequence[Convolution]) -> Tensor | None:
-    """`K_ij = sum_{t,s} (b_it . b_js) sum_o x_{i,t+o} . x_{j,s+o}`, (S, S) float64; None where gradients are cheaper.
+def pairs_are_cheaper(uses: Sequence[Convolution], limits: Limits = LIMITS) -> bool:
+    """Whether `pair_gram` can take these uses, with less work than by way of per-sample gradients."""
+    return all(use.has_own_images and _shape(use) == _shape(uses[0]) for use in uses) and _cheaper(uses, limits.pixel_bytes)
+
+
+def pair_gram(uses: Sequence[Convolution], limits: Limits = LIMITS) -> Tensor:
+    """`K_ij = sum_{t,s} (b_it . b_js) sum_o x_{i,t+o} . x_{j,s+o}`, (S, S) float64.
 
     b are output gradients, x input pixels, t and s output positions, o the offsets of the kernel: products of pixels are
     taken once for all offsets, so that a kernel costs no more than its largest side.
 
     Args:
-        uses: one a pass, of one kernel.
+        uses: one a pass, of one kernel, with one image a sample; see `pairs_are_cheaper`.
+        limits: size of the tiles.
 
     Cost: `N^2 (T_in^2 C_in + T_out^2 C_out)` operations against `2 N T_out P + N^2 P` with gradients, P = kernel elements.
     Memory: at most three times 16 MiB of pairs.
     """
-    fits = all(use.has_own_images and _shape(use) == _shape(uses[0]) for use in uses)
-    return _Pairs(uses).gram() if fits and _cheaper(uses) else None
+    return _Pairs(uses, limits).gram()
 
 
-def _cheaper(uses: Sequence[Convolution]) -> bool:
+def _cheaper(uses: Sequence[Convolution], most_bytes: int) -> bool:
     first = uses[0]
     N = sum(use.num_samples for use in uses)
     C, T = first.inputs.shape[1], prod(first.inputs.shape[2:])
     D, t = first.output_gradients.shape[1], prod(first.output_gradients.shape[2:])
     offsets = prod(first.geometry.kernel)
     pairs = N * N * (T * T * C + t * t * D + _SHIFT_COST * offsets * t * t)
-    row_bytes = N * max(T, t) ** 2 * first.inputs.element_size()
-    return row_bytes <= _BLOCK_BYTES and pairs < (2 * N * t + N * N) * C * D * offsets
+    sample_bytes = N * max(T, t) ** 2 * first.inputs.element_size()
+    return sample_bytes <= most_bytes and pairs < (2 * N * t + N * N) * C * D * offsets
 
 
 def _shape(use: Convolution) -> tuple[object, ...]:
@@ -47,15 +51,16 @@ def _shape(use: Convolution) -> tuple[object, ...]:
 
 
 def _positions_first(images: Tensor) -> Tensor:
-    """(positions, samples, channels)"""
+    """`images` (samples, channels, ...) as (positions, samples, channels)."""
     return images.flatten(2).permute(2, 0, 1)
 
 
 @final
 class _Pairs:
-    """Pixel products of block rows of samples; blocks below the diagonal are mirrored."""
+    """Products of pixels for tiles of the Gram, some samples high; what is below the diagonal is mirrored."""
 
-    def __init__(self, uses: Sequence[Convolution]) -> None:
+    def __init__(self, uses: Sequence[Convolution], limits: Limits) -> None:
+        self._limits = limits
         self._pixels = torch.cat([_positions_first(use.inputs) for use in uses], 1)
         self._outputs = torch.cat([_positions_first(use.output_gradients) for use in uses], 1)
         self._in_grid = uses[0].inputs.shape[2:]
@@ -65,20 +70,20 @@ class _Pairs:
     def gram(self) -> Tensor:
         N = self._pixels.shape[1]
         total = torch.empty(N, N, dtype=torch.float64, device=self._pixels.device)
-        for start, stop in self._blocks(N):
-            block = self._block(start, stop)
-            total[start:stop, start:] = block
-            total[stop:, start:stop] = block[:, stop - start :].T
+        for start, stop in self._tiles(N):
+            tile = self._tile(start, stop)
+            total[start:stop, start:] = tile
+            total[stop:, start:stop] = tile[:, stop - start :].T
         return total
 
-    def _blocks(self, N: int) -> Iterator[tuple[int, int]]:
-        row_bytes = N * max(len(self._pixels), len(self._outputs)) ** 2 * self._pixels.element_size()
-        height = min(max(_FEWEST_SAMPLES, N // 4), max(1, _BLOCK_BYTES // row_bytes))
+    def _tiles(self, N: int) -> Iterator[tuple[int, int]]:
+        sample_bytes = N * max(len(self._pixels), len(self._outputs)) ** 2 * self._pixels.element_size()
+        height = min(max(self._limits.fewest_samples, N // 4), max(1, self._limits.pixel_bytes // sample_bytes))
         for start in range(0, N, height):
             yield start, min(start + height, N)
 
-    def _block(self, start: int, stop: int) -> Tensor:
-        """(stop - start, N - start)"""
+    def _tile(self, start: int, stop: int) -> Tensor:
+        """(stop - start, N - start) of the Gram, from its diagonal on."""
         pixels = _products(self._pixels, start, stop, self._in_grid)
         outputs = _products(self._outputs, start, stop, self._out_grid)
         patches = torch.zeros_like(outputs)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from curvature_callbacks.linalg.accumulate import gram
 
-_KEPT_ROWS: Final = 1024  # of a product that is remembered
+_KEPT_SIZE: Final = 1024  # of a product (S, S) that is remembered
 
 
 @final
@@ -25,12 +25,12 @@ class Scratch:
         self._last: deque[tuple[Sequence[Tensor], Tensor]] = deque(maxlen=2)
 
     def gram(self, parts: Sequence[Tensor]) -> Tensor:
-        """`rows @ rows.T` in float64, the rows being those of all `parts` (n, P); not to be changed in place."""
+        """`G @ G.T` in float64, G all `parts` (n, P) one below the other; not to be changed in place."""
         for known, product in self._last:
             if len(known) == len(parts) and all(map(_are_same, known, parts)):
                 return product
         product = gram(parts[0] if len(parts) == 1 else torch.cat(list(parts)))
-        if len(product) <= _KEPT_ROWS:
+        if len(product) <= _KEPT_SIZE:
             self._last.append((parts, product))
         return product
 
@@ -49,5 +49,5 @@ class Scratch:
         return buffer[:size]
 
 
-def _are_same(known: Tensor, rows: Tensor) -> bool:
-    return known.data_ptr() == rows.data_ptr() and known.shape == rows.shape and known.stride() == rows.stride()
+def _are_same(known: Tensor, part: Tensor) -> bool:
+    return known.data_ptr() == part.data_ptr() and known.shape == part.shape and known.stride() == part.stride()

@@ -5,6 +5,7 @@ from typing import Final, final
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from curvature_callbacks.gram.uses.operation import Operation
 from curvature_callbacks.gram.uses.sample_axis import Layout
@@ -18,6 +19,8 @@ SHIFT: Final = Operation("shift")
 @final
 class Elementwise(Tap):
     """A parameter that scales or shifts activations: `g_i` is the output gradient, times the factor, summed to its shape.
+
+    It is reduced at once: a per-sample gradient is no larger than the output.
 
     Args:
         operation: `BIAS`, `SCALE`, `SHIFT`, or one that spreads the parameter over the samples.
@@ -46,8 +49,8 @@ class Elementwise(Tap):
         self._factor = factor
         self._fresh = fresh
 
+    @override
     def completed(self, gradient: Tensor) -> Dense:
-        """Reduced at once: a per-sample gradient is no larger than the output."""
         if self._factor is not None and self._is_channel(gradient):
             return self._of_channel(gradient, self._factor())
         value = gradient if self._factor is None else self._product(gradient, self._factor())
@@ -68,9 +71,9 @@ class Elementwise(Tap):
 
     def _of_channel(self, gradient: Tensor, factor: Tensor) -> Dense:
         """Inner products over the positions, without their elementwise product."""
-        rows, channels = gradient.shape[:2]
-        products = gradient.reshape(rows * channels, 1, -1) @ factor.reshape(rows * channels, -1, 1)
-        value = self._layout.sample_major(products.view(rows, channels))
+        count, channels = gradient.shape[:2]
+        products = gradient.reshape(count * channels, 1, -1) @ factor.reshape(count * channels, -1, 1)
+        value = self._layout.sample_major(products.view(count, channels))
         return Dense(self.operation, value if value.ndim == 2 else value.sum(1))
 
     def _beside_samples(self, gradient: Tensor) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Layout: where the samples are in an activation."""
+"""Sample axis: where the samples are in an activation, and which activations depend on samples at all."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,18 +21,18 @@ class Layout:
         num_samples: N.
         positions_first: axis 0 is the position and axis 1 the sample, or (position, sample) pairs (attention that works
             sequence-first inside).
-        rows: (R,) the sample of each entry of axis 0, where they were picked one by one (tokens routed to an expert).
+        samples: (R,) the sample of each entry of axis 0, where they were picked one by one (tokens routed to an expert).
     """
 
     num_samples: int
     positions_first: bool = False
-    rows: Tensor | None = None
+    samples: Tensor | None = None
 
     def sample_major(self, tensor: Tensor) -> Tensor:
         """`tensor` with the sample on axis 0; positions on axis 1 where a sample has several entries, padded by zeros."""
         N = self.num_samples
-        if self.rows is not None:
-            return _padded(tensor, self.rows, N)
+        if self.samples is not None:
+            return _padded(tensor, self.samples, N)
         if self.samples_on_second_axis(tensor):
             return tensor.transpose(0, 1)
         if self.positions_first:
@@ -48,19 +48,19 @@ class Layout:
         return self.sample_major(tensor).reshape(self.num_samples, -1, tensor.shape[-1])
 
 
-def layout_of(tensor: Tensor, num_samples: int, rows: Tensor | None, *, positions_first: bool) -> Layout | None:
+def layout_of(tensor: Tensor, num_samples: int, samples: Tensor | None, *, positions_first: bool) -> Layout | None:
     """The layout to try for an activation, or None where its shape has no room for the samples.
 
     Args:
         tensor: the activation.
         num_samples: N.
-        rows: the sample of each entry of axis 0 where known.
+        samples: (R,) the sample of each entry of axis 0, where known.
         positions_first: whether to read it sequence-first where both ways are possible.
     """
     if tensor.ndim == 0 or tensor.shape[0] == 0:
         return None
-    if rows is not None:
-        return Layout(num_samples, rows=rows)
+    if samples is not None:
+        return Layout(num_samples, samples=samples)
     divisible = tensor.shape[0] % num_samples == 0
     if positions_first and (divisible or _has_second_axis(tensor, num_samples)):
         return Layout(num_samples, positions_first=True)
@@ -73,25 +73,25 @@ def _has_second_axis(tensor: Tensor, num_samples: int) -> bool:
     return tensor.ndim > 2 and tensor.shape[1] == num_samples
 
 
-def _padded(tensor: Tensor, rows: Tensor, num_samples: int) -> Tensor:
+def _padded(tensor: Tensor, samples: Tensor, num_samples: int) -> Tensor:
     """(N, T, ...) with T the most entries a sample has."""
-    counts = torch.bincount(rows, minlength=num_samples)
-    order = torch.argsort(rows, stable=True)
-    sorted_rows = rows[order]
-    place = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[sorted_rows]
+    counts = torch.bincount(samples, minlength=num_samples)
+    order = torch.argsort(samples, stable=True)
+    ordered = samples[order]
+    position = torch.arange(len(samples), device=samples.device) - (counts.cumsum(0) - counts)[ordered]
     result = tensor.new_zeros(num_samples, max(int(counts.max()), 1), *tensor.shape[1:])
-    result[sorted_rows, place] = tensor[order]
+    result[ordered, position] = tensor[order]
     return result
 
 
 _CONSTANT: Final = "_curvature_constant"
 
-_ROWS: Final = "_curvature_rows"
+_SAMPLES: Final = "_curvature_samples"
 
 
 @final
 class Provenance:
-    """Which tensors depend on neither samples nor parameters, and which sample each row of a routed activation belongs to.
+    """Which tensors depend on neither samples nor parameters, and which sample each entry of a routed activation belongs to.
 
     A tensor without a mark is an activation. Marks lie on tensors made inside the pass and vanish with them.
 
@@ -105,17 +105,17 @@ class Provenance:
         self._num_samples = num_samples
 
     def add(self, constant: Tensor) -> None:
-        """A frozen parameter that was put together inside the pass."""
+        """Mark a gathered frozen parameter as constant."""
         setattr(constant, _CONSTANT, True)
 
     def is_constant(self, tensor: Tensor) -> bool:
         """Whether `tensor` was computed from buffers and literals alone."""
         return id(tensor) in self._constants or hasattr(tensor, _CONSTANT)
 
-    def rows(self, tensor: Tensor) -> Tensor | None:
+    def samples(self, tensor: Tensor) -> Tensor | None:
         """(R,) the sample of each entry of axis 0, where entries were picked one by one."""
-        rows: Tensor | None = getattr(tensor, _ROWS, None)
-        return rows if rows is not None and tensor.ndim and len(rows) == tensor.shape[0] else None
+        samples: Tensor | None = getattr(tensor, _SAMPLES, None)
+        return samples if samples is not None and tensor.ndim and len(samples) == tensor.shape[0] else None
 
     def mark(self, func: Any, args: Sequence[Any], inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         """Mark what an operation gave by what it was given."""
@@ -125,13 +125,13 @@ class Provenance:
                     setattr(output, _CONSTANT, True)
             return
         self._unmark(func, args, outputs)
-        rows = self._picked(func, args, inputs)
-        if rows is None:
-            rows = next((found for tensor in inputs if (found := self.rows(tensor)) is not None), None)
-        if rows is not None:
+        samples = self._picked(func, args, inputs)
+        if samples is None:
+            samples = next((known for tensor in inputs if (known := self.samples(tensor)) is not None), None)
+        if samples is not None:
             for output in outputs:
-                if output.ndim and output.shape[0] == len(rows):
-                    setattr(output, _ROWS, rows)
+                if output.ndim and output.shape[0] == len(samples):
+                    setattr(output, _SAMPLES, samples)
 
     def _unmark(self, func: Any, args: Sequence[Any], outputs: Sequence[Tensor]) -> None:
         """What an activation was written into is no constant any more."""
@@ -142,12 +142,12 @@ class Provenance:
 
     def _picked(self, func: Any, args: Sequence[Any], inputs: Sequence[Tensor]) -> Tensor | None:
         """Samples of `activation[indices]`, the tokens an expert receives."""
-        if func is not Tensor.__getitem__ or not any(args[0] is one for one in inputs) or args[0].ndim == 0:
+        if func is not Tensor.__getitem__ or not any(args[0] is tensor for tensor in inputs) or args[0].ndim == 0:
             return None
         index = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
         if not isinstance(index, Tensor) or index.ndim != 1 or index.dtype not in (torch.int64, torch.int32):
             return None
-        known = self.rows(args[0])
+        known = self.samples(args[0])
         if known is not None:
             return known[index]
         positions, rest = divmod(args[0].shape[0], self._num_samples)

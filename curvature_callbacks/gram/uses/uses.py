@@ -1,7 +1,7 @@
-"""Uses: how one operation turned a parameter into output, and the per-sample gradient that follows from it.
+"""Uses: how an operation turned a parameter into output, and the per-sample gradients that follow from it.
 
-A use is recorded in the forward pass with the operation's input and completed in a backward pass with the gradient of its
-output.
+The forward pass leaves a `Tap`, with the operation's input; a backward pass brings the gradient of the operation's output and
+completes the tap to a `Use`, which can give the per-sample gradients, all or in part, without holding them.
 """
 
 import copy
@@ -10,16 +10,19 @@ from typing import Self, final
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from curvature_callbacks.gram.uses.operation import Operation
 from curvature_callbacks.gram.uses.sample_axis import Layout
 
+RuleTaps = list[tuple[Tensor, "Tap"]]  # what a rule returns: operands of its operation, each with the tap it vouches for
+
 
 class Tap(ABC):
-    """What the forward pass leaves behind where a parameter is used.
+    """One operation on a parameter, as the forward pass leaves it: the operation's input, no gradient yet.
 
     Attributes:
-        operation: what used the parameter.
+        operation: what used the parameter, and what K-FAC can make of it.
         num_samples: N of the microbatch.
     """
 
@@ -28,39 +31,45 @@ class Tap(ABC):
 
     @abstractmethod
     def completed(self, gradient: Tensor) -> "Use":
-        """The use that follows from the gradient of the operation's output; may be asked again by another backward pass."""
+        """The use that follows from the gradient of the operation's output, which has the output's shape.
+
+        Every backward pass over the microbatch asks again.
+        """
 
 
 class Use(Tap):
-    """One use of a parameter by one microbatch; `rows` needs `complete` first.
+    """One operation on a parameter with the gradient of its output: gives the parameter's per-sample gradients.
+
+    These are (N, d_1, ...) for a parameter (d_1, ...). Slices along d_1 can be asked for one after the other, so that nobody
+    has to hold them all. A use without its gradient is a tap that completes to a copy of itself.
 
     Attributes:
-        gradient: gradient of the operation's output, None until a backward pass reached it.
+        gradient: of the operation's output; None until a backward pass reached it.
     """
 
     gradient: Tensor | None = None
 
+    @override
     def completed(self, gradient: Tensor) -> Self:
-        """A copy with the gradient of the output."""
         use = copy.copy(self)
         use.complete(gradient)
         return use
 
     def complete(self, gradient: Tensor) -> None:
-        """Take the gradient of the output."""
+        """Take the gradient of the operation's output."""
         self.gradient = gradient
 
     @abstractmethod
-    def rows(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
-        """Per-sample gradients of the parameter's rows `start:stop`, (N, stop - start, ...), a new tensor or in `out`."""
+    def slices(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        """Per-sample gradients of the parameter's slices `start:stop`, (N, stop - start, ...), a new tensor or in `out`."""
 
-    def add_rows(self, total: Tensor, start: int, stop: int) -> None:
-        """Add `rows(start, stop)` to `total` in place."""
-        total += self.rows(start, stop).reshape(total.shape)
+    def add_slices(self, total: Tensor, start: int, stop: int) -> None:
+        """Add `slices(start, stop)` to `total` in place."""
+        total += self.slices(start, stop).reshape(total.shape)
 
     @abstractmethod
-    def restricted(self, rows: Tensor) -> "Use":
-        """The same use of a parameter that has only the given rows (sorted indices)."""
+    def restricted(self, chosen: Tensor) -> "Use":
+        """The same use of a parameter that has only the slices `chosen` (sorted indices along its first axis)."""
 
     @abstractmethod
     def tensors(self) -> list[Tensor]:
@@ -73,10 +82,10 @@ class Use(Tap):
 
 @final
 class OuterProduct(Use):
-    """A weight matrix applied to vectors: `g_i = sum_t left_it right_it'`.
+    """A weight matrix applied to vectors: `g_i = sum_t left_it right_it'`, (N, rows, columns) of the matrix.
 
     Args:
-        operation: how it is stored, `transposed` or not, among others.
+        operation: also says whether the matrix is stored as (d_in, d_out), `transposed`, or as (d_out, d_in).
         layout: where the samples are in inputs and outputs; or N, with the samples on axis 0.
         inputs: the operation's input, its last axis d_in.
     """
@@ -87,36 +96,30 @@ class OuterProduct(Use):
         self.num_samples = self._layout.num_samples
         self._inputs = inputs.detach()  # its graph is not the use's
         self._transposed = operation.transposed
-        self._rows: Tensor | None = None
+        self._chosen: Tensor | None = None
 
-    @property
-    def is_product(self) -> bool:
-        """Whether it is a plain matrix product of its factors."""
-        return True
-
-    def rows(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
-        """`left[:, :, start:stop]' right` per sample."""
+    @override
+    def slices(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         left, right = self.factors()
         if out is None:
             return left[:, :, start:stop].mT @ right
         return torch.bmm(left[:, :, start:stop].mT, right, out=out)
 
-    def add_rows(self, total: Tensor, start: int, stop: int) -> None:
-        """Accumulated by the product itself."""
+    @override
+    def add_slices(self, total: Tensor, start: int, stop: int) -> None:
         left, right = self.factors()
         total.view(len(left), stop - start, -1).baddbmm_(left[:, :, start:stop].mT, right)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """`(left (N, T, rows), right (N, T, columns))`."""
-        assert self.gradient is not None
-        inputs, outputs = self._layout.vectors(self._inputs), self._layout.vectors(self.gradient)
+        """`(left (N, T, rows), right (N, T, columns))` of the matrix as it is stored."""
+        inputs, outputs = self.layer_vectors()
         left, right = (inputs, outputs) if self._transposed else (outputs, inputs)
-        return (left if self._rows is None else left[:, :, self._rows]), right
+        return (left if self._chosen is None else left[:, :, self._chosen]), right
 
     def layer_vectors(self) -> tuple[Tensor, Tensor]:
         """`(inputs (N, T, d_in), output gradients (N, T, d_out))`."""
-        left, right = self.factors()
-        return (left, right) if self._transposed else (right, left)
+        assert self.gradient is not None
+        return self._layout.vectors(self._inputs), self._layout.vectors(self.gradient)
 
     def transposed(self) -> "OuterProduct":
         """The same use of the transposed matrix."""
@@ -124,34 +127,33 @@ class OuterProduct(Use):
         use._transposed = not self._transposed
         return use
 
-    def restricted(self, rows: Tensor) -> "OuterProduct":
-        """Fewer rows on the left."""
+    @override
+    def restricted(self, chosen: Tensor) -> "OuterProduct":
         use = copy.copy(self)
-        use._rows = rows if self._rows is None else self._rows[rows]
+        use._chosen = chosen if self._chosen is None else self._chosen[chosen]
         return use
 
+    @override
     def tensors(self) -> list[Tensor]:
-        """Input and output gradient."""
         return [self._inputs] if self.gradient is None else [self._inputs, self.gradient]
 
+    @override
     def moved(self, device: torch.device) -> "OuterProduct":
-        """Both factors, the sample's positions together."""
-        assert self.gradient is not None
         use = copy.copy(self)
-        use._inputs = self._layout.vectors(self._inputs).to(device)
-        use.gradient = self._layout.vectors(self.gradient).to(device)
+        inputs, outputs = self.layer_vectors()
+        use._inputs, use.gradient = inputs.to(device), outputs.to(device)
         use._layout = Layout(self.num_samples)
         return use
 
 
 @final
 class Lookup(Use):
-    """An embedding table: the gradient of row `v` sums the output gradients where the index is `v`.
+    """An embedding table (V, d): the gradient of slice v sums the output gradients where the index is v.
 
     Args:
         layout: where the samples are in the indices; or N, with the samples on axis 0.
-        indices: (N, ...) rows looked up.
-        padding_idx: the row that receives no gradient, if any.
+        indices: (N, ...) indices looked up.
+        padding_idx: the index that receives no gradient, if any.
     """
 
     operation = Operation("embedding", has_factors=True, transposed=True)
@@ -159,48 +161,41 @@ class Lookup(Use):
     def __init__(self, layout: Layout | int, indices: Tensor, padding_idx: int | None) -> None:
         self._layout = layout if isinstance(layout, Layout) else Layout(layout)
         self.num_samples = self._layout.num_samples
-        self.indices = self._by_sample(indices[..., None])[..., 0]  # (N, T)
+        self.indices = self._layout.vectors(indices[..., None])[..., 0]  # (N, T)
         self._padding_idx = padding_idx
 
+    @override
     def complete(self, gradient: Tensor) -> None:
-        """The output gradients as (N, T, d), rows without gradient left out of the indices."""
-        self.gradient = self._by_sample(gradient)
-
-    def _by_sample(self, tensor: Tensor) -> Tensor:
-        return self._layout.vectors(tensor)
+        self.gradient = self._layout.vectors(gradient)  # (N, T, d)
 
     def relabelled(self, indices: Tensor) -> "Lookup":
-        """The same use of a table with fewer rows, where `indices` (N, T) are the new ones; negative ones are dropped."""
+        """The same use of a smaller table, where `indices` (N, T) are the new ones; negative ones are dropped."""
         use = copy.copy(self)
         use.indices, use._padding_idx = indices, None
         return use
 
-    def on(self, present: Tensor) -> "Lookup":
-        """The same use of the table that holds only the rows `present` (sorted)."""
-        place = torch.searchsorted(present, self.indices.contiguous()).clamp_max(max(len(present) - 1, 0))
-        known = present[place] == self.indices if len(present) else torch.zeros_like(self.indices, dtype=torch.bool)
+    @override
+    def restricted(self, chosen: Tensor) -> "Lookup":
+        position = torch.searchsorted(chosen, self.indices.contiguous()).clamp_max(max(len(chosen) - 1, 0))
+        known = chosen[position] == self.indices if len(chosen) else torch.zeros_like(self.indices, dtype=torch.bool)
         if self._padding_idx is not None:
             known &= self.indices != self._padding_idx
-        return self.relabelled(torch.where(known, place, -1))
+        return self.relabelled(torch.where(known, position, -1))
 
-    def restricted(self, rows: Tensor) -> "Lookup":
-        """The same as `on`."""
-        return self.on(rows)
-
-    def present_rows(self) -> Tensor:
-        """Sorted rows that receive a gradient."""
+    def present(self) -> Tensor:
+        """(V',) the indices that receive a gradient, each once, sorted."""
         present: Tensor = torch.unique(self.indices)
         return present if self._padding_idx is None else present[present != self._padding_idx]
 
-    def rows(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
-        """Scattered sums of the output gradients, (N, stop - start, d)."""
+    @override
+    def slices(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         assert self.gradient is not None
         total = self.gradient.new_zeros(self.num_samples, stop - start, self.gradient.shape[-1]) if out is None else out.zero_()
-        self.add_rows(total, start, stop)
+        self.add_slices(total, start, stop)
         return total
 
-    def add_rows(self, total: Tensor, start: int, stop: int) -> None:
-        """Only the rows that were looked up are touched."""
+    @override
+    def add_slices(self, total: Tensor, start: int, stop: int) -> None:
         assert self.gradient is not None
         inside = (self.indices >= start) & (self.indices < stop)
         if self._padding_idx is not None:
@@ -209,12 +204,12 @@ class Lookup(Use):
         target = samples[inside] * (stop - start) + self.indices[inside] - start
         total.view(-1, self.gradient.shape[-1]).index_add_(0, target, self.gradient[inside])
 
+    @override
     def tensors(self) -> list[Tensor]:
-        """Indices and output gradient."""
         return [self.indices] if self.gradient is None else [self.indices, self.gradient]
 
+    @override
     def moved(self, device: torch.device) -> "Lookup":
-        """Indices and output gradient."""
         assert self.gradient is not None
         use = copy.copy(self)
         use.indices, use.gradient = self.indices.to(device), self.gradient.to(device)
@@ -223,35 +218,37 @@ class Lookup(Use):
 
 @final
 class Dense(Use):
-    """Per-sample gradients as they are, (N, rows, ...)."""
+    """Per-sample gradients as they are, (N, d_1, ...): where they are no larger than the output (biases, scales).
+
+    Args:
+        operation: what used the parameter.
+        gradient: (N, d_1, ...).
+    """
+
+    gradient: Tensor
 
     def __init__(self, operation: Operation, gradient: Tensor) -> None:
         self.operation = operation
         self.num_samples = len(gradient)
         self.gradient = gradient
 
-    def rows(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
-        """A slice of the per-sample gradients."""
-        assert self.gradient is not None
-        piece = self.gradient[:, start:stop]
-        return piece.clone() if out is None else out.copy_(piece.reshape(out.shape))
+    @override
+    def slices(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        part = self.gradient[:, start:stop]
+        return part.clone() if out is None else out.copy_(part.reshape(out.shape))
 
-    def whole(self) -> Tensor:
-        """(N, P) per-sample gradients, not to be changed."""
-        assert self.gradient is not None
+    def matrix(self) -> Tensor:
+        """(N, P) per-sample gradients, P the parameter's elements; not to be changed."""
         return self.gradient.flatten(1)
 
-    def restricted(self, rows: Tensor) -> "Dense":
-        """Fewer rows."""
-        assert self.gradient is not None
-        return Dense(self.operation, self.gradient[:, rows])
+    @override
+    def restricted(self, chosen: Tensor) -> "Dense":
+        return Dense(self.operation, self.gradient[:, chosen])
 
+    @override
     def tensors(self) -> list[Tensor]:
-        """The per-sample gradients."""
-        assert self.gradient is not None
         return [self.gradient]
 
+    @override
     def moved(self, device: torch.device) -> "Dense":
-        """The per-sample gradients."""
-        assert self.gradient is not None
         return Dense(self.operation, self.gradient.to(device))

@@ -5,10 +5,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
-from curvature_callbacks.gram.products import pixel_pairs
-from curvature_callbacks.gram.uses import convolution
+from curvature_callbacks.gram.capture.interception import Capture
+from curvature_callbacks.gram.products.pixel_pairs import pair_gram, pairs_are_cheaper
+from curvature_callbacks.gram.uses.convolution import Convolution, ConvolutionLimits
 from tests.gram.capture.rule_cases import RuleCase, T, weight
 
 # Torch says once that it pads a copy.
@@ -81,18 +83,41 @@ def test_convolution_layers(name: str, stem: bool):
     layer_case(name).assert_exact(stem=stem)
 
 
+def captured(name: str) -> tuple[list[Convolution], list[Tensor]]:
+    """The uses of a layer's kernel by three microbatches, and the kernel's gradients, (N, P) each, one sample at a time."""
+    layer = layer_case(name).model().layer
+    uses, truth = [], []
+    for x, _ in layer_case(name).microbatches():
+        values = {key: parameter.detach() for key, parameter in layer.named_parameters()}
+        arrived: dict[str, Any] = {}
+        capture = Capture(values, len(x), unruled={})
+        with capture:
+            output = functional_call(layer, values, (x,))
+        weights = torch.sin(torch.arange(output.numel(), dtype=output.dtype)).view_as(output)
+        capture.backward((weights * torch.tanh(output)).sum(), arrived.__setitem__)
+        ((placed,),) = [arrived["weight"]]
+        uses.append(placed.use)
+        losses = [(w * torch.tanh(layer(row[None])[0])).sum() for w, row in zip(weights, x, strict=True)]
+        truth.append(torch.stack([torch.autograd.grad(loss, layer.weight)[0].flatten() for loss in losses]))
+    return uses, truth
+
+
 @pytest.mark.parametrize("step", [1, 1 << 24], ids=["sample by sample", "all samples"])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_convolution_layers_by_patches(name: str, step: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(convolution, "_MAX_GROUPED", 0)
-    monkeypatch.setattr(convolution, "_PATCH_BYTES", step)
-    layer_case(name).assert_exact(stem=True)
+def test_convolution_layers_by_patches(name: str, step: int):
+    for use, expected in zip(*captured(name), strict=True):
+        use.limits = ConvolutionLimits(max_grouped=0, patch_bytes=step)
+        assert torch.allclose(use.slices(0, len(use.output_gradients[0])).flatten(1), expected)
 
 
 @pytest.mark.parametrize("name", [name for name in CONVOLUTIONS if "group" not in name and "all at once" not in name])
-def test_convolution_layers_by_pairs_of_pixels(name: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(pixel_pairs, "_cheaper", lambda uses: True)
-    layer_case(name).assert_exact(stem=True)
+def test_convolution_layers_by_pairs_of_pixels(name: str):
+    uses, gradients = captured(name)
+    if "groups" in CONVOLUTIONS[name][-1]:  # channels that never meet
+        assert not pairs_are_cheaper(uses)
+        return
+    G = torch.cat(gradients)
+    assert torch.allclose(pair_gram(uses), G @ G.T)
 
 
 def test_rows_alone_in_their_microbatch():

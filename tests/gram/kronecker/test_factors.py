@@ -4,139 +4,29 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from curvature_callbacks.gram.capture.rules import LINEAR, TRANSPOSED_LINEAR
-from curvature_callbacks.gram.kronecker import factors as kronecker_module
-from curvature_callbacks.gram.kronecker import positions as positions_module
 from curvature_callbacks.gram.kronecker.factors import kronecker_factors
 from curvature_callbacks.gram.kronecker.positions import MicrobatchUses
 from curvature_callbacks.gram.uses.operation import Operation
-from curvature_callbacks.gram.uses.uses import Lookup, OuterProduct
-from curvature_callbacks.linalg.kronecker import Factor, KroneckerFactors
+from curvature_callbacks.gram.uses.uses import OuterProduct
 from curvature_callbacks.model.loss.sharing import Sharing
-from curvature_callbacks.statistics.kronecker_quality import Approximation, approximation, kronecker_metrics
+from curvature_callbacks.statistics.kronecker_quality import kronecker_metrics
+from tests.gram.kronecker.factor_cases import (
+    SHARINGS,
+    D,
+    Data,
+    assert_correct,
+    dense,
+    fisher,
+    found_of,
+    quality,
+    random_data,
+    uses_of,
+    with_ones,
+)
 from tests.reference import dense_fisher
-
-D = torch.float64
-SHARINGS: tuple[Sharing, ...] = ("expand", "reduce")
-
-# What a test gives: for each microbatch the inputs (N, T, d_in), for each pass the output gradients (N, T, d_out), and counts.
-Data = list[tuple[Tensor, list[Tensor], Tensor]]
-
-
-def random_data(
-    sizes: Sequence[tuple[int, int]] = ((3, 4), (2, 5)), d_in: int = 4, d_out: int = 3, passes: int = 1, *, seed: int = 0
-) -> Data:
-    """Microbatches (N, T) of correlated inputs and gradients; the last position of the first row has no gradient."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=D)
-
-    data = []
-    for N, T in sizes:
-        a = randn(N, T, d_in) + 0.5
-        b = [randn(N, T, d_out) + a[..., :1] for _ in range(passes)]
-        for one in b:
-            one[0, T - 1 :] = 0.0 if T > 1 else one[0, T - 1 :]
-        data.append((a, b, torch.ones(N)))
-    return data
-
-
-def uses_of(data: Data, *, transposed: bool = False) -> list[MicrobatchUses]:
-    operation = TRANSPOSED_LINEAR if transposed else LINEAR
-    return [
-        MicrobatchUses(passes=[[OuterProduct(operation, len(a), a).completed(one)] for one in b], counts=counts)
-        for a, b, counts in data
-    ]
-
-
-def with_ones(data: Data) -> Data:
-    return [(torch.cat([a, torch.ones_like(a[..., :1])], -1), b, counts) for a, b, counts in data]
-
-
-def gradients(data: Data) -> Tensor:
-    """(S, P) of row-major (d_out, d_in) matrices, one position at a time."""
-    found = []
-    for a, b, counts in data:
-        used = [i for i in range(len(a)) if counts[i] > 0]
-        found += [sum(torch.outer(one[i, t], a[i, t]) for t in range(a.shape[1])).flatten() for one in b for i in used]
-    return torch.stack(found)
-
-
-def total(data: Data) -> float:
-    return float(sum(counts.sum() for _, _, counts in data))
-
-
-def fisher(data: Data) -> Tensor:
-    g = gradients(data)
-    return dense_fisher(g) * len(g) / total(data)
-
-
-def loop_factors(data: Data, sharing: Sharing) -> tuple[Tensor, Tensor]:
-    """A and G by their definition."""
-    A = torch.zeros(data[0][0].shape[2], data[0][0].shape[2], dtype=D)
-    G = torch.zeros(data[0][1][0].shape[2], data[0][1][0].shape[2], dtype=D)
-    positions = 0.0
-    for a, b, counts in data:
-        for i in range(len(a)):
-            c = float(counts[i])
-            live = [t for t in range(a.shape[1]) if any(one[i, t].abs().max() > 0 for one in b)]
-            if c == 0 or not live:
-                continue
-            if sharing == "reduce":
-                mean = sum(a[i, t] for t in live) / len(live)
-                A += c * torch.outer(mean, mean)
-                positions += c
-                for one in b:
-                    summed = sum(one[i, t] for t in live)
-                    G += torch.outer(summed, summed)
-                continue
-            positions += c * len(live)
-            for t in live:
-                A += c * torch.outer(a[i, t], a[i, t])
-                for one in b:
-                    G += torch.outer(one[i, t], one[i, t])
-    return A / total(data), G / positions
-
-
-def dense(factor: Factor) -> Tensor:
-    assert factor.basis is not None
-    basis = factor.basis.double()
-    return basis @ torch.diag(factor.eigenvalues) @ basis.T
-
-
-def found_of(data: Data, sharing: Sharing = "expand", *, bias: bool = False, transposed: bool = False) -> KroneckerFactors:
-    found = kronecker_factors(uses_of(data, transposed=transposed), bias=bias, sharing=sharing)
-    assert found is not None
-    return found
-
-
-def quality(found: KroneckerFactors, data: Data) -> Approximation:
-    g = gradients(data)
-    return approximation(found, g @ g.T, normaliser=total(data))
-
-
-def assert_correct(found: KroneckerFactors, data: Data, sharing: Sharing) -> None:
-    """Factors, corrected eigenvalues and quality against dense matrices."""
-    A, G = loop_factors(data, sharing)
-    F = fisher(data)
-    assert torch.allclose(dense(found.A), A)
-    assert torch.allclose(dense(found.G), G)
-    assert found.A.basis is not None
-    assert found.G.basis is not None
-    assert found.corrected is not None
-    U = torch.kron(found.G.basis, found.A.basis)
-    diagonal = torch.stack([u @ F @ u for u in U.T])
-    assert torch.allclose(found.corrected.flatten(), diagonal)
-    K, E = torch.kron(G, A), U @ torch.diag(diagonal) @ U.T
-    judged = quality(found, data)
-    assert judged.kfac_cosine == pytest.approx(float((F * K).sum() / (F.norm() * K.norm())))
-    assert judged.kfac_relative_error == pytest.approx(float((F - K).norm() / F.norm()))
-    assert judged.ekfac_relative_error == pytest.approx(float((F - E).norm() / F.norm()), abs=1e-7)
-    assert judged.ekfac_relative_error <= judged.kfac_relative_error + 1e-12
-    assert 0 <= judged.kfac_cosine <= judged.ekfac_cosine <= 1 + 1e-12
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)
@@ -151,33 +41,30 @@ def test_factors_are_those_of_the_loops(sizes: Sequence[tuple[int, int]], transp
 
 @pytest.mark.parametrize("sharing", SHARINGS)
 @pytest.mark.parametrize(("d_in", "d_out"), [(30, 2), (2, 30), (40, 40)])
-def test_a_factor_of_few_rows_is_never_formed(d_in: int, d_out: int, sharing: Sharing, monkeypatch: pytest.MonkeyPatch):
+def test_a_factor_of_few_vectors(d_in: int, d_out: int, sharing: Sharing):
     data = random_data(d_in=d_in, d_out=d_out)
-    sizes: list[int] = []
-    real = positions_module.factor_of_matrix
-    monkeypatch.setattr(positions_module, "factor_of_matrix", lambda m, dtype: sizes.append(len(m)) or real(m, dtype=dtype))
     assert_correct(found_of(data, sharing), data, sharing)
-    assert all(size < 30 for size in sizes)
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize(("d_in", "d_out"), [(10**6, 2), (2, 10**6)])
+def test_a_factor_of_few_vectors_is_never_formed(d_in: int, d_out: int, sharing: Sharing):
+    """Formed it would take eight terabytes."""
+    a, b = torch.zeros(2, 3, d_in, dtype=D), torch.zeros(2, 3, d_out, dtype=D)
+    a[..., -2:], b[..., :2] = torch.randn(2, 3, 2, dtype=D), torch.randn(2, 3, 2, dtype=D)
+    counts = torch.ones(2)
+    found = found_of([(a, [b], counts)], sharing)
+    expected = found_of([(a[..., -2:], [b[..., :2]], counts)], sharing)
+    assert torch.allclose(found.A.eigenvalues, expected.A.eigenvalues)
+    assert torch.allclose(found.G.eigenvalues, expected.G.eigenvalues)
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)
 @pytest.mark.parametrize("sizes", [((5, 4), (4, 6)), ((9, 1),)])
-@pytest.mark.parametrize("gradients_smaller", [False, True])
-@pytest.mark.parametrize("budget", [1, 200, 400, 1 << 26])
-def test_pieces_and_forms_change_nothing(
-    budget: int, gradients_smaller: bool, sizes: Sequence[tuple[int, int]], sharing: Sharing, monkeypatch: pytest.MonkeyPatch
-):
-    for module in (positions_module, kronecker_module):
-        monkeypatch.setattr(module, "CHUNK_BYTES", budget)
-    monkeypatch.setattr(kronecker_module, "_gradients_are_smaller", lambda a, b: gradients_smaller)
+@pytest.mark.parametrize("chunk_bytes", [1, 200, 400, 1 << 26])
+def test_pieces_change_nothing(chunk_bytes: int, sizes: Sequence[tuple[int, int]], sharing: Sharing):
     data = random_data(sizes, passes=2)
-    assert_correct(found_of(data, sharing, bias=True), with_ones(data), sharing)
-
-
-def test_the_cheaper_rotation_is_taken():
-    few, many = torch.zeros(1, 8, 64), torch.zeros(1, 1024, 64)
-    assert not kronecker_module._gradients_are_smaller(few, few)
-    assert kronecker_module._gradients_are_smaller(many, many)
+    assert_correct(found_of(data, sharing, bias=True, chunk_bytes=chunk_bytes), with_ones(data), sharing)
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)
@@ -352,88 +239,6 @@ def test_single_precision_is_summed_in_double():
     assert found.corrected is not None
     assert exact.corrected is not None
     assert torch.allclose(found.corrected.sum(), exact.corrected.sum(), rtol=2e-6)
-
-
-# Embeddings: the input is the unit vector of the index.
-
-VOCABULARY = 6
-PADDING = 2
-
-
-def lookup_data(
-    sizes: Sequence[tuple[int, int]], passes: int = 1, *, padding: bool = False
-) -> tuple[list[MicrobatchUses], Data]:
-    """The uses and the same data with dense unit vectors."""
-    generator = torch.Generator().manual_seed(0)
-    uses, data = [], []
-    for N, T in sizes:
-        indices = torch.randint(VOCABULARY - 1, (N, T), generator=generator)
-        indices[0, 0] = PADDING if padding else 0
-        b = [torch.randn(N, T, 3, generator=generator, dtype=D) for _ in range(passes)]
-        counts = torch.arange(1.0, N + 1)
-        lookup = Lookup(N, indices, PADDING if padding else None)
-        uses.append(MicrobatchUses(passes=[[lookup.completed(one)] for one in b], counts=counts))
-        seen = (indices != PADDING) | (not padding)
-        data.append(
-            (nn.functional.one_hot(indices, VOCABULARY).double(), [one * seen[..., None] for one in b], counts),
-        )
-    return uses, data
-
-
-@pytest.mark.parametrize("budget", [1, 1 << 26])
-@pytest.mark.parametrize("padding", [False, True])
-@pytest.mark.parametrize("sizes", [((4, 5), (2, 3)), ((6, 1),)])
-@pytest.mark.parametrize("sharing", SHARINGS)
-def test_embeddings_are_linear_layers_of_unit_vectors(
-    sharing: Sharing, sizes: Sequence[tuple[int, int]], padding: bool, budget: int, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(positions_module, "CHUNK_BYTES", budget)
-    uses, data = lookup_data(sizes, passes=2, padding=padding)
-    found = kronecker_factors(uses, bias=False, sharing=sharing)
-    assert found is not None
-    A, G = loop_factors(data, sharing)
-    axes = found.A.axes
-    assert axes is not None
-    assert found.A.basis is None
-    assert torch.allclose(found.A.eigenvalues, A.diagonal()[axes])
-    assert set(axes.tolist()) == set(A.diagonal().nonzero()[:, 0].tolist())
-    assert sharing == "reduce" or torch.equal(A, torch.diag(A.diagonal()))
-    assert torch.allclose(dense(found.G), G)
-    F, K = fisher(data), torch.kron(G, torch.diag(A.diagonal()))
-    assert found.G.basis is not None
-    U = torch.kron(found.G.basis, torch.eye(VOCABULARY, dtype=D)[:, axes])
-    assert found.corrected is not None
-    assert torch.allclose(found.corrected.flatten(), torch.stack([u @ F @ u for u in U.T]))
-    judged = quality(found, data)
-    assert judged.kfac_cosine == pytest.approx(float((F * K).sum() / (F.norm() * K.norm())))
-    assert judged.kfac_relative_error == pytest.approx(float((F - K).norm() / F.norm()))
-    assert judged.ekfac_relative_error <= judged.kfac_relative_error
-
-
-def test_an_embedding_of_a_large_vocabulary_sees_its_rows_only():
-    indices = torch.tensor([[10**12, 7, 7]])
-    lookup = Lookup(1, indices, None).completed(torch.ones(1, 3, 2, dtype=D))
-    found = kronecker_factors([MicrobatchUses(passes=[[lookup]], counts=torch.ones(1))], bias=False, sharing="expand")
-    assert found is not None
-    assert found.A.axes is not None
-    assert found.A.axes.tolist() == [7, 10**12]
-    assert found.A.eigenvalues.tolist() == [2.0, 1.0]
-    assert found.corrected is not None
-    assert found.corrected[0].tolist() == pytest.approx([8.0, 2.0])
-
-
-def test_an_embedding_used_twice():
-    uses, _ = lookup_data(((3, 6),))
-    (use,) = uses[0].passes[0]
-    assert isinstance(use, Lookup)
-    assert use.gradient is not None
-    halves = [Lookup(3, use.indices[:, part], None).completed(use.gradient[:, part]) for part in (slice(2), slice(2, 6))]
-    whole = kronecker_factors(uses, bias=False, sharing="expand")
-    twice = kronecker_factors([MicrobatchUses(passes=[halves], counts=uses[0].counts)], bias=False, sharing="expand")
-    assert whole is not None
-    assert twice is not None
-    assert torch.equal(whole.A.eigenvalues, twice.A.eigenvalues)
-    assert torch.allclose(whole.corrected, twice.corrected)
 
 
 @pytest.mark.parametrize("operation", [LINEAR, TRANSPOSED_LINEAR])

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from curvature_callbacks import compute_fisher_spectrum
 from curvature_callbacks.gram.capture.derived import Placed, View
 from curvature_callbacks.gram.capture.rules import LINEAR, TRANSPOSED_LINEAR
-from curvature_callbacks.gram.products import factored as factored_module
-from curvature_callbacks.gram.products import parameter_gram as module
-from curvature_callbacks.gram.products import regions as regions_module
+from curvature_callbacks.gram.products.factored import factored_gram
+from curvature_callbacks.gram.products.limits import LIMITS, Limits
+from curvature_callbacks.gram.products.parameter_gram import parameter_gram
 from curvature_callbacks.gram.products.scratch import Scratch
 from curvature_callbacks.gram.uses.elementwise import SCALE, Elementwise
 from curvature_callbacks.gram.uses.uses import Dense, Lookup, OuterProduct, Use
@@ -19,10 +19,18 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def gram_of(passes: list[list[Use]], sizes: list[int], shape: tuple[int, ...], rows: Tensor | None = None) -> Tensor:
-    """Of uses of the whole parameter."""
+def gram_of(
+    passes: list[list[Use]],
+    sizes: list[int],
+    shape: tuple[int, ...],
+    *,
+    chosen: Tensor | None = None,
+    chunk: int = LIMITS.chunk_bytes,
+) -> Tensor:
+    """Of uses of the parameter itself."""
     view = View("weight", 0, ((torch.Size(shape).numel(), 1),), shape, True)
-    found = module.parameter_gram([[Placed(view, use) for use in uses] for uses in passes], sizes, Scratch(), rows=rows)
+    placed = [[Placed(view, use) for use in uses] for uses in passes]
+    found = parameter_gram(placed, sizes, Scratch(), chosen=chosen, limits=Limits(chunk_bytes=chunk))
     assert found is not None
     return found
 
@@ -49,15 +57,15 @@ def test_one_product(shape: tuple[int, int, int, int], transposed: bool):
     assert torch.allclose(found, G @ G.T)
 
 
-def test_both_forms_are_taken_and_agree(monkeypatch: pytest.MonkeyPatch):
-    shape, calls = (3, 2, 20, 30), []
-    original = factored_module._inner_products
-    monkeypatch.setattr(factored_module, "_inner_products", lambda *factors: calls.append(1) or original(*factors))
-    factored = gram_of([[product_use(*shape)]], [3], (30, 20))
-    monkeypatch.setattr(factored_module, "_PAIRS", 0)
-    materialised = gram_of([[product_use(*shape)]], [3], (30, 20))
-    assert len(calls) == 1
-    assert torch.allclose(factored, materialised)
+def test_both_forms_are_taken_and_agree():
+    uses, fewer = [[product_use(3, 2, 20, 30)]], Limits(position_pairs=35)
+    factored = factored_gram(uses, [3], Scratch())
+    assert factored is not None
+    assert factored_gram(uses, [3], Scratch(), Limits(position_pairs=36)) is not None
+    assert factored_gram(uses, [3], Scratch(), fewer) is None
+    placed = [[part(uses[0][0], 0, 30, 20)]]
+    assert torch.equal(parameter_gram(placed, [3], Scratch()), factored)
+    assert torch.allclose(parameter_gram(placed, [3], Scratch(), limits=fewer), factored)
 
 
 def test_microbatches_of_different_length_have_cross_terms():
@@ -68,18 +76,16 @@ def test_microbatches_of_different_length_have_cross_terms():
 
 
 @pytest.mark.parametrize("chunk", [1, 200, 1 << 26])
-def test_chunks_of_rows_add_up(chunk: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module, "_CHUNK_BYTES", chunk)
+def test_chunks_of_slices_add_up(chunk: int):
     G = product_gradients(4, 9, 3, 7)
-    assert torch.allclose(gram_of([[product_use(4, 9, 3, 7)]], [4], (7, 3)), G @ G.T)
+    assert torch.allclose(gram_of([[product_use(4, 9, 3, 7)]], [4], (7, 3), chunk=chunk), G @ G.T)
 
 
 @pytest.mark.parametrize("chunk", [1, 1 << 26])
-def test_several_uses_are_added_before_the_product(chunk: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module, "_CHUNK_BYTES", chunk)
+def test_several_uses_are_added_before_the_product(chunk: int):
     G = product_gradients(3, 2, 4, 5) + product_gradients(3, 4, 4, 5, seed=20)
     uses = [[product_use(3, 2, 4, 5), product_use(3, 4, 4, 5, seed=20)]]
-    assert torch.allclose(gram_of(uses, [3], (5, 4)), G @ G.T)
+    assert torch.allclose(gram_of(uses, [3], (5, 4), chunk=chunk), G @ G.T)
 
 
 def lookup(N: int, T: int, rows: int, d: int, padding: int | None, seed: int = 0) -> tuple[Lookup, Tensor]:
@@ -97,28 +103,26 @@ def lookup(N: int, T: int, rows: int, d: int, padding: int | None, seed: int = 0
 
 @pytest.mark.parametrize("chunk", [1, 1 << 26])
 @pytest.mark.parametrize("padding", [None, 2])
-def test_lookups_scatter(padding: int | None, chunk: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module, "_CHUNK_BYTES", chunk)
+def test_lookups_scatter(padding: int | None, chunk: int):
     use, G = lookup(3, 6, 5, 4, padding)
     assert (use.indices == 2).any()
-    assert torch.allclose(gram_of([[use]], [3], (5, 4)), G @ G.T)
+    assert torch.allclose(gram_of([[use]], [3], (5, 4), chunk=chunk), G @ G.T)
 
 
 @pytest.mark.parametrize("chunk", [1, 1 << 26])
-def test_a_table_tied_to_a_head_adds_both(chunk: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module, "_CHUNK_BYTES", chunk)
+def test_a_table_tied_to_a_head_adds_both(chunk: int):
     use, G = lookup(3, 6, 9, 4, None)
     G = G + product_gradients(3, 6, 4, 9, seed=5)
     uses = [[use, product_use(3, 6, 4, 9, seed=5)]]
-    assert torch.allclose(gram_of(uses, [3], (9, 4)), G @ G.T)
+    assert torch.allclose(gram_of(uses, [3], (9, 4), chunk=chunk), G @ G.T)
     swapped = [[product_use(3, 6, 4, 9, seed=5), use]]
-    assert torch.allclose(gram_of(swapped, [3], (9, 4)), G @ G.T)
+    assert torch.allclose(gram_of(swapped, [3], (9, 4), chunk=chunk), G @ G.T)
 
 
 def test_an_elementwise_use_is_reduced_to_the_parameter():
     factor, gradient = draw(3, 4, 5), draw(3, 4, 5, seed=1)
     use = Elementwise(SCALE, 3, torch.Size((5,)), lambda: factor).completed(gradient)
-    assert torch.allclose(use.rows(1, 4), (factor * gradient).sum(1)[:, 1:4])
+    assert torch.allclose(use.slices(1, 4), (factor * gradient).sum(1)[:, 1:4])
 
 
 def test_a_microbatch_that_does_not_use_the_parameter_gives_zeros():
@@ -139,7 +143,7 @@ def test_uses_of_parts_that_lie_apart_do_not_mix():
     first, second = product_gradients(3, 2, 4, 5), product_gradients(3, 4, 4, 2, seed=20)
     G = torch.cat([first, second], 1)
     passes = [[part(product_use(3, 4, 4, 2, seed=20), 20, 2, 4), part(product_use(3, 2, 4, 5), 0, 5, 4)]]
-    found = module.parameter_gram(passes, [3], Scratch())
+    found = parameter_gram(passes, [3], Scratch())
     assert torch.allclose(found, G @ G.T)
 
 
@@ -148,36 +152,33 @@ def test_uses_of_parts_that_overlap_are_added_where_they_do():
     G[:, :5] += product_gradients(3, 2, 4, 5).view(3, 5, 4)
     G[:, 3:] += product_gradients(3, 4, 4, 5, seed=20).view(3, 5, 4)
     passes = [[part(product_use(3, 2, 4, 5), 0, 5, 4), part(product_use(3, 4, 4, 5, seed=20), 12, 5, 4)]]
-    found = module.parameter_gram(passes, [3], Scratch())
+    found = parameter_gram(passes, [3], Scratch())
     assert torch.allclose(found, G.flatten(1) @ G.flatten(1).T)
 
 
-def test_overlaps_that_cannot_be_written_out_have_no_gram(monkeypatch: pytest.MonkeyPatch):
+def test_overlaps_that_cannot_be_written_out_have_no_gram():
     passes = [[part(product_use(3, 2, 4, 5), 0, 5, 4), part(product_use(3, 4, 4, 5, seed=20), 12, 5, 4)]]
-    monkeypatch.setattr(regions_module, "_DENSE_BYTES", 3 * 32 * 8 - 1)
-    assert module.parameter_gram(passes, [3], Scratch()) is None
-    monkeypatch.setattr(regions_module, "_DENSE_BYTES", 3 * 32 * 8)
-    assert module.parameter_gram(passes, [3], Scratch()) is not None
+    assert parameter_gram(passes, [3], Scratch(), limits=Limits(overlap_bytes=3 * 32 * 8 - 1)) is None
+    assert parameter_gram(passes, [3], Scratch(), limits=Limits(overlap_bytes=3 * 32 * 8)) is not None
     mixed = [part(product_use(3, 2, 4, 5), 0, 5, 4, transposed=True), part(product_use(3, 4, 4, 5, seed=20), 12, 5, 4)]
-    assert module.parameter_gram([mixed], [3], Scratch()) is None
+    assert parameter_gram([mixed], [3], Scratch()) is None
 
 
 @pytest.mark.parametrize("chunk", [1, 1 << 26])
-@pytest.mark.parametrize("kind", ["product", "factored", "lookup", "tied", "dense"])
-def test_counted_rows_are_those_of_the_gradient_scaled_up(kind: str, chunk: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module, "_CHUNK_BYTES", chunk)
-    shape = {"product": (4, 9, 3, 9), "factored": (4, 1, 30, 9)}.get(kind, (4, 6, 4, 9))
+@pytest.mark.parametrize("form", ["product", "factored", "lookup", "tied", "dense"])
+def test_chosen_slices_are_those_of_the_gradient_scaled_up(form: str, chunk: int):
+    shape = {"product": (4, 9, 3, 9), "factored": (4, 1, 30, 9)}.get(form, (4, 6, 4, 9))
     d_in, d_out = shape[2:]
     G = product_gradients(*shape)
     uses: list[Use] = [product_use(*shape)]
-    if kind in ("lookup", "tied"):
+    if form in ("lookup", "tied"):
         use, looked_up = lookup(4, 6, 9, 4, 2)
-        uses, G = ([use], looked_up) if kind == "lookup" else ([use, *uses], G + looked_up)
-    if kind == "dense":
+        uses, G = ([use], looked_up) if form == "lookup" else ([use, *uses], G + looked_up)
+    if form == "dense":
         uses = [Dense(SCALE, G.view(4, 9, 4))]
-    rows = torch.tensor([0, 3, 4, 8])
-    kept = G.view(4, d_out, d_in)[:, rows].flatten(1)
-    assert torch.allclose(gram_of([uses], [4], (d_out, d_in), rows), kept @ kept.T * 9 / 4)
+    chosen = torch.tensor([0, 3, 4, 8])
+    kept = G.view(4, d_out, d_in)[:, chosen].flatten(1)
+    assert torch.allclose(gram_of([uses], [4], (d_out, d_in), chosen=chosen, chunk=chunk), kept @ kept.T * 9 / 4)
 
 
 def test_one_buffer_serves_all_dtypes_and_sizes():

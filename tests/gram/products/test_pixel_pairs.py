@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from curvature_callbacks.gram.capture.derived import Placed, View
-from curvature_callbacks.gram.products import pixel_pairs
+from curvature_callbacks.gram.products.factored import factored_gram
+from curvature_callbacks.gram.products.limits import LIMITS, Limits
 from curvature_callbacks.gram.products.parameter_gram import parameter_gram
-from curvature_callbacks.gram.products.pixel_pairs import pair_gram
+from curvature_callbacks.gram.products.pixel_pairs import pair_gram, pairs_are_cheaper
 from curvature_callbacks.gram.products.scratch import Scratch
 from curvature_callbacks.gram.uses.convolution import Convolution, Geometry
 from curvature_callbacks.gram.uses.operation import Operation
@@ -63,19 +64,16 @@ def written_out(use: Convolution) -> Tensor:
 def test_every_geometry(size: tuple[int, ...], options: dict[str, int]):
     use = drawn(5, size, geometry(len(size), **options))
     G = written_out(use)
-    found = pixel_pairs._Pairs([use]).gram()
+    found = pair_gram([use])
     assert found.dtype == torch.float64
     assert torch.allclose(found, G @ G.T, rtol=1e-12, atol=1e-9)
 
 
-@pytest.mark.parametrize("block_bytes", [pixel_pairs._BLOCK_BYTES, 37 * 16 * 8 * 3], ids=["by quarters", "three samples"])
-def test_blocks_of_samples_are_mirrored(block_bytes: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(pixel_pairs, "_BLOCK_BYTES", block_bytes)
-    monkeypatch.setattr(pixel_pairs, "_FEWEST_SAMPLES", 4)
+@pytest.mark.parametrize("pixel_bytes", [LIMITS.pixel_bytes, 37 * 16 * 8 * 3], ids=["by quarters", "three samples"])
+def test_tiles_of_samples_are_mirrored(pixel_bytes: int):
     use = drawn(37, (2, 2), geometry())
     G = written_out(use)
-    found = pair_gram([use])
-    assert found is not None
+    found = pair_gram([use], Limits(pixel_bytes=pixel_bytes, fewest_samples=4))
     assert torch.equal(found[12:, :3], found[:3, 12:].T)
     assert torch.allclose(found, G @ G.T)
 
@@ -84,36 +82,31 @@ def test_passes_have_cross_terms():
     uses = [drawn(2, (2, 2), geometry()), drawn(3, (2, 2), geometry(), seed=1)]
     G = torch.cat([written_out(use) for use in uses])
     found = pair_gram(uses)
-    assert found is not None
     assert torch.allclose(found, G @ G.T)
 
 
 def test_some_output_channels():
     use = drawn(4, (2, 2), geometry()).restricted(torch.tensor([1, 4, 5]))
     G = written_out(use)
-    assert torch.allclose(pixel_pairs._Pairs([use]).gram(), G @ G.T)
+    assert torch.allclose(pair_gram([use]), G @ G.T)
 
 
 def test_cheaper_only_for_many_channels_on_few_positions():
-    assert pair_gram([drawn(4, (2, 2), geometry())]) is not None
-    assert pair_gram([drawn(4, (9, 9), geometry())]) is None
-    assert pair_gram([drawn(4, (3, 3), geometry(), channels=(2, 3))]) is None
+    assert pairs_are_cheaper([drawn(4, (2, 2), geometry())])
+    assert not pairs_are_cheaper([drawn(4, (9, 9), geometry())])
+    assert not pairs_are_cheaper([drawn(4, (3, 3), geometry(), channels=(2, 3))])
 
 
-def test_memory_bounds_the_form(monkeypatch: pytest.MonkeyPatch):
+def test_memory_bounds_the_form():
     use = drawn(4, (2, 2), geometry())
-    monkeypatch.setattr(pixel_pairs, "_BLOCK_BYTES", 4 * 16 * 8)
-    assert pair_gram([use]) is not None
-    monkeypatch.setattr(pixel_pairs, "_BLOCK_BYTES", 4 * 16 * 8 - 1)
-    assert pair_gram([use]) is None
+    assert pairs_are_cheaper([use], Limits(pixel_bytes=4 * 16 * 8))
+    assert not pairs_are_cheaper([use], Limits(pixel_bytes=4 * 16 * 8 - 1))
 
 
-def test_memory_counts_a_grid_of_outputs_larger_than_that_of_pixels(monkeypatch: pytest.MonkeyPatch):
+def test_memory_counts_a_grid_of_outputs_larger_than_that_of_pixels():
     use = drawn(4, (2,), geometry(1, padding=2), channels=(90, 80))  # four outputs
-    monkeypatch.setattr(pixel_pairs, "_BLOCK_BYTES", 4 * 16 * 8)
-    assert pair_gram([use]) is not None
-    monkeypatch.setattr(pixel_pairs, "_BLOCK_BYTES", 4 * 16 * 8 - 1)
-    assert pair_gram([use]) is None
+    assert pairs_are_cheaper([use], Limits(pixel_bytes=4 * 16 * 8))
+    assert not pairs_are_cheaper([use], Limits(pixel_bytes=4 * 16 * 8 - 1))
 
 
 @pytest.mark.parametrize(
@@ -126,33 +119,30 @@ def test_memory_counts_a_grid_of_outputs_larger_than_that_of_pixels(monkeypatch:
     ids=["another size", "another kernel", "groups"],
 )
 def test_passes_that_do_not_fit_together_are_left_alone(other: Convolution):
-    assert pair_gram([drawn(3, (2, 2), geometry()), other]) is None
-    assert pair_gram([other, drawn(3, (2, 2), geometry())]) is None
+    assert not pairs_are_cheaper([drawn(3, (2, 2), geometry()), other])
+    assert not pairs_are_cheaper([other, drawn(3, (2, 2), geometry())])
 
 
-@pytest.mark.parametrize("layout", [Layout(2), Layout(4, rows=torch.tensor([3, 2, 1, 0]))], ids=["positions", "routed"])
+@pytest.mark.parametrize("layout", [Layout(2), Layout(4, samples=torch.tensor([3, 2, 1, 0]))], ids=["positions", "routed"])
 def test_several_images_of_a_sample_are_left_alone(layout: Layout):
-    one = drawn(4, (2, 2), geometry())
-    use = Convolution(Operation("conv"), layout, one.inputs, one.geometry)
-    use.complete(one.output_gradients)
-    assert pair_gram([use]) is None
+    alone = drawn(4, (2, 2), geometry())
+    use = Convolution(Operation("conv"), layout, alone.inputs, alone.geometry)
+    use.complete(alone.output_gradients)
+    assert not pairs_are_cheaper([use])
 
 
 @pytest.mark.parametrize("passes", [1, 2])
-def test_the_parameter_takes_this_form_by_itself(passes: int, monkeypatch: pytest.MonkeyPatch):
-    taken = []
-    original = pixel_pairs._Pairs.gram
-    monkeypatch.setattr(pixel_pairs._Pairs, "gram", lambda self: taken.append(1) or original(self))
+def test_the_parameter_takes_this_form_by_itself(passes: int):
     uses = [drawn(3, (2, 2), geometry(), seed=seed) for seed in range(passes)]
     shape = (WIDE[1], WIDE[0], 3, 3)
     view = View("weight", 0, ((torch.Size(shape).numel(), 1),), shape, True)
     G = torch.cat([written_out(use) for use in uses])
     found = parameter_gram([[Placed(view, use)] for use in uses], [3] * passes, Scratch())
     assert found is not None
+    assert torch.equal(found, pair_gram(uses))
     assert torch.allclose(found, G @ G.T)
-    assert taken == [1]
+    assert factored_gram([*([use] for use in uses), []], [3] * passes + [1], Scratch()) is None
     empty = parameter_gram([[Placed(view, use)] for use in uses] + [[]], [3] * passes + [1], Scratch())
     assert empty is not None
     assert torch.allclose(empty[:-1, :-1], G @ G.T)
     assert not empty[-1].any()
-    assert taken == [1]
