@@ -5,8 +5,6 @@ from typing import Any, Final, final
 
 import torch
 
-CERTIFICATE_FAILED: Final = "certificate failed"  # how the reason of such a fallback begins
-
 LinAlgError: Final = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 

@@ -7,13 +7,14 @@ from torch import Tensor, nn
 
 from curvature_callbacks.batches import dtype_name
 from curvature_callbacks.errors import ConfigurationError
+from curvature_callbacks.gram.result import BlockGrams
 from curvature_callbacks.isolation.model import deterministic_algorithms
 from curvature_callbacks.linalg.accumulate import gram
 from curvature_callbacks.measurements.fisher_spectrum import FisherSpectrum, settings_of
 from curvature_callbacks.model.blocks import BlockStructure, group_blocks
 from curvature_callbacks.model.loss.fisher_type import EMPIRICAL
 from curvature_callbacks.model.objective import ParamsFilter
-from curvature_callbacks.statistics.fisher_spectra import FisherSpectra, WeightedGradients, fisher_spectra
+from curvature_callbacks.statistics.fisher_spectra import FisherSpectra, fisher_spectra
 
 PerSampleGradients = Sequence[Mapping[str, Tensor]]
 
@@ -58,13 +59,13 @@ def spectra_of_gradients(
 
 def _as_samples(
     gradients: PerSampleGradients, blocks: Mapping[str, Sequence[str]], sizes: Mapping[str, int], dtype: torch.dtype
-) -> WeightedGradients:
+) -> BlockGrams:
     """Every gradient a row of one target."""
     N = len(gradients)
-    return WeightedGradients(
+    return BlockGrams(
         grams={block: _gram_of(gradients, members) for block, members in blocks.items()},
         sizes={block: sum(sizes[name] for name in members) for block, members in blocks.items()},
-        rows=torch.arange(N),
+        samples=torch.arange(N),
         weights=torch.ones(N, dtype=torch.float64),
         num_targets=torch.ones(N, dtype=torch.int64),
         dtype=dtype,

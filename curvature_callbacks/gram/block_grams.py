@@ -28,7 +28,7 @@ from curvature_callbacks.gram.exchange import Exchange
 from curvature_callbacks.gram.memory import Signature
 from curvature_callbacks.gram.passed import Observed, Passed, pseudo_samples
 from curvature_callbacks.gram.passes import run_passes
-from curvature_callbacks.gram.result import BlockGrams, among_all_rows, without_finite_rows
+from curvature_callbacks.gram.result import BlockGrams, among_all_rows, block_sizes, without_finite_rows
 from curvature_callbacks.gram.row_by_row import FiniteRows, check_apart, finite_rows, row_grams
 from curvature_callbacks.gram.storage import Storage, memory_budget
 from curvature_callbacks.gram.subsample import chosen_slices
@@ -72,7 +72,7 @@ def block_grams(context: GramContext, microbatches: Sequence[Any], blocks: Block
         if not finite_samples(attempt.grams).all():
             rows = finite_rows(context, microbatches)
             if not rows.of_all.any():
-                return without_finite_rows(blocks, len(rows.of_all), attempt.fallback, objective.device)
+                return without_finite_rows(objective, blocks, len(rows.of_all), attempt.fallback)
             if rows.of_all.all():
                 context = _without_rules(context, attempt.fallback)
             else:
@@ -188,11 +188,14 @@ def _result(context: GramContext, attempt: _Attempt, blocks: Blocks, error: floa
     layers = attempt.collector.kronecker(attempt.grams, attempt.observed)
     return BlockGrams(
         grams={block: _active_part(K, active) for block, K in totals.items()},
+        sizes=block_sizes(context.objective, blocks),
+        dtype=context.objective.dtype,
         samples=samples[active],
         weights=weights[active],
         num_targets=torch.cat(list(attempt.observed.num_targets)),
         operations=attempt.observed.operations,
         fallback=attempt.fallback,
+        failed_certificates=tuple(name for name in attempt.fallback if name in context.memory.failed),
         certificate_error=error,
         kronecker={name: replace(layer, gram=_active_part(layer.gram, active)) for name, layer in layers.items()},
         mode=attempt.mode,

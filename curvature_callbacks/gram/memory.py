@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, final
 
-from curvature_callbacks.errors import CERTIFICATE_FAILED, ProbeError, RefusedError
+from curvature_callbacks.errors import ProbeError, RefusedError
 from curvature_callbacks.gram.products.scratch import Scratch
 
 TOLERANCE: Final = 1e-4  # of the certificate: a right Gram agrees to 1e-7, a wrong sample axis misses by 0.7
@@ -22,6 +22,7 @@ class GramMemory:
         scratch: memory that the Grams work in.
         certified: layouts whose Grams were proved.
         refused: parameter to why its rule is not used any more.
+        failed: those of them whose certificate failed.
         positions_first: parameters whose activations are sequence-first.
         row_limit: most rows of a microbatch, once memory has run out; from then on none are put together.
     """
@@ -29,6 +30,7 @@ class GramMemory:
     scratch: Scratch = field(default_factory=Scratch)
     certified: set[Signature] = field(default_factory=set)
     refused: dict[str, str] = field(default_factory=dict)
+    failed: set[str] = field(default_factory=set)
     positions_first: set[str] = field(default_factory=set)
     row_limit: int | None = None
 
@@ -58,5 +60,6 @@ class GramMemory:
             if name not in self.positions_first:
                 self.positions_first.add(name)
             else:
-                self.refused[name] = f"{CERTIFICATE_FAILED} (relative error {error:.1e})"
+                self.failed.add(name)
+                self.refused[name] = f"certificate failed (relative error {error:.1e})"
         return bool(failed)

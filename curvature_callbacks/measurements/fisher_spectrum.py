@@ -15,8 +15,6 @@ from curvature_callbacks.record import Record
 from curvature_callbacks.statistics.fisher_spectra import (
     EigensolveDevice,
     FisherSpectra,
-    WeightedGradients,
-    failed_certificates,
     fisher_spectra,
     warning_of,
 )
@@ -125,7 +123,7 @@ class FisherSpectrum:
         spectra = spectra_of_problem(problem, self)
         if spectra.full.num_samples < 2:
             raise ProbeError("fewer than two samples of this probe have a finite gradient.")
-        failed = [name for name in failed_certificates(spectra) if name not in state]
+        failed = [name for name in spectra.failed_certificates if name not in state]
         if failed:
             _logger.warning("%s: %s This is said once.", self.name, warning_of(failed))
         return [self._whole(problem, spectra), *self._blocks(problem, spectra)], (*state, *failed)
@@ -176,16 +174,8 @@ def spectra_of_problem(problem: Problem, options: FisherSpectrum) -> FisherSpect
     """Spectra of a probe. Cost: see `compute_fisher_spectrum`."""
     objective = problem.objective
     with deterministic_algorithms(objective.device, enabled=options.deterministic):
-        found = problem.grams(
+        grams = problem.grams(
             options.fisher_type, max_params_per_block=options.max_params_per_block, memory_budget=options.memory_budget
-        )
-        gradients = WeightedGradients(
-            grams=found.grams,
-            sizes={block: sum(objective.sizes[name] for name in names) for block, names in problem.blocks.items()},
-            rows=found.samples,
-            weights=found.weights,
-            num_targets=found.num_targets,
-            dtype=objective.dtype,
         )
         metadata = {
             **settings_of(options),
@@ -193,11 +183,11 @@ def spectra_of_problem(problem: Problem, options: FisherSpectrum) -> FisherSpect
             "dtype": dtype_name(objective.dtype),
             "seed": problem.seed,
             "step": problem.step,
-            "mode": found.mode,
-            "fallback": dict(found.fallback),
-            "certificate_error": found.certificate_error,
+            "mode": grams.mode,
+            "fallback": dict(grams.fallback),
+            "certificate_error": grams.certificate_error,
         }
-        return fisher_spectra(gradients, options, metadata)
+        return fisher_spectra(grams, options, metadata)
 
 
 def settings_of(options: FisherSpectrum) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from typing import Any, Literal, Protocol, final
 import torch
 from torch import Tensor
 
-from curvature_callbacks.errors import CERTIFICATE_FAILED
 from curvature_callbacks.linalg.accumulate import finite_samples
 from curvature_callbacks.model.loss.fisher_type import FisherType
 from curvature_callbacks.statistics.spectrum import Spectrum, spectrum_of_gram, union
@@ -28,12 +27,14 @@ class FisherSpectra:
         block_diagonal: spectrum of F's block-diagonal approximation: the *union* of the block spectra. It can differ from
             `full` by O(1).
         metadata: Fisher type, sample unit, N (rows) requested and used, valid targets, dtype, seed, fallbacks, certificate.
+        failed_certificates: parameters whose fast Gram was proven wrong, so that their gradients were taken row by row.
     """
 
     blocks: Mapping[str, Spectrum]
     full: Spectrum
     block_diagonal: Spectrum
     metadata: Mapping[str, Any]
+    failed_certificates: tuple[str, ...] = ()
 
 
 class SpectrumOptions(Protocol):
@@ -60,32 +61,49 @@ class SpectrumOptions(Protocol):
         ...
 
 
-@final
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class WeightedGradients:
-    """S gradients `sqrt(w_s) g_s` of N rows, by their block Grams.
+class WeightedGradients(Protocol):
+    """S gradients `sqrt(w_s) g_s` of N rows, by their block Grams: what `fisher_spectra` reads of `gram.result.BlockGrams`."""
 
-    Attributes:
-        grams: block to (S, S), unscaled.
-        sizes: block to its number of parameters.
-        rows: (S,) the row, 0 to N - 1, each belongs to.
-        weights: (S,) `w_s`.
-        num_targets: (N,) valid targets of each row.
-        dtype: dtype they were computed in.
-    """
+    @property
+    def grams(self) -> Mapping[str, Tensor]:
+        """Block to (S, S), unscaled."""
+        ...
 
-    grams: Mapping[str, Tensor]
-    sizes: Mapping[str, int]
-    rows: Tensor
-    weights: Tensor
-    num_targets: Tensor
-    dtype: torch.dtype
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Block to its number of parameters."""
+        ...
+
+    @property
+    def samples(self) -> Tensor:
+        """(S,) the row, 0 to N - 1, each gradient belongs to."""
+        ...
+
+    @property
+    def weights(self) -> Tensor:
+        """(S,) `w_s`."""
+        ...
+
+    @property
+    def num_targets(self) -> Tensor:
+        """(N,) valid targets of each row."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the gradients were computed in."""
+        ...
+
+    @property
+    def failed_certificates(self) -> tuple[str, ...]:
+        """See `FisherSpectra`."""
+        ...
 
 
 def fisher_spectra(gradients: WeightedGradients, options: SpectrumOptions, metadata: Mapping[str, Any]) -> FisherSpectra:
     """Spectra over the rows with a valid target and finite gradients only; empty ones of fewer than two gradients."""
     usable = _usable_rows(gradients)
-    kept = usable[gradients.rows.cpu()].nonzero()[:, 0]
+    kept = usable[gradients.samples.cpu()].nonzero()[:, 0]
     metadata = {
         **metadata,
         "num_samples_requested": len(usable),
@@ -93,9 +111,10 @@ def fisher_spectra(gradients: WeightedGradients, options: SpectrumOptions, metad
         "num_gradients": len(kept),
         "num_targets": int(gradients.num_targets.cpu()[usable].sum()),
     }
+    failed = gradients.failed_certificates
     if len(kept) < 2:
         empty = spectrum_of_gram(torch.zeros(0, 0), num_params=0, dtype=gradients.dtype)
-        return FisherSpectra(blocks={}, full=empty, block_diagonal=empty, metadata=metadata)
+        return FisherSpectra(blocks={}, full=empty, block_diagonal=empty, metadata=metadata, failed_certificates=failed)
     grams = {block: K[kept.to(K.device)][:, kept.to(K.device)] for block, K in gradients.grams.items()}
     weights = gradients.weights.cpu()[kept]
     if options.max_sample_grad_norm is not None:
@@ -105,23 +124,23 @@ def fisher_spectra(gradients: WeightedGradients, options: SpectrumOptions, metad
         dtype=gradients.dtype,
         normaliser=options.fisher_type.normaliser(gradients.num_targets.cpu()[usable]),
         weights=weights,
-        samples=gradients.rows.cpu()[kept],
+        samples=gradients.samples.cpu()[kept],
         center=options.center_gradients,
         device=None if options.eigensolve_device == "auto" else torch.device(options.eigensolve_device),
     )
     blocks = {block: solve(K, num_params=gradients.sizes[block]) for block, K in grams.items()}
     full = solve(_total(grams), num_params=sum(gradients.sizes.values()))
-    return FisherSpectra(blocks=blocks, full=full, block_diagonal=union(blocks, dtype=gradients.dtype), metadata=metadata)
-
-
-def failed_certificates(spectra: FisherSpectra) -> list[str]:
-    """Parameters whose fast Gram was proven wrong, so that their gradients were taken row by row."""
-    fallback: Mapping[str, str] = spectra.metadata.get("fallback", {})
-    return [name for name, reason in fallback.items() if reason.startswith(CERTIFICATE_FAILED)]
+    return FisherSpectra(
+        blocks=blocks,
+        full=full,
+        block_diagonal=union(blocks, dtype=gradients.dtype),
+        metadata=metadata,
+        failed_certificates=failed,
+    )
 
 
 def warning_of(failed: Sequence[str]) -> str:
-    """What to tell about `failed_certificates`."""
+    """The sentence that reports `failed_certificates`."""
     return (
         f"the fast Gram of {', '.join(f'`{name}`' for name in failed)} failed its certificate: the gradients of these "
         "parameters are taken row by row, which is exact and slow."
@@ -130,9 +149,8 @@ def warning_of(failed: Sequence[str]) -> str:
 
 def warned(spectra: FisherSpectra) -> FisherSpectra:
     """`spectra`, with a warning when samples were left out or a certificate failed."""
-    failed = failed_certificates(spectra)
-    if failed:
-        warnings.warn(warning_of(failed), stacklevel=3)
+    if spectra.failed_certificates:
+        warnings.warn(warning_of(spectra.failed_certificates), stacklevel=3)
     used, requested = spectra.metadata["num_samples"], spectra.metadata["num_samples_requested"]
     if spectra.full.num_samples < 2:
         warnings.warn(
@@ -147,7 +165,7 @@ def warned(spectra: FisherSpectra) -> FisherSpectra:
 
 def _usable_rows(gradients: WeightedGradients) -> Tensor:
     """(N,) on CPU: rows with a valid target and gradients, none of them infinite or NaN in any block."""
-    rows = gradients.rows.cpu()
+    rows = gradients.samples.cpu()
     usable = torch.zeros(len(gradients.num_targets), dtype=torch.bool)
     usable[rows] = True
     if gradients.grams:

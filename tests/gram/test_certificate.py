@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature_callbacks.compute.offline import offline_problem
-from curvature_callbacks.errors import CERTIFICATE_FAILED, RefusedError
+from curvature_callbacks.errors import RefusedError
 from curvature_callbacks.gram.certificate import certificate_errors, signature
 from curvature_callbacks.gram.context import GramOptions
 from curvature_callbacks.gram.memory import TOLERANCE, GramMemory
@@ -116,7 +116,8 @@ def test_a_wrong_rule_is_caught_and_its_parameter_goes_row_by_row(parameter: str
     RULES[parameter](FAULTS[fault], monkeypatch)
     found = probe(model, microbatches, memory)
     assert set(found.fallback) == {parameter}
-    assert found.fallback[parameter].startswith(CERTIFICATE_FAILED)
+    assert found.fallback[parameter].startswith("certificate failed (relative error ")
+    assert found.failed_certificates == (parameter,)
     assert found.certificate_error is not None
     assert found.certificate_error < 1e-10
     assert_exact(found, truth, model, 1e-10)
@@ -168,7 +169,8 @@ def test_samples_permuted_inside_a_layer_are_caught(sizes: tuple[int, ...]):
     model, microbatches = case.model(stem=True), case.microbatches(sizes)
     found = probe(model, microbatches, memory)
     assert set(found.fallback) == {"inner.weight", "inner.bias"}
-    assert all(reason.startswith(CERTIFICATE_FAILED) for reason in found.fallback.values())
+    assert all(reason.startswith("certificate failed") for reason in found.fallback.values())
+    assert set(found.failed_certificates) == set(found.fallback)
     assert_exact(found, sample_gradients(model, microbatches, "pair"), model, 1e-10)
 
 
@@ -295,7 +297,7 @@ def test_a_failure_is_read_the_other_way_then_row_by_row_then_refused():
     assert memory.positions_first == {"wrong", "nan"}
     assert memory.refused == {}
     assert memory.judge({"right": 0.0, "wrong": 0.1, "nan": 0.0}, {})
-    assert set(memory.refused) == {"wrong"}
+    assert set(memory.refused) == memory.failed == {"wrong"}
     assert not memory.judge({"right": 0.0, "wrong": 0.0}, memory.refused)
     with pytest.raises(RefusedError, match="wrong"):
         memory.judge({"wrong": 0.1}, memory.refused)

@@ -7,11 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from curvature_callbacks import compute_fisher_spectrum
+from curvature_callbacks import FisherSpectrum
 from curvature_callbacks.batches import take_rows
 from curvature_callbacks.compute.offline import offline_problem
 from curvature_callbacks.gram import passes as passes_module
-from curvature_callbacks.gram import probe_grams as shared
 from curvature_callbacks.gram.capture.derived import Placed, View
 from curvature_callbacks.gram.capture.rules import LINEAR
 from curvature_callbacks.gram.context import GramOptions, Limits
@@ -23,6 +22,7 @@ from curvature_callbacks.gram.uses.elementwise import SCALE
 from curvature_callbacks.gram.uses.uses import Dense, Lookup, OuterProduct, Use
 from curvature_callbacks.model.blocks import group_blocks
 from curvature_callbacks.model.loss.fisher_type import FisherType
+from curvature_callbacks.statistics.fisher_spectra import fisher_spectra
 from tests.cases import CASES, Case
 from tests.gram.gram_cases import block_grams_of, context_of, model_grams
 from tests.reference import fisher_eigenvalues, relative_error, sample_gradients, stacked
@@ -130,13 +130,13 @@ def test_microbatches_are_the_batch_cut_up(name: str):
 @pytest.mark.parametrize("centred", [False, True], ids=["raw", "centred"])
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("name", NAMES)
-def test_spectra_of_every_mode(name: str, budget: str, centred: bool, monkeypatch: pytest.MonkeyPatch):
+def test_spectra_of_every_mode(name: str, budget: str, centred: bool):
     case = CASES[name]
     model, microbatches = case.model(), case.microbatches()
-    monkeypatch.setattr(shared, "budget_of", lambda device, _=None: BUDGETS[budget])
-    spectra = compute_fisher_spectrum(model, microbatches, loss=case.loss, center_gradients=centred)
+    found = model_grams(model, microbatches, loss=case.loss, budget=BUDGETS[budget])
+    spectra = fisher_spectra(found, FisherSpectrum(center_gradients=centred), {})
     truth = sample_gradients(model, microbatches, case.kind)
-    assert spectra.metadata["mode"].split()[-1] == MODES.get(budget, "groups").split()[-1]
+    assert found.mode.split()[-1] == MODES.get(budget, "groups").split()[-1]
     assert relative_error(spectra.full.eigenvalues, fisher_eigenvalues(stacked(truth), centred=centred)) < 1e-5
 
 

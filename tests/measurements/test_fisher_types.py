@@ -204,7 +204,7 @@ def with_failed_certificate(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def failing(self: ProbeGrams, *args: Any, **options: Any) -> Any:
         reasons = {"0.weight": "certificate failed (relative error 4.2e-01)", "0.bias": "no rule for `clone`"}
-        return replace(grams(self, *args, **options), fallback=reasons)
+        return replace(grams(self, *args, **options), fallback=reasons, failed_certificates=("0.weight",))
 
     monkeypatch.setattr(ProbeGrams, "__call__", failing)
 
