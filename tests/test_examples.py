@@ -21,6 +21,7 @@ BLOCKS = {
     "transformers_char_lm": ["embed_tokens", "layers.0", "layers.1", "layers.2", "norm", "lm_head"],
     "plain_loop": ["0", "2", "4"],
     "custom_measurement": ["0", "2"],
+    "residual_hessian": ["0", "2"],
 }
 
 

@@ -9,17 +9,30 @@ from torch import Tensor
 
 from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.linalg.operator import Operator
+from curvature_callbacks.space import Space
 
 
 @final
 class LinearCombination:
-    """`sum_i c_i A_i + shift I` as an operator: means over probes, differences of curvatures, damping.
+    """`sum_i c_i A_i + shift I` as an operator: differences of curvatures, means, damping.
+
+    Its use is a matrix of one's own for `TopEigenpairs` and `compute_spectrum`, made of those of a `Problem`. So what the
+    Gauss-Newton matrix leaves of the Hessian, through which alone it can have negative eigenvalues
+    (`examples/residual_hessian.py` logs it while a network trains):
+
+        def residual_hessian(problem, names):
+            return LinearCombination([(1.0, problem.hessian(names)), (-1.0, problem.ggn(names))])
+
+        TopEigenpairs(operator=residual_hessian, k=2)
 
     Cost of one product: one product of every part, `P K` multiplications each beside it, and a second (P, K).
 
     Args:
-        parts: (c_i, A_i), at least one; all operators of the same shape, dtype and device.
+        parts: (c_i, A_i), at least one; all operators of the same shape, dtype, device and space.
         shift: multiple of the identity.
+
+    Attributes:
+        space: that of the parts, where one has it: how inner products of vectors add up over processes.
 
     Raises:
         ConfigurationError: no part, parts that do not fit together, a number that is not finite.
@@ -41,6 +54,11 @@ class LinearCombination:
             _require_same("shape", i, tuple(operator.shape), tuple(first.shape))
             _require_same("dtype", i, operator.dtype, first.dtype)
             _require_same("device", i, operator.device, first.device)
+        spaces = [operator.space for _, operator in parts if hasattr(operator, "space")]
+        for i, space in enumerate(spaces):
+            _require_same("space", i, space, spaces[0])
+        if spaces:
+            self.space: Space = spaces[0]
         self._parts = tuple(parts)
         self._shift = shift
 
@@ -78,9 +96,9 @@ def _require_finite(weights: Sequence[float], shift: float) -> None:
             raise ConfigurationError(f"{name} must be a finite number, got {value!r}: leave the part out to drop it.")
 
 
-def _require_same(what: str, i: int, found: object, expected: object) -> None:
-    if found != expected:
+def _require_same(what: str, i: int, value: object, expected: object) -> None:
+    if value != expected:
         raise ConfigurationError(
-            f"all operators in `parts` must have the same {what}: number {i} has {found}, the first has {expected}. Build them "
+            f"all operators in `parts` must have the same {what}: number {i} has {value}, the first has {expected}. Build them "
             "of the same parameters of the same model."
         )

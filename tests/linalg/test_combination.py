@@ -1,14 +1,17 @@
 import math
+import runpy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from curvature_callbacks import ConfigurationError, MatrixOperator
+from curvature_callbacks import ConfigurationError, CurvatureMonitor, MatrixOperator, TopEigenpairs
 from curvature_callbacks.linalg.combination import LinearCombination
 from curvature_callbacks.linalg.lanczos.solver import lanczos
 from curvature_callbacks.linalg.operator import Operator
+from curvature_callbacks.space import LocalSpace
 
 P = 7
 
@@ -77,3 +80,62 @@ def test_it_looks_like_its_parts():
 def test_parts_that_do_not_fit(parts: Any, shift: float, message: str):
     with pytest.raises(ConfigurationError, match=message):
         LinearCombination(parts, shift=shift)
+
+
+def test_the_space_is_that_of_the_parts():
+    """Without one where no part has one: over processes such an operator is refused."""
+    here, elsewhere = (MatrixOperator(symmetric(seed)) for seed in range(2))
+    assert not hasattr(LinearCombination([(1.0, here), (1.0, elsewhere)]), "space")
+    here.space = LocalSpace()  # type: ignore[attr-defined]
+    assert LinearCombination([(1.0, elsewhere), (1.0, here)]).space is here.space  # type: ignore[attr-defined]
+    elsewhere.space = LocalSpace()  # type: ignore[attr-defined]
+    with pytest.raises(ConfigurationError, match="same space"):
+        LinearCombination([(1.0, here), (1.0, elsewhere)])
+
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "residual_hessian.py"
+
+
+def dense_residual(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """`(1 / N) sum_nc (softmax(z_n) - onehot(y_n))_c d2z_nc / dtheta2` (P, P), one second derivative of an output at a time."""
+    names = [name for name, _ in model.named_parameters()]
+    shapes = [parameter.shape for parameter in model.parameters()]
+    flat = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    total = torch.zeros(len(flat), len(flat), dtype=torch.float64)
+    for x, y in zip(inputs, targets, strict=True):
+
+        def output(theta: Tensor, c: int, x: Tensor = x) -> Tensor:
+            pieces = theta.split([shape.numel() for shape in shapes])
+            parameters = {name: piece.view(shape) for name, piece, shape in zip(names, pieces, shapes, strict=True)}
+            return torch.func.functional_call(model, parameters, (x[None],))[0, c]
+
+        errors = torch.softmax(model(x[None])[0], 0).detach() - torch.eye(3, dtype=torch.float64)[y]
+        for c in range(3):
+            total += errors[c] * torch.autograd.functional.hessian(lambda theta, c=c: output(theta, c), flat)
+    return total / len(inputs)
+
+
+def test_what_the_ggn_leaves_of_the_hessian(monkeypatch: pytest.MonkeyPatch):
+    """The example's matrix through a monitor, against second derivatives of the outputs."""
+    monkeypatch.syspath_prepend(str(EXAMPLE.parent))
+    residual_hessian = runpy.run_path(str(EXAMPLE))["residual_hessian"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+        inputs, targets = torch.randn(6, 4, dtype=torch.float64), torch.randint(3, (6,))
+    watching = CurvatureMonitor(
+        model,
+        probes=[(inputs, targets)],
+        loss="cross_entropy",
+        measure=[TopEigenpairs(operator=residual_hessian, k=4, which="BE", tol=1e-8, max_matvecs=100, per_block=True)],
+    )
+    records = {record.block: record for record in watching.step(0)[1:]}
+    truth = dense_residual(model, inputs, targets)
+    values = torch.linalg.eigvalsh(truth)
+    assert values[0] < -1e-3
+    assert records[None].measurement == "residual_hessian"
+    assert records[None].scalars["lambda_max"] == pytest.approx(values[-1].item(), rel=1e-7)
+    assert records[None].scalars["lambda_min"] == pytest.approx(values[0].item(), rel=1e-7)
+    first = torch.linalg.eigvalsh(truth[:25, :25])  # the last layer's block is zero: outputs are linear in it
+    assert records["0"].scalars["lambda_max"] == pytest.approx(first[-1].item(), rel=1e-7)
+    assert abs(records["2"].scalars["lambda_max"]) < 1e-14

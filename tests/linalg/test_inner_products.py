@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from curvature_callbacks.linalg.combination import LinearCombination
 from curvature_callbacks.linalg.eigenpairs import Eigenpairs
 from curvature_callbacks.linalg.inner_products import InnerProducts
 from curvature_callbacks.linalg.lanczos.limits import Limits
@@ -43,14 +44,14 @@ class Shard:
     is_psd = False
 
     def __init__(self, A: Tensor, rank: int, meeting: Meeting) -> None:
-        self._A, self._rank, self._meeting = A, rank, meeting
+        self._A, self._rank, self.meeting = A, rank, meeting
         self.rows = PARTS[rank]
         length = self.rows.stop - self.rows.start
         self.shape, self.dtype, self.device = (length, length), A.dtype, A.device
         self.space = self
 
     def total(self, partial: Tensor) -> Tensor:
-        first, second = self._meeting.exchange(self._rank, partial)
+        first, second = self.meeting.exchange(self._rank, partial)
         return first + second
 
     def seed(self, seed: int) -> int:
@@ -60,10 +61,10 @@ class Shard:
         return self.rows
 
     def assembled(self, part: Tensor, length: int) -> Tensor:
-        return torch.cat(self._meeting.exchange(self._rank, part), 1)
+        return torch.cat(self.meeting.exchange(self._rank, part), 1)
 
     def matmat(self, V: Tensor) -> Tensor:
-        return self._A[self.rows] @ torch.cat(self._meeting.exchange(self._rank, V))
+        return self._A[self.rows] @ torch.cat(self.meeting.exchange(self._rank, V))
 
 
 def on_both(A: Tensor, work: Callable[[int, Shard], Any]) -> list[Any]:
@@ -139,6 +140,19 @@ def test_shards_give_the_pairs_of_the_whole(mode: str):
     assert torch.allclose(first.eigenvalues, wanted_values(VALUES, 6, "BE"), rtol=1e-8)
     vectors = torch.cat([first.eigenvectors, second.eigenvectors])
     assert (A @ vectors - vectors * first.eigenvalues).norm(dim=0).max() <= 1e-4
+
+
+def test_a_combination_of_shards_is_in_their_space():
+    A, B = symmetric(VALUES), symmetric(VALUES.flip(0), seed=1)
+
+    def work(rank: int, shard: Shard) -> Eigenpairs:
+        other = Shard(B, rank, shard.meeting)
+        other.space = shard.space
+        return lanczos(LinearCombination([(2.0, shard), (-1.0, other)]), k=4, tol=1e-8, max_matvecs=90, seed=rank)
+
+    first, second = on_both(A, work)
+    assert torch.equal(first.eigenvalues, second.eigenvalues)
+    assert torch.allclose(first.eigenvalues, torch.linalg.eigvalsh(2 * A - B).flip(0)[:4])
 
 
 def test_multiplicities_over_shards():
