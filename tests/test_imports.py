@@ -72,3 +72,26 @@ def test_no_module_imports_numpy_at_the_top() -> None:
         names = [alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names]
         names += [node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom)]
         assert not [name for name in names if name.partition(".")[0] in ("numpy", "scipy", "matplotlib")], path.name
+
+
+def imports_of_the_package(path: Path) -> list[tuple[str, str]]:
+    """(module, name) of every `from curvature_callbacks... import` in a file, also within functions."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.ImportFrom)]
+    of_package = [node for node in nodes if node.module and node.module.partition(".")[0] == "curvature_callbacks"]
+    return [(node.module or "", alias.name) for node in of_package for alias in node.names]
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "examples"])
+def test_scripts_import_what_is_there(folder: str) -> None:
+    """Benchmarks are run by hand, and some need packages that tests have not."""
+    scripts = sorted((Path(__file__).parent.parent / folder).glob("*.py"))
+    found = {(module, name) for script in scripts for module, name in imports_of_the_package(script)}
+    assert found
+    assert not [(module, name) for module, name in sorted(found) if not _is_importable(module, name)]
+
+
+def _is_importable(module: str, name: str) -> bool:
+    try:
+        return hasattr(importlib.import_module(module), name) or bool(importlib.import_module(f"{module}.{name}"))
+    except ModuleNotFoundError:
+        return False
