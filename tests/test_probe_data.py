@@ -14,17 +14,9 @@ from curvature_callbacks.batches import cut_sequences
 from curvature_callbacks.lightning.callback import CurvatureCallback as LightningCallback
 from curvature_callbacks.record import Record
 from curvature_callbacks.transformers.callback import CurvatureCallback as TransformersCallback
-from tests.training_cases import (
-    LIGHTNING_WARNINGS,
-    Rows,
-    Sentences,
-    Stream,
-    lightning_run,
-    loader,
-    options,
-    pair_loss,
-    transformers_run,
-)
+from tests.lightning_runs import LIGHTNING_WARNINGS, lightning_run, pair_loss
+from tests.training_cases import Rows, Stream, callback_options, loader
+from tests.transformers_runs import Sentences, transformers_run
 
 pytestmark = LIGHTNING_WARNINGS
 
@@ -60,11 +52,11 @@ def whole_models(records: list[Record]) -> list[Record]:
 
 
 def lightning(directory: Path, **changes: Any) -> list[Record]:
-    return lightning_run(directory, LightningCallback(**options(loss_fn=pair_loss, **changes)), max_steps=3).records
+    return lightning_run(directory, LightningCallback(**callback_options(loss_fn=pair_loss, **changes)), max_steps=3).records
 
 
 def transformers(directory: Path, **changes: Any) -> list[Record]:
-    return transformers_run(directory, TransformersCallback(**options(**changes)), max_steps=3).records
+    return transformers_run(directory, TransformersCallback(**callback_options(**changes)), max_steps=3).records
 
 
 RUNS = [(lightning, Noted), (transformers, NotedSentences)]
@@ -137,7 +129,7 @@ def test_short_sequences_stay_as_they_are() -> None:
 @pytest.mark.parametrize("data", [Sentences, lambda: Stream(Sentences())], ids=["rows", "stream"])
 def test_probes_of_a_run_have_fewer_targets(data: Callable[[], Any], tmp_path: Path) -> None:
     def found(**changes: Any) -> list[Record]:
-        callback = TransformersCallback(**options(measure=[FisherSpectrum()], **changes))
+        callback = TransformersCallback(**callback_options(measure=[FisherSpectrum()], **changes))
         return whole_models(transformers_run(tmp_path, callback, data=data, max_steps=3).records)
 
     whole, cut = found(), found(max_sequence_length=3)

@@ -12,7 +12,8 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorD
 
 from curvature_callbacks import CapturedProbes, ConfigurationError, DatasetProbes, FixedProbes, Probes
 from curvature_callbacks.probes import probes_from_loader, stable_seed
-from tests.training_cases import AugmentedRows, MaskingCollator, Rows, Sentences, Stream, assert_equal
+from tests.training_cases import AugmentedRows, Rows, Stream, assert_equal
+from tests.transformers_runs import MaskingCollator, Sentences
 
 SIZES = {"num_microbatches": 2, "microbatch_size": 3}
 

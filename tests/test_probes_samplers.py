@@ -31,7 +31,7 @@ SIZES = {"num_microbatches": 2, "microbatch_size": 3}
 WEIGHTS = [float(row in SOME) for row in DATA]
 
 
-def drawn(loader: Any, num_draws: int = 40) -> set[Any]:
+def rows_drawn(loader: Any, num_draws: int = 40) -> set[Any]:
     """Rows of many probes."""
     found = probes_from_loader(loader, **SIZES)
     assert found is not None
@@ -100,18 +100,18 @@ def sharded(sampler: Any) -> DistributedSampler[Any]:
 def test_rows_are_those_that_the_sampler_can_draw(
     load: Callable[[Any], Any], make: Callable[[], Any], expected: set[int], caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert {int(row) for row in drawn(load(make()))} == expected
+    assert {int(row) for row in rows_drawn(load(make()))} == expected
     assert not caplog.records
 
 
 def test_a_list_of_batches_has_the_rows_in_them() -> None:
-    assert drawn(DataLoader(DATA, batch_sampler=[[2, 3], [5, 7]], collate_fn=list)) == {2, 3, 5, 7}
+    assert rows_drawn(DataLoader(DATA, batch_sampler=[[2, 3], [5, 7]], collate_fn=list)) == {2, 3, 5, 7}
 
 
 def test_keys_need_not_be_numbers() -> None:
     named: Any = {f"row {row}": row for row in DATA}
     keys = [f"row {row}" for row in SOME]
-    assert drawn(DataLoader(named, batch_size=4, sampler=keys, collate_fn=list)) == set(SOME)
+    assert rows_drawn(DataLoader(named, batch_size=4, sampler=keys, collate_fn=list)) == set(SOME)
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
@@ -183,7 +183,7 @@ def test_an_unknown_sampler_is_not_iterated_and_said_to_be_so(
     make: Callable[[], Any], warns: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "curvature_callbacks"):
-        assert drawn(make()) == ALL
+        assert rows_drawn(make()) == ALL
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == warns
     assert all("`probe_dataset=` or `probe_dataloader=`" in message and "`Unknown" in message for message in said)
@@ -211,7 +211,7 @@ def test_every_process_has_a_row(num_rows: int, monkeypatch: pytest.MonkeyPatch)
 
 def test_one_process_says_what_is_not_known(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(probes, "current_world", lambda: Rank(1, 2))
-    assert drawn(loader(Unknown(5))) == ALL
+    assert rows_drawn(loader(Unknown(5))) == ALL
     assert not caplog.records
 
 

@@ -41,28 +41,22 @@ from torchmetrics.classification import MulticlassAccuracy
 import curvature_callbacks
 from curvature_callbacks import AtSteps, LogSpaced, LossSpike, Measurement, Record
 from curvature_callbacks.lightning.callback import CurvatureCallback
+from tests.lightning_runs import FrozenNet, ListLogger, ManualNet, MeteredNet, Net, lightning_trainer, pair_loss
 from tests.training_cases import (
     ROWS,
     AugmentedRows,
     Checksum,
-    FrozenNet,
-    ListLogger,
-    ManualNet,
-    MeteredNet,
-    Net,
     Rows,
     Run,
     Stream,
     assert_equal,
     assert_probed,
     assert_same_training,
+    callback_options,
     cheap,
     global_generators,
-    lightning_trainer,
     loader,
     num_hooks,
-    options,
-    pair_loss,
     seed_everything,
 )
 
@@ -113,7 +107,7 @@ class Session:
     def trainer(self, callbacks: Sequence[pl.Callback] = (), *, is_fresh: bool = True, **changes: Any) -> pl.Trainer:
         """A Trainer with a callback: a fresh one or the one before."""
         if self.measure is not None and (is_fresh or not self.callbacks):
-            self.callbacks.append(CurvatureCallback(**options(measure=self.measure, **self.case.callback)))
+            self.callbacks.append(CurvatureCallback(**callback_options(measure=self.measure, **self.case.callback)))
         given = dict(self.case.changes) | self.case.arguments() | changes
         more = given.pop("callbacks", [])
         return lightning_trainer(self.directory, [*self.callbacks[-1:], *more, *callbacks], logger=self.logger, **given)
@@ -596,11 +590,11 @@ def written(session: Session, **more: Any) -> Path:
     callbacks = []
     if session.measure is not None:
         measure = [*session.measure, *more.pop("measure", [])]
-        given = options(**session.case.callback, **more) | {"measure": [in_yaml(one) for one in measure]}
+        given = callback_options(**session.case.callback, **more) | {"measure": [in_yaml(one) for one in measure]}
         callbacks = [{"class_path": "curvature_callbacks.lightning.CurvatureCallback", "init_args": given}]
     quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = quiet | {"accelerator": "cpu", "devices": 1, "max_steps": 7, "log_every_n_steps": 1, "callbacks": callbacks}
-    trainer |= {"logger": {"class_path": "tests.training_cases.ListLogger"}, "default_root_dir": str(session.directory)}
+    trainer |= {"logger": {"class_path": "tests.lightning_runs.ListLogger"}, "default_root_dir": str(session.directory)}
     content = {"seed_everything": 1, "trainer": trainer, "model": {"lr": 0.01}, "data": {"batch_size": 4}}
     session.directory.mkdir(parents=True)
     path = session.directory / "run.yaml"

@@ -34,7 +34,8 @@ from tests.cases import (
 )
 from tests.families import GROUPED, IMAGE, SPEECH, TEXT, hugging_face
 from tests.heads import Batch, Draw, bert, headed
-from tests.training_cases import assert_equal, assert_same_training, transformers_run
+from tests.training_cases import assert_equal, assert_same_training
+from tests.transformers_runs import transformers_run
 
 LENGTH: Final = 6
 NUM_DRAWS: Final = 6  # of three rows, the longest of which is full and the shortest lacks two tokens

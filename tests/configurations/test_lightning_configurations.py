@@ -13,7 +13,8 @@ from curvature_callbacks import ConfigurationError, probes
 from curvature_callbacks.isolation import model as isolation
 from curvature_callbacks.lightning import loss as training_step
 from tests.configurations.lightning_cases import CASES, IN_YAML, Session, assert_same_bits, command_line, written
-from tests.training_cases import LIGHTNING_WARNINGS, wide
+from tests.lightning_runs import LIGHTNING_WARNINGS
+from tests.training_cases import wide
 
 pytestmark = LIGHTNING_WARNINGS
 

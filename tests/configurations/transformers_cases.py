@@ -34,21 +34,16 @@ from transformers import (
 from curvature_callbacks import AtSteps, LossSpike, Measurement
 from curvature_callbacks.transformers.callback import CurvatureCallback
 from tests.training_cases import (
-    VOCABULARY,
-    MaskingCollator,
     Run,
-    Sentences,
     Stream,
     assert_probed,
     assert_same_training,
+    callback_options,
     cheap,
     global_generators,
-    language_model,
-    options,
     seed_everything,
-    training_arguments,
-    training_rows,
 )
+from tests.transformers_runs import VOCABULARY, MaskingCollator, Sentences, language_model, training_arguments, training_rows
 
 
 @dataclass(frozen=True)
@@ -95,7 +90,7 @@ def assert_same_bits(case: Case, directory: Any, measure: Sequence[Measurement] 
         if case.tolerated:
             warnings.filterwarnings("ignore", message=case.tolerated)
         plain = run(case, Path(directory) / "plain")
-        probing = CurvatureCallback(**options(measure=measurements, **case.callback))
+        probing = CurvatureCallback(**callback_options(measure=measurements, **case.callback))
         probed = run(case, Path(directory) / "probed", probing)
         assert_same_training(plain, probed)
         assert_probed(probing.history, case.steps, {"probe", *(one.name for one in measurements)})

@@ -12,7 +12,8 @@ from curvature_callbacks import CurvatureMonitor
 from curvature_callbacks.lightning.callback import CurvatureCallback as LightningCallback
 from curvature_callbacks.run.settings import Settings
 from curvature_callbacks.transformers.callback import CurvatureCallback as TransformersCallback
-from tests.training_cases import options, pair_loss
+from tests.lightning_runs import pair_loss
+from tests.training_cases import callback_options
 
 CALLBACKS = [LightningCallback, TransformersCallback]
 
@@ -92,7 +93,7 @@ class TestCallback:
             assert parameter.default == monitor[renamed.get(name, name)].default, name
 
     def test_it_pickles_before_training(self, kind: Any) -> None:
-        callback = kind(**options(loss_fn=pair_loss))
+        callback = kind(**callback_options(loss_fn=pair_loss))
         again = pickle.loads(pickle.dumps(callback))
         assert again._settings == callback._settings
         assert again.history == []

@@ -18,19 +18,9 @@ from transformers import Trainer
 from curvature_callbacks import CurvatureMonitor, TopEigenpairs
 from curvature_callbacks.isolation.writes import WriteWatch
 from curvature_callbacks.lightning.callback import CurvatureCallback
-from tests.training_cases import (
-    LIGHTNING_WARNINGS,
-    Net,
-    assert_probed,
-    assert_same_training,
-    lightning_run,
-    lightning_trainer,
-    loader,
-    options,
-    pair_loss,
-    seed_everything,
-    training_arguments,
-)
+from tests.lightning_runs import LIGHTNING_WARNINGS, Net, lightning_run, lightning_trainer, pair_loss
+from tests.training_cases import assert_probed, assert_same_training, callback_options, loader, seed_everything
+from tests.transformers_runs import training_arguments
 
 pytestmark = LIGHTNING_WARNINGS
 
@@ -257,7 +247,7 @@ def _asked(model: Any, batch: Any) -> Tensor:
 
 def _assert_unharmed(net: Any, tmp_path: Path, loss_fn: Any = None, **changes: Any) -> None:
     plain = lightning_run(tmp_path / "plain", net=net, **changes)
-    probing = CurvatureCallback(**options(loss_fn=loss_fn))
+    probing = CurvatureCallback(**callback_options(loss_fn=loss_fn))
     probed = lightning_run(tmp_path / "probed", probing, net=net, **changes)
     assert_same_training(plain, probed)
     assert_probed(probed.records, [record.step for record in probed.records if record.measurement == "probe"])
@@ -278,7 +268,7 @@ def test_a_data_module_counts_its_own_batches_only(tmp_path: Path) -> None:
             return batch
 
     counts = []
-    for callbacks in ([], [CurvatureCallback(**options())]):
+    for callbacks in ([], [CurvatureCallback(**callback_options())]):
         seed_everything()
         data = Data()
         lightning_trainer(tmp_path, callbacks).fit(Net(), datamodule=data)

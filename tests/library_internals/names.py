@@ -25,7 +25,7 @@ from transformers import GPT2Config, PreTrainedModel, Trainer, activations, trai
 from transformers.integrations import integration_utils
 from transformers.models.auto import modeling_auto
 
-from tests.training_cases import lightning_trainer
+from tests.lightning_runs import lightning_trainer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

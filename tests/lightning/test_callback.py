@@ -20,26 +20,28 @@ from curvature_callbacks import ConfigurationError, FisherSpectrum, LossSpike, R
 from curvature_callbacks.isolation import model as isolation
 from curvature_callbacks.lightning.callback import CurvatureCallback
 from tests.configurations.lightning_cases import ValidatedNet
-from tests.training_cases import (
+from tests.lightning_runs import (
     LIGHTNING_WARNINGS,
-    AugmentedRows,
-    Checksum,
     FrozenNet,
     ListLogger,
     ManualNet,
     Net,
+    lightning_run,
+    lightning_trainer,
+    pair_loss,
+)
+from tests.training_cases import (
+    AugmentedRows,
+    Checksum,
     Raising,
     Rows,
     Stream,
     assert_equal,
     assert_probed,
     assert_same_training,
-    lightning_run,
-    lightning_trainer,
+    callback_options,
     loader,
     num_hooks,
-    options,
-    pair_loss,
     probed_steps,
     reports,
 )
@@ -48,7 +50,7 @@ pytestmark = LIGHTNING_WARNINGS
 
 
 def callback(**changes: Any) -> CurvatureCallback:
-    return CurvatureCallback(**options(**changes))
+    return CurvatureCallback(**callback_options(**changes))
 
 
 class CountingNet(Net):

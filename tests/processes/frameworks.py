@@ -17,21 +17,10 @@ from curvature_callbacks import EdgeRatio, FisherSpectrum, KFACCoverage, TopEige
 from curvature_callbacks.lightning.callback import CurvatureCallback as LightningCallback
 from curvature_callbacks.record import Record
 from curvature_callbacks.transformers.callback import CurvatureCallback as TransformersCallback
+from tests.lightning_runs import ListLogger, Net, lightning_trainer
 from tests.processes.training import local
-from tests.training_cases import (
-    ListLogger,
-    Net,
-    Rows,
-    Sentences,
-    Stream,
-    global_generators,
-    language_model,
-    lightning_trainer,
-    loader,
-    seed_everything,
-    training_arguments,
-    training_rows,
-)
+from tests.training_cases import Rows, Stream, global_generators, loader, seed_everything
+from tests.transformers_runs import Sentences, language_model, training_arguments, training_rows
 
 MEASURE = [FisherSpectrum(), TopEigenpairs(k=2, max_matvecs=12), EdgeRatio(), KFACCoverage()]
 SMALL: dict[str, Any] = {"every_n_steps": 3, "measure": MEASURE, "num_microbatches": 2, "microbatch_size": 3}

@@ -12,10 +12,11 @@ import torch
 from curvature_callbacks import GradientNoise, Record
 from curvature_callbacks.lightning import CurvatureCallback as LightningCallback
 from curvature_callbacks.transformers import CurvatureCallback as TransformersCallback
+from tests.lightning_runs import LIGHTNING_WARNINGS
 from tests.run import earlier_runs
 from tests.run.earlier_runs import CHECKPOINT, NUM_STEPS, SAVED_AT, callback_arguments
 from tests.run.later_releases import with_default, with_field
-from tests.training_cases import LIGHTNING_WARNINGS, reports
+from tests.training_cases import reports
 
 FILES = Path(__file__).parents[1] / "data" / "earlier_runs"
 

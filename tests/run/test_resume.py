@@ -12,18 +12,9 @@ from curvature_callbacks import FisherSpectrum, GradientNoise, Record, TopEigenp
 from curvature_callbacks.lightning.callback import CurvatureCallback as LightningCallback
 from curvature_callbacks.transformers.callback import CurvatureCallback as TransformersCallback
 from tests.lightning.test_callback import SaveAt
-from tests.training_cases import (
-    LIGHTNING_WARNINGS,
-    Net,
-    cheap,
-    lightning_trainer,
-    loader,
-    options,
-    probed_steps,
-    reports,
-    seed_everything,
-    transformers_run,
-)
+from tests.lightning_runs import LIGHTNING_WARNINGS, Net, lightning_trainer
+from tests.training_cases import callback_options, cheap, loader, probed_steps, reports, seed_everything
+from tests.transformers_runs import transformers_run
 
 pytestmark = [*LIGHTNING_WARNINGS, pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")]
 
@@ -47,7 +38,7 @@ def scalars(records: Sequence[Record], name: str, *, after: int) -> list[tuple[i
 
 def transformers_pair(tmp_path: Path, second: Any, *, spoil: bool = False, **changes: Any) -> tuple[Any, Any]:
     """A run of seven steps, and one that goes on from its fourth."""
-    first = TransformersCallback(**options(every_n_steps=3, **changes))
+    first = TransformersCallback(**callback_options(every_n_steps=3, **changes))
     saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4, "max_steps": 7}
     transformers_run(tmp_path, first, **saving)
     if spoil:
@@ -59,7 +50,7 @@ def transformers_pair(tmp_path: Path, second: Any, *, spoil: bool = False, **cha
 
 def lightning_pair(tmp_path: Path, second: Any, *, saved_at: int = 4, **changes: Any) -> tuple[Any, Any]:
     """The same with Lightning, whose checkpoints hold no generators, in which a loader therefore shuffles nothing."""
-    first, path = LightningCallback(**options(every_n_steps=3, **changes)), tmp_path / "at.ckpt"
+    first, path = LightningCallback(**callback_options(every_n_steps=3, **changes)), tmp_path / "at.ckpt"
     seed_everything()
     data: dict[str, Any] = {"shuffle": False}
     lightning_trainer(tmp_path, [first, SaveAt(path, saved_at)], max_steps=saved_at + 3).fit(CalmNet(), loader(**data))
@@ -77,7 +68,7 @@ PAIRS: dict[str, Any] = {
 def test_later_probes_are_those_of_the_uninterrupted_run(framework: str, tmp_path: Path, caplog: Any) -> None:
     kind, pair = PAIRS[framework]
     at: dict[str, Any] = {"saved_at": 6} if framework == "lightning" else {}  # an epoch: loaders begin anew within one
-    first, second = pair(tmp_path, kind(**options(every_n_steps=3, measure=measures())), measure=measures(), **at)
+    first, second = pair(tmp_path, kind(**callback_options(every_n_steps=3, measure=measures())), measure=measures(), **at)
     assert probed_steps(second.history) == [step for step in probed_steps(first.history) if step > 4] != []
     for name in ("empirical_fisher", "gradient_noise"):
         assert scalars(second.history, name, after=4) == scalars(first.history, name, after=4) != []
@@ -104,7 +95,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", ["seed", *(pytest.param(name, marks=pytest.mark.slow) for name in CHANGES if name != "seed")])
 def test_other_arguments_begin_anew_and_say_so_once(framework: str, name: str, tmp_path: Path, caplog: Any) -> None:
     kind, pair = PAIRS[framework]
-    _, second = pair(tmp_path, kind(**options(every_n_steps=3) | CHANGES[name]), measure=cheap())
+    _, second = pair(tmp_path, kind(**callback_options(every_n_steps=3) | CHANGES[name]), measure=cheap())
     told = [line for line in reports(caplog) if "had other arguments" in line]
     assert len(told) == 1
     assert f"(`{name}` " in told[0]
@@ -112,7 +103,7 @@ def test_other_arguments_begin_anew_and_say_so_once(framework: str, name: str, t
 
 
 def test_a_missing_file_of_tensors_is_said_once(tmp_path: Path, caplog: Any) -> None:
-    second = TransformersCallback(**options(every_n_steps=3))
+    second = TransformersCallback(**callback_options(every_n_steps=3))
     transformers_pair(tmp_path, second, spoil=True)
     assert [line for line in reports(caplog) if "is missing" in line] == reports(caplog) != []
     assert len(reports(caplog)) == 1
@@ -120,12 +111,12 @@ def test_a_missing_file_of_tensors_is_said_once(tmp_path: Path, caplog: Any) -> 
 
 
 def test_the_file_of_another_checkpoint_is_not_taken(tmp_path: Path, caplog: Any) -> None:
-    first = TransformersCallback(**options(every_n_steps=1))
+    first = TransformersCallback(**callback_options(every_n_steps=1))
     saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     transformers_run(tmp_path, first, **saving)
     (path,) = (tmp_path / "checkpoint-4").glob("curvature_*.pt")
     shutil.copy(path, tmp_path / "checkpoint-2" / path.name)
     transformers_run(
-        tmp_path, TransformersCallback(**options(every_n_steps=1)), **saving, resume=str(tmp_path / "checkpoint-2")
+        tmp_path, TransformersCallback(**callback_options(every_n_steps=1)), **saving, resume=str(tmp_path / "checkpoint-2")
     )
     assert len([line for line in reports(caplog) if "of another checkpoint" in line]) == 1

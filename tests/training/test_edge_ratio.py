@@ -17,19 +17,9 @@ from curvature_callbacks import ConfigurationError, CurvatureMonitor, Record
 from curvature_callbacks.lightning.callback import CurvatureCallback as LightningCallback
 from curvature_callbacks.measurements import EdgeRatio
 from curvature_callbacks.transformers.callback import CurvatureCallback as TransformersCallback
-from tests.training_cases import (
-    LIGHTNING_WARNINGS,
-    ManualNet,
-    Net,
-    Run,
-    assert_probed,
-    assert_same_training,
-    lightning_run,
-    lightning_trainer,
-    loader,
-    pair_loss,
-    transformers_run,
-)
+from tests.lightning_runs import LIGHTNING_WARNINGS, ManualNet, Net, lightning_run, lightning_trainer, pair_loss
+from tests.training_cases import Run, assert_probed, assert_same_training, loader
+from tests.transformers_runs import transformers_run
 
 pytestmark = LIGHTNING_WARNINGS
 

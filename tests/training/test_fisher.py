@@ -17,16 +17,10 @@ from curvature_callbacks import (
 )
 from curvature_callbacks.lightning.callback import CurvatureCallback as LightningCallback
 from curvature_callbacks.transformers.callback import CurvatureCallback as TransformersCallback
+from tests.lightning_runs import LIGHTNING_WARNINGS, lightning_run
 from tests.real_data import Characters, Digits, digit_loop, digits
-from tests.training_cases import (
-    LIGHTNING_WARNINGS,
-    Run,
-    assert_probed,
-    assert_same_training,
-    language_model,
-    lightning_run,
-    transformers_run,
-)
+from tests.training_cases import Run, assert_probed, assert_same_training
+from tests.transformers_runs import language_model, transformers_run
 
 pytestmark = LIGHTNING_WARNINGS
 

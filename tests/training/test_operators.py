@@ -11,16 +11,10 @@ from curvature_callbacks import EdgeRatio, Measurement, Record, SpectralDensity,
 from curvature_callbacks.lightning.callback import CurvatureCallback as LightningCallback
 from curvature_callbacks.problem.matrix import OperatorName
 from curvature_callbacks.transformers.callback import CurvatureCallback as TransformersCallback
+from tests.lightning_runs import LIGHTNING_WARNINGS, lightning_run, lightning_trainer
 from tests.real_data import Characters, Digits, digit_loop, digits
-from tests.training_cases import (
-    LIGHTNING_WARNINGS,
-    assert_probed,
-    assert_same_training,
-    language_model,
-    lightning_run,
-    lightning_trainer,
-    transformers_run,
-)
+from tests.training_cases import assert_probed, assert_same_training
+from tests.transformers_runs import language_model, transformers_run
 
 pytestmark = LIGHTNING_WARNINGS
 

@@ -15,14 +15,9 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer
 from curvature_callbacks import CurvatureMonitor, Record
 from curvature_callbacks.lightning.callback import CurvatureCallback as LightningCallback
 from curvature_callbacks.transformers.callback import CurvatureCallback as TransformersCallback
-from tests.training_cases import (
-    LIGHTNING_WARNINGS,
-    Checksum,
-    assert_probed,
-    lightning_trainer,
-    options,
-    training_arguments,
-)
+from tests.lightning_runs import LIGHTNING_WARNINGS, lightning_trainer
+from tests.training_cases import Checksum, assert_probed, callback_options
+from tests.transformers_runs import training_arguments
 
 pytestmark = LIGHTNING_WARNINGS
 NUM_STEPS, LR = 5, 0.05
@@ -55,7 +50,7 @@ def row_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def arguments(**changes: Any) -> dict[str, Any]:
-    usual = options(seed=3, loss_fn=row_losses)
+    usual = callback_options(seed=3, loss_fn=row_losses)
     return usual | {"measure": [*usual["measure"], Checksum()]} | changes
 
 

@@ -19,26 +19,22 @@ from tests.training_cases import (
     ROWS,
     Checksum,
     Contents,
-    Log,
     Raising,
-    Sentences,
     Stream,
     assert_probed,
     assert_same_training,
-    language_model,
+    callback_options,
     num_hooks,
-    options,
     probed_steps,
     reports,
-    training_arguments,
-    transformers_run,
 )
+from tests.transformers_runs import Log, Sentences, language_model, training_arguments, transformers_run
 
 SHARPNESS = "curvature/hessian_lambda_max"
 
 
 def callback(**changes: Any) -> CurvatureCallback:
-    return CurvatureCallback(**options(**changes))
+    return CurvatureCallback(**callback_options(**changes))
 
 
 def trainer_for(directory: Any, callbacks: list[Any], **changes: Any) -> Trainer:

@@ -34,18 +34,16 @@ from tests.configurations.transformers_cases import (
 )
 from tests.training_cases import (
     Checksum,
-    Sentences,
     Stream,
     assert_equal,
     assert_probed,
+    callback_options,
     global_generators,
-    language_model,
-    options,
     probed_steps,
     reports,
     seed_everything,
-    training_arguments,
 )
+from tests.transformers_runs import Sentences, language_model, training_arguments
 
 SMOOTHING = {"label_smoothing_factor": 0.2}
 
@@ -79,7 +77,7 @@ def trainer_for(
 
 
 def callback(**changes: Any) -> CurvatureCallback:
-    return CurvatureCallback(**options(loss_fn="trainer", **changes))
+    return CurvatureCallback(**callback_options(loss_fn="trainer", **changes))
 
 
 def batch_of(trainer: Trainer, rows: int = 5) -> dict[str, Tensor]:
@@ -210,7 +208,7 @@ def test_a_mean_over_ragged_tokens_or_rows_is_told_apart_by_its_rows(kind: Any, 
     trainer_for(tmp_path / "trainer", [probing], kind=kind, model=model, data=Sentences).train()
     assert_probed(probing.history, [0, 2, 4])
     if kind is Passing:
-        own = CurvatureCallback(**options(num_microbatches=3, draw="fixed"))
+        own = CurvatureCallback(**callback_options(num_microbatches=3, draw="fixed"))
         trainer_for(tmp_path / "own", [own], model=model, data=Sentences).train()
         assert spectrum(probing.history) == pytest.approx(spectrum(own.history), rel=1e-3)
 
@@ -368,7 +366,7 @@ def test_a_trainer_that_is_not_found_is_asked_for(tmp_path: Path, monkeypatch: A
     monkeypatch.setattr("curvature_callbacks.transformers.callback.calling_trainer", lambda callback: None)
     with pytest.raises(ConfigurationError, match=r"`loss_fn`='trainer' needs the Trainer.*callback.attach"):
         trainer_for(tmp_path, [callback()], **SMOOTHING).train()
-    own = CurvatureCallback(**options())
+    own = CurvatureCallback(**callback_options())
     with pytest.raises(ConfigurationError, match=r"stream, label smoothing.*callback.attach"):
         trainer_for(tmp_path, [own], data=lambda: Stream(Sentences()), **SMOOTHING).train()
 

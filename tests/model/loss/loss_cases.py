@@ -18,7 +18,7 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def drawn(head: Head) -> Batch:
+def batch_of(head: Head) -> Batch:
     return head.batch(N, LENGTH, generator())
 
 

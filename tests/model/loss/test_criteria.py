@@ -14,7 +14,7 @@ from curvature_callbacks.model.loss.resolve import resolve_loss
 from tests.cases import CASES, CLASSES, causal_batch, in_general_position
 from tests.families import family
 from tests.heads import HEADS
-from tests.model.loss.loss_cases import LENGTH, N, classes, drawn, generator, numbers, own_losses
+from tests.model.loss.loss_cases import LENGTH, N, batch_of, classes, generator, numbers, own_losses
 from tests.reference import dense_hessian, relative_error
 
 
@@ -112,7 +112,7 @@ SMOOTHED = ["gpt2", "mistral", "roberta", "t5", "tokens", "causal classifier", "
 @pytest.mark.parametrize("name", SMOOTHED)
 def test_smoothing_the_models_own_loss_is_what_the_trainer_does(name: str, share: float):
     head = HEADS[name]
-    model, batch, shifted = in_general_position(head.build).double(), drawn(head), head.shifted
+    model, batch, shifted = in_general_position(head.build).double(), batch_of(head), head.shifted
     loss = resolve_loss(nn.CrossEntropyLoss(label_smoothing=share), batch)
     with torch.no_grad():
         expected = LabelSmoother(epsilon=share)(model(**batch), batch["labels"], shift_labels=shifted)
@@ -133,7 +133,7 @@ def test_smoothing_the_models_own_loss_is_what_the_trainer_does(name: str, share
 
 @pytest.mark.parametrize("name", ["regression", "multi-label", "questions"])
 def test_only_a_cross_entropy_of_labels_can_be_smoothed(name: str):
-    batch = drawn(HEADS[name])
+    batch = batch_of(HEADS[name])
     with pytest.raises(ConfigurationError, match=r"mean cross-entropy of `.logits` at `labels`"):
         resolve_loss(nn.CrossEntropyLoss(label_smoothing=0.1), batch)(in_general_position(HEADS[name].build).double(), batch)
 

@@ -12,14 +12,14 @@ from curvature_callbacks import RefusedError, compute_fisher_spectrum, compute_s
 from curvature_callbacks.model.loss.resolve import resolve_loss
 from tests.cases import CLASSES, in_general_position
 from tests.heads import HEADS, Batch, bert, outputs_and_labels
-from tests.model.loss.loss_cases import LENGTH, N, classes, drawn, own_losses, spans, target_loss
+from tests.model.loss.loss_cases import LENGTH, N, batch_of, classes, own_losses, spans, target_loss
 from tests.reference import relative_error
 
 
 @pytest.mark.parametrize("name", HEADS)
 def test_losses_and_likelihood_of_every_target(name: str):
     head = HEADS[name]
-    model, batch, kind, shifted = in_general_position(head.build).double(), drawn(head), head.kind, head.shifted
+    model, batch, kind, shifted = in_general_position(head.build).double(), batch_of(head), head.kind, head.shifted
     loss = resolve_loss(None, batch)
     with torch.no_grad():
         logits, labels = outputs_and_labels(model, batch, shifted)

@@ -52,7 +52,7 @@ def pair(kind: str) -> tuple[Tensor, Tensor]:
     return randn(N, 5), torch.rand(N, D, generator=generator(1), dtype=torch.float64)
 
 
-def problem(kind: str) -> tuple[nn.Module, Any, Callable[[nn.Module, Any], SampleLosses]]:
+def loss_case(kind: str) -> tuple[nn.Module, Any, Callable[[nn.Module, Any], SampleLosses]]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = (TinyForCausalLM() if kind == "text" else nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, D))).double()
@@ -87,7 +87,7 @@ def pseudo_samples(model: nn.Module, losses: SampleLosses, found: list[Surrogate
 
 
 def fisher_of(kind: str, fisher_type: FisherType, *, seed: int = 0) -> Tensor:
-    model, batch, loss = problem(kind)
+    model, batch, loss = loss_case(kind)
     losses = loss(model, batch)
     G, _, rows = pseudo_samples(model, losses, surrogates(fisher_type, losses, seed=seed))
     keep = losses.num_targets[rows] > 0
@@ -111,7 +111,7 @@ def outputs_of(kind: str, model: nn.Module, batch: Any, row: int, position: int)
 
 def oracle(kind: str, fisher: str, unit: str) -> Tensor:
     """The Fisher by its definition, one row, target and label at a time."""
-    model, batch, _ = problem(kind)
+    model, batch, _ = loss_case(kind)
     targets = targets_of(kind, batch)
     rows = {row for row, _ in targets}
     total = torch.zeros(())
@@ -167,7 +167,7 @@ def test_the_fisher_is_its_definition(kind: str, fisher: str, unit: str):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_exact_fisher_of_targets_is_the_ggn_of_the_mean_loss(kind: str):
-    model, batch, loss = problem(kind)
+    model, batch, loss = loss_case(kind)
     targets = targets_of(kind, batch)
     outputs = torch.stack([outputs_of(kind, model, batch, *target) for target in targets])  # (targets, C)
     jacobian = torch.stack([flat_gradient(entry, model) for entry in outputs.flatten()])
@@ -191,7 +191,7 @@ def test_the_exact_fisher_of_targets_is_the_ggn_of_the_mean_loss(kind: str):
 def test_sampled_labels_give_the_exact_fisher_on_average(kind: str, unit: str):
     """Along fixed directions, 150 independent draws against their own standard error."""
     exact = fisher_of(kind, FisherType(fisher="exact", sample_unit=unit))
-    model, batch, loss = problem(kind)
+    model, batch, loss = loss_case(kind)
     losses = loss(model, batch)
     one = FisherType(fisher="sampled", sample_unit=unit, num_targets=2)
     normaliser = one.normaliser(losses.num_targets[losses.num_targets > 0])
@@ -225,7 +225,7 @@ def test_chosen_targets_are_unbiased():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_targets_are_chosen_without_replacement_among_the_valid_ones(seed: int):
-    model, batch, loss = problem("text")
+    model, batch, loss = loss_case("text")
     losses = loss(model, batch)
     found = surrogates(FisherType(sample_unit="token", num_targets=3), losses, seed=seed)
     G, weights, rows = pseudo_samples(model, losses, found)
@@ -247,7 +247,7 @@ def test_targets_are_chosen_without_replacement_among_the_valid_ones(seed: int):
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_make_the_mean_gradient(kind: str, fisher: str, unit: str):
     """`sum sqrt(w) g~ / normaliser` is the mean gradient: of the rows' or the targets' losses; 0 where it is by definition."""
-    model, batch, loss = problem(kind)
+    model, batch, loss = loss_case(kind)
     losses = loss(model, batch)
     fisher_type = FisherType(fisher=fisher, sample_unit=unit, num_targets=T)
     G, weights, rows = pseudo_samples(model, losses, surrogates(fisher_type, losses, seed=0))
@@ -264,7 +264,7 @@ def test_weights_make_the_mean_gradient(kind: str, fisher: str, unit: str):
 
 @pytest.mark.parametrize("kind", ["cross_entropy", "text"])
 def test_the_gradient_of_a_sampled_row_is_that_of_labels_that_can_be_drawn(kind: str):
-    model, batch, loss = problem(kind)
+    model, batch, loss = loss_case(kind)
     losses = loss(model, batch)
     G, _, rows = pseudo_samples(model, losses, surrogates(FisherType(fisher="sampled", num_draws=5), losses, seed=0))
     for g, row in zip(G, rows.tolist(), strict=True):
@@ -280,7 +280,7 @@ def test_the_gradient_of_a_sampled_row_is_that_of_labels_that_can_be_drawn(kind:
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_keep_their_draws(kind: str, fisher: str, unit: str):
     """From a forward pass over the subset alone, in another order."""
-    model, batch, loss = problem(kind)
+    model, batch, loss = loss_case(kind)
     losses = loss(model, batch)
     subset = torch.tensor([2, 0])
     part = loss(model, take_rows(batch, subset))
@@ -327,7 +327,7 @@ def test_padding_and_ignored_targets_change_nothing(fisher: str, unit: str, side
 
 @pytest.mark.parametrize(("fisher", "unit"), TYPES)
 def test_a_microbatch_without_valid_target_has_no_pseudo_sample(fisher: str, unit: str):
-    model, batch, _ = problem("text")
+    model, batch, _ = loss_case("text")
     loss = resolve_loss(None, batch)
     batch["labels"][:] = -100
     unknown = loss(model, batch)
@@ -353,7 +353,7 @@ def test_an_exact_fisher_of_too_many_passes_is_refused():
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize(("fisher", "unit"), TYPES[1:])
 def test_a_loss_function_tells_no_likelihood(fisher: str, unit: str, reduction: str):
-    model, batch, _ = problem("mse")
+    model, batch, _ = loss_case("mse")
     axes = (0, 1) if reduction == "mean" else (1,)
     loss = resolve_loss(lambda m, b: (m(b[0]) - b[1]).square().mean(axes), batch)
     with pytest.raises(ConfigurationError, match="`fisher`='empirical' with `sample_unit`='sequence'"):
