@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import final
 
+from typing_extensions import override
+
 from curvature_callbacks.lightning.framework import Logger, Trainer
 from curvature_callbacks.record import Record, scalar_tags
 from curvature_callbacks.sinks import JSONLinesSink, Sink
@@ -20,11 +22,12 @@ def logger_sinks(trainer: Trainer) -> list[Sink]:
 
 
 @final
-class _ScalarSink:
+class _ScalarSink(Sink):
     """Scalars straight to a logger: `self.log` from a callback repeats, drops or moves values."""
 
     def __init__(self, logger: Logger) -> None:
         self._logger = logger
 
+    @override
     def write(self, records: Sequence[Record]) -> None:
         self._logger.log_metrics(scalar_tags(records), step=records[0].step)

@@ -7,11 +7,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import final
 
+from typing_extensions import override
+
 from curvature_callbacks.record import Record
+from curvature_callbacks.sinks.base import Sink
 
 
 @final
-class JSONLinesSink:
+class JSONLinesSink(Sink):
     """Appends each record with all its arrays as one line of strict JSON.
 
     All lines of a probe are written together. After a kill in mid-write the torn last line is closed by the next run and
@@ -28,8 +31,8 @@ class JSONLinesSink:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
+    @override
     def write(self, records: Sequence[Record]) -> None:
-        """Append one line for each record."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = "".join(record.to_json() + "\n" for record in records)
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)

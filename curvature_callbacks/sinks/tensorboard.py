@@ -6,16 +6,18 @@ from dataclasses import replace
 from typing import Any, Final, final
 
 import torch
+from typing_extensions import override
 
 from curvature_callbacks._optional import is_available
 from curvature_callbacks.record import Record, block_curves, charts, metric_tag, scalar_tags, tag_segment
+from curvature_callbacks.sinks.base import Sink
 
 _REDRAW: Final = 1.5  # growth after which a heat map is drawn again: each takes 0.1 s, as long as a small probe
 _WORST: Final = 10  # rows of a table of worst blocks
 
 
 @final
-class TensorBoardSink:
+class TensorBoardSink(Sink):
     """Writes to the user's own `SummaryWriter`; a second writer in its directory would hide the first one's curves.
 
     Scalars as in `record.scalar_tags`; for the metrics with a curve a block `curvature_<measurement>_<metric>/heat_map`, block
@@ -33,8 +35,8 @@ class TensorBoardSink:
         self._maps: dict[str, dict[int, dict[str, float]]] = {}
         self._drawn: dict[str, int] = {}  # columns of each map when it was drawn last
 
+    @override
     def write(self, records: Sequence[Record]) -> None:
-        """Write the records of one probe at its step."""
         if not records:
             return
         step = records[0].step

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import final
 
 from transformers import Trainer, TrainerCallback, TrainerState
+from typing_extensions import override
 
 from curvature_callbacks.record import Record, headline
 from curvature_callbacks.sinks.base import Sink
@@ -17,7 +18,7 @@ def reporter_sinks(trainer: Trainer | None) -> list[Sink]:
 
 
 @final
-class ReporterSink:
+class ReporterSink(Sink):
     """A reporter of the Trainer, whose writer may appear after the first records."""
 
     def __init__(self, reporter: TrainerCallback) -> None:
@@ -25,8 +26,8 @@ class ReporterSink:
         self._sink: Sink | None = None
         self._waiting: list[Sequence[Record]] = []
 
+    @override
     def write(self, records: Sequence[Record]) -> None:
-        """Show `records`, after those that waited, or let them wait."""
         self._waiting.append(records)
         if self._sink is None:
             self._sink = sink_of(self._reporter)
@@ -35,7 +36,7 @@ class ReporterSink:
 
 
 @final
-class TrainerLog:
+class TrainerLog(Sink):
     """Headline numbers through the Trainer to `log_history` and the reporters that have no sink of their own."""
 
     every_process = True  # `log_history` is the same everywhere; reporters choose the writer themselves
@@ -44,8 +45,8 @@ class TrainerLog:
         self._trainer = trainer
         self._state = state
 
+    @override
     def write(self, records: Sequence[Record]) -> None:
-        """Log them and put the Trainer's flags back."""
         values = headline(records)
         if self._trainer is None:
             self._state.log_history.append({**values, "step": self._state.global_step})

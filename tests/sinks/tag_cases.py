@@ -12,10 +12,14 @@ from tests.contracts.measurement_cases import VARIANTS
 
 
 class NotingWriter:
-    """The methods of a `SummaryWriter` that a sink calls; `tags` holds the tags by the method that wrote them."""
+    """The methods of a `SummaryWriter` that a sink calls; `tags` holds the tags by the method that wrote them.
+
+    `figures` holds what was drawn: tag, step and figure, in order.
+    """
 
     def __init__(self) -> None:
         self.tags: dict[str, set[str]] = defaultdict(set)
+        self.figures: list[tuple[str, int, Any]] = []
 
     def add_scalar(self, tag: str, value: float, step: int) -> None:
         self.tags["scalars"].add(tag)
@@ -25,6 +29,7 @@ class NotingWriter:
 
     def add_figure(self, tag: str, figure: Any, step: int, *, close: bool) -> None:
         self.tags["figures"].add(tag)
+        self.figures.append((tag, step, figure))
 
     def add_text(self, tag: str, text: str, step: int) -> None:
         self.tags["texts"].add(tag)

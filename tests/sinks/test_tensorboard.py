@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from curvature_callbacks import Record
 from curvature_callbacks.sinks import tensorboard
 from curvature_callbacks.sinks.tensorboard import TensorBoardSink
+from tests.sinks.tag_cases import NotingWriter
 
 
 def block(name: str, step: int = 0, *, condition: float = 10.0, eigenvalues: Sequence[float] = (1.0, 0.1)) -> Record:
@@ -24,6 +25,20 @@ def block(name: str, step: int = 0, *, condition: float = 10.0, eigenvalues: Seq
         scalars={"condition_number": condition, "lambda_max": 2.0},
         arrays={"eigenvalues": list(eigenvalues)},
     )
+
+
+def figures_of(*probes: list[Record]) -> list[tuple[str, int, Any]]:
+    """Tag, step and figure of all that is drawn."""
+    writer = NotingWriter()
+    sink = TensorBoardSink(writer)
+    for records in probes:
+        sink.write(records)
+    return writer.figures
+
+
+def exponents(axes: Any) -> list[list[float]]:
+    """The log10 values of a heat map."""
+    return axes.images[0].get_array().tolist()
 
 
 @pytest.fixture
@@ -62,19 +77,15 @@ def test_spectra_that_have_no_logarithm_are_left_out(written: Any) -> None:
     assert written(records).Tags()["histograms"] == []
 
 
-def test_heat_maps_grow_by_a_column_a_probe(written: Any, monkeypatch: Any) -> None:
-    seen = []
-    original = tensorboard._heat_map
-
-    def watched(values: Any) -> Any:
-        seen.append({step: dict(blocks) for step, blocks in values.items()})
-        return original(values)
-
-    monkeypatch.setattr(tensorboard, "_heat_map", watched)
-    found = written([block("a"), block("b", condition=100.0)], [block("a", step=5), block("b", step=5)])
-    assert [event.step for event in found.Images("curvature_empirical_fisher_condition_number/heat_map")] == [0, 5]
-    assert {0: {"a": 10.0, "b": 100.0}} in seen
-    assert {0: {"a": 10.0, "b": 100.0}, 5: {"a": 10.0, "b": 10.0}} in seen
+def test_heat_maps_grow_by_a_column_a_probe(written: Any) -> None:
+    tag = "curvature_empirical_fisher_condition_number/heat_map"
+    probes = [block("a"), block("b", condition=100.0)], [block("a", step=5), block("b", step=5)]
+    assert [event.step for event in written(*probes).Images(tag)] == [0, 5]
+    first, second = (figure.axes[0] for drawn, _, figure in figures_of(*probes) if drawn == tag)
+    assert exponents(first) == [[1.0], [2.0]]
+    assert exponents(second) == [[1.0, 1.0], [2.0, 1.0]]  # a row a block, a column a step
+    assert [label.get_text() for label in second.get_yticklabels()] == ["a", "b"]
+    assert [label.get_text() for label in second.get_xticklabels()] == ["0", "5"]
 
 
 def test_heat_maps_are_drawn_again_when_they_have_grown_by_half(written: Any) -> None:
@@ -111,7 +122,7 @@ def test_the_largest_few_eigenvalues_are_no_spectrum(written: Any) -> None:
     assert written([record]).Tags()["histograms"] == []
 
 
-def test_errors_are_told(written: Any) -> None:
+def test_errors_are_written_as_text(written: Any) -> None:
     (event,) = written([Record(step=1, measurement="hessian", error="ProbeError: the loss is nan")]).Tensors(
         "curvature/errors/text_summary"
     )
@@ -127,7 +138,7 @@ def test_non_finite_values_are_not_written(written: Any) -> None:
 
 def test_an_empty_probe_writes_nothing(written: Any) -> None:
     tags = written([]).Tags()
-    assert not any(tags[kind] for kind in ("scalars", "images", "histograms", "tensors"))
+    assert not any(tags[summary] for summary in ("scalars", "images", "histograms", "tensors"))
 
 
 def test_without_matplotlib_everything_but_pictures_is_written(written: Any, monkeypatch: Any) -> None:
@@ -144,12 +155,12 @@ def test_matplotlibs_global_figures_are_left_to_the_user(written: Any, monkeypat
     def forbidden(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("pyplot was used")
 
-    own = pyplot.figure()
+    users = pyplot.figure()
     for name in ("figure", "subplots"):
         monkeypatch.setattr(pyplot, name, forbidden)
     assert written([block("a")]).Tags()["images"]
-    assert pyplot.get_fignums() == [own.number]
-    pyplot.close(own)
+    assert pyplot.get_fignums() == [users.number]
+    pyplot.close(users)
 
 
 def test_writing_uses_no_global_generator(written: Any) -> None:
@@ -168,7 +179,8 @@ def test_a_spectral_density_becomes_a_figure(written: Any) -> None:
 
 
 def test_a_density_is_drawn_with_a_band_of_two_standard_errors() -> None:
-    figure = tensorboard._curve([0.0, 1.0], [1.0, 2.0], [0.25, 0.5])
+    arrays = {"grid": [0.0, 1.0], "density": [1.0, 2.0], "density_standard_error": [0.25, 0.5]}
+    ((_, _, figure),) = figures_of([Record(step=4, measurement="hessian_density", arrays=arrays)])
     (axes,) = figure.axes
     assert axes.lines[0].get_ydata().tolist() == [1.0, 2.0]
     corners = axes.collections[0].get_paths()[0].vertices
