@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 from torch import Tensor, tensor
+from typing_extensions import override
 
 from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.isolation.snapshot import undisturbed
@@ -122,6 +123,7 @@ class CurvatureCallback(Callback):
         """Every record so far, in order."""
         return self._memory.records
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the monitor and check everything that can be checked without a batch."""
         self._captured = self._loss = None
@@ -139,8 +141,9 @@ class CurvatureCallback(Callback):
             self._loaded = None
         self._monitor.check(_logged_step(trainer))
 
+    @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw from this epoch's loader, where it is another one (`reload_dataloaders_every_n_epochs`)."""
+        """Draw from the loader of this epoch, where it is a new one (`reload_dataloaders_every_n_epochs`)."""
         if self._monitor is None or self._captured is not None or trainer.train_dataloader is self._loader:
             return
         self._loader = trainer.train_dataloader
@@ -156,8 +159,9 @@ class CurvatureCallback(Callback):
                 "curvature probes stay with the data of the epochs before, this epoch's cannot be drawn from: %s", reason
             )
 
+    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Probe if due: here `.grad` is not in use and the parameters are those of the step being logged."""
+        """Probe if due: at this point `.grad` is not in use and the parameters are those of the step being logged."""
         if self._monitor is None:
             return
         if self._captured is not None:
@@ -167,6 +171,7 @@ class CurvatureCallback(Callback):
         if records:
             _show(trainer, records)
 
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -175,36 +180,40 @@ class CurvatureCallback(Callback):
         if self._settings.spike is not None and isinstance(loss, Tensor) and loss.numel() == 1:
             self._loss = loss.detach()
 
+    @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let go of the model and the captured batches."""
         self._release()
 
+    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of the model and the captured batches."""
         self._release()
 
     @property
+    @override
     def state_key(self) -> str:
         """Tells the states of several callbacks in one checkpoint apart."""
         return self._generate_state_key(settings=self._settings.key)
 
+    @override
     def state_dict(self) -> dict[str, Any]:
         """What the checkpoint keeps; after training what it kept last."""
         if self._monitor is None:
             return self._last_state
         return self._monitor.state_dict() | {DESCRIPTION: self._settings.description}
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Used when training starts."""
+        """Kept until training starts, when there is a monitor to take it."""
         self._loaded = state_dict or None
 
+    @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Say so where the checkpoint's state is of other arguments; Lightning hands a state to its own key only."""
         states = checkpoint.get("callbacks", {})
         if self.state_key not in states:
             taken = {callback.state_key for callback in getattr(trainer, "callbacks")}  # noqa: B009 - set by a connector
-            own = [state for key, state in states.items() if key.startswith(type(self).__qualname__) and key not in taken]
-            warn_of_change(self._settings.description, own)
+            others = [state for key, state in states.items() if key.startswith(type(self).__qualname__) and key not in taken]
+            warn_of_change(self._settings.description, others)
 
     def _probes(self, trainer: Trainer, pl_module: LightningModule) -> Probes | None:
         return self._settings.probes(self._loader, prepare=lambda batch: _as_the_loop_does(trainer, pl_module, batch))

@@ -1,4 +1,4 @@
-"""Failures: what went wrong in the probes of a run, said once, and what is therefore not tried again."""
+"""Failures: what went wrong in the probes of a run, warned of once, and which measurements are therefore switched off."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -23,7 +23,7 @@ class Failures:
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
 
     @property
     def switched_off(self) -> set[str]:
@@ -35,7 +35,7 @@ class Failures:
         self.counts = dict(counts)
 
     def succeeded(self, name: str) -> None:
-        """The next failure of `name` is the first in a row."""
+        """End the row of failures of `name`: its next one counts as the first."""
         self.counts[name] = 0
 
     def failed(self, name: str, step: int, error: Exception) -> Record:
@@ -45,8 +45,8 @@ class Failures:
 
     def recorded(self, name: str, step: int, error: Exception) -> Record:
         """The record of a failure that does not count towards switching off; a warning, the first time."""
-        if name not in self._said:
-            self._said.add(name)
+        if name not in self._warned:
+            self._warned.add(name)
             off = name in self.switched_off
             _logger.warning(
                 "curvature measurement `%s` failed at step %d: %s. Training is not affected; %s. This is said once.",
@@ -57,10 +57,10 @@ class Failures:
             )
         return Record(step=step, measurement=name, error=_cause(error))
 
-    def say(self, key: str, what: str, error: Exception) -> None:
+    def warn_once(self, key: str, what: str, error: Exception) -> None:
         """Warn of what is no measurement's failure, once for every `key`."""
-        if key not in self._said:
-            self._said.add(key)
+        if key not in self._warned:
+            self._warned.add(key)
             _logger.warning("%s: %s. Training is not affected. This is said once.", what, _cause(error))
 
     @contextmanager
@@ -68,7 +68,7 @@ class Failures:
         """An exception inside ends here and is warned of, once for every `key`; interrupts pass.
 
         Args:
-            key: of what is said once.
+            key: of which there is one warning a run.
             what: went wrong.
             is_known: whether a warning has named the cause already; a line for debugging is enough then.
         """
@@ -78,7 +78,7 @@ class Failures:
             if is_known:
                 _logger.debug("%s: %s", what, _cause(error))
             else:
-                self.say(key, what, error)
+                self.warn_once(key, what, error)
 
 
 def _cause(error: Exception) -> str:

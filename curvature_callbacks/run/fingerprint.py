@@ -105,7 +105,7 @@ def argument_texts(settings: Any, **instead: Any) -> dict[str, str]:
 
 
 def fingerprint(description: Mapping[str, str]) -> str:
-    """Eight hexadecimal digits."""
+    """Eight hexadecimal digits that differ where a description does."""
     return hashlib.sha1(json.dumps(dict(description), sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -116,9 +116,9 @@ def warn_of_change(description: Mapping[str, str], others: Iterable[Any]) -> Non
         description: of the arguments now.
         others: states in the checkpoint that belong to nobody in this run; those without a description are passed over.
     """
-    found = [state[DESCRIPTION] for state in others if isinstance(state, Mapping) and DESCRIPTION in state]
-    if found:
-        changes = min((_changes(each, description) for each in found), key=len)
+    descriptions = [state[DESCRIPTION] for state in others if isinstance(state, Mapping) and DESCRIPTION in state]
+    if descriptions:
+        changes = min((_changes(each, description) for each in descriptions), key=len)
         _logger.warning(
             "the curvature callback that wrote this checkpoint had other arguments (%s): its averages, start vectors and "
             "schedule are not used, this one begins anew. Training is not affected.",

@@ -210,7 +210,7 @@ class CurvatureMonitor:
             loss: of training since the last call, for `spike`.
             logged_as: the step the records carry, where the loop's loggers count otherwise; default `step`.
         """
-        trigger = self._pace.due(step, loss, current_world())
+        trigger = self._pace.advance(step, loss, current_world())
         if trigger is None:
             return []
         shown = step if logged_as is None else logged_as

@@ -41,21 +41,21 @@ class Pace:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._schedule = schedule
-        self._share = max_overhead
+        self._max_overhead = max_overhead
         self._spike = spike
         self._clock = clock
         self.previous: int | None = None
         self._put_off: int | None = None  # the step a probe has to wait for
-        self._probing = self._latest = 0.0  # seconds of all probes, and of the last one
-        self._earlier = self._before = 0.0  # seconds of training, and of probes, before this process started
+        self._probe_seconds = self._last_probe_seconds = 0.0  # seconds of all probes, and of the last one
+        self._earlier_training = self._earlier_probes = 0.0  # seconds of training, and of probes, before this process started
         self._start: float | None = None
-        self._first = 0  # step at which the clock started
+        self._first_step = 0  # step at which the clock started
         self._losses: deque[float] = deque(maxlen=spike.window if spike else 1)
         self._last_spike: int | None = None
         self._spiked = False
 
-    def due(self, step: int, loss: Any, world: World) -> Trigger | None:
-        """Why to probe at `step`, or None.
+    def advance(self, step: int, loss: Any, world: World) -> Trigger | None:
+        """The loop has come to `step`: why to probe now, or None.
 
         Args:
             step: optimizer steps completed.
@@ -63,66 +63,70 @@ class Pace:
             world: the processes.
         """
         if self._start is None:
-            self._start, self._first = self._clock(), step
-        self._see(step, loss, world)
+            self._start, self._first_step = self._clock(), step
+        self._note_loss(step, loss, world)
         trigger = self._trigger(step, world)
         if trigger is None:
             self.previous = step
         return trigger
 
     def probed(self, step: int) -> None:
-        """A probe took place at `step`."""
+        """A probe took place at `step`: nothing that asked for it waits any more."""
         self.previous, self._put_off, self._spiked = step, None, False
 
     def spent(self, seconds: float) -> None:
-        """What it took, with its logging."""
-        self._probing += seconds
-        self._latest = seconds
+        """Count the `seconds` of the latest probe, with its logging."""
+        self._probe_seconds += seconds
+        self._last_probe_seconds = seconds
 
     def overhead(self, seconds: float) -> float:
         """Share of wall time of all probes, with the `seconds` of one that is under way."""
-        probing = self._probing + seconds
-        return probing / (probing + max(self._training() - seconds, 0.0)) if probing > 0 else 0.0
+        probing = self._probe_seconds + seconds
+        return probing / (probing + max(self._training_seconds() - seconds, 0.0)) if probing > 0 else 0.0
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs."""
-        clocks = {"probing": self._probing, "latest": self._latest, "training": self._training()}
+        clocks = {"probing": self._probe_seconds, "latest": self._last_probe_seconds, "training": self._training_seconds()}
         spikes = {"losses": list(self._losses), "last_spike": self._last_spike, "spiked": self._spiked}
         return {"previous": self.previous, "put_off": self._put_off, **clocks, **spikes}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`."""
         self.previous = state["previous"]
-        self._probing, self._latest = state.get("probing", 0.0), state.get("latest", 0.0)
-        self._earlier, self._before = state.get("training", 0.0), self._probing
+        self._probe_seconds, self._last_probe_seconds = state.get("probing", 0.0), state.get("latest", 0.0)
+        self._earlier_training, self._earlier_probes = state.get("training", 0.0), self._probe_seconds
         self._put_off, self._last_spike = state.get("put_off"), state.get("last_spike")
         self._spiked = state.get("spiked", False)
         self._losses.extend(state.get("losses", ()))
 
-    def _training(self) -> float:
+    def _training_seconds(self) -> float:
         """Seconds of wall time outside probes."""
-        here = 0.0 if self._start is None else self._clock() - self._start
-        return self._earlier + max(here - (self._probing - self._before), 0.0)
+        since_start = 0.0 if self._start is None else self._clock() - self._start
+        return self._earlier_training + max(since_start - (self._probe_seconds - self._earlier_probes), 0.0)
 
     def _trigger(self, step: int, world: World) -> Trigger | None:
         asked = self._schedule.due(step, self.previous) if self._put_off is None else step >= self._put_off
-        if asked and self._affordable(step, world):
-            return "schedule"
+        if asked:
+            later = self._affordable_step(step, world)
+            if later is None:
+                return "schedule"
+            self._put_off = later
         return "spike" if self._spiked and (self.previous is None or step > self.previous) else None
 
-    def _affordable(self, step: int, world: World) -> bool:
-        if self._share is None or world.average(self._probing) == 0:
-            return True
-        needed = (self._probing + self._latest / 2) * (1 - self._share) / self._share
-        missing = world.average(needed - self._training())
+    def _affordable_step(self, step: int, world: World) -> int | None:
+        """The step to ask again at, where a probe at `step` would take more than its share; None where it would not."""
+        if self._max_overhead is None or world.average(self._probe_seconds) == 0:
+            return None
+        needed = (self._probe_seconds + self._last_probe_seconds / 2) * (1 - self._max_overhead) / self._max_overhead
+        missing = world.average(needed - self._training_seconds())
         if missing <= 0:
-            return True
-        pace = world.average((self._training() - self._earlier) / max(step - self._first, 1))
+            return None
+        seconds_a_step = (self._training_seconds() - self._earlier_training) / max(step - self._first_step, 1)
+        pace = world.average(seconds_a_step)
         steps = missing / pace / 2 if pace > 0 else 0  # half of them: by then the pace may be another
-        self._put_off = step + max(1, math.ceil(steps))
-        return False
+        return step + max(1, math.ceil(steps))
 
-    def _see(self, step: int, loss: Any, world: World) -> None:
+    def _note_loss(self, step: int, loss: Any, world: World) -> None:
         if self._spike is None:
             return
         known = [value for value in world.gathered(_number(loss)) if value is not None]

@@ -229,7 +229,9 @@ class Probing:
                 seconds = world.average(time.perf_counter() - start)
         except Exception as error:
             if is_out_of_memory(error) and world.anywhere(max(map(batch_size, problem.microbatches)) > 1):
-                self._failures.say("memory", f"memory ran out in `{name}`, which is tried with smaller microbatches", error)
+                self._failures.warn_once(
+                    "memory", f"memory ran out in `{name}`, which is tried with smaller microbatches", error
+                )
                 return None
             return [self._failures.failed(name, problem.step, error)]
         self.states[name] = state  # only now: every process has got here

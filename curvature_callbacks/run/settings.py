@@ -65,7 +65,7 @@ class Settings:
 
     @property
     def when(self) -> Schedule:
-        """The schedule."""
+        """`schedule`, or every `every_n_steps`."""
         return self.schedule or EveryNSteps(n=self.every_n_steps)
 
     @property

@@ -17,7 +17,7 @@ _logger = logging.getLogger("curvature_callbacks")
 
 @final
 class States:
-    """The latest state of each measurement."""
+    """The state each measurement returned at its latest probe."""
 
     def __init__(self) -> None:
         self._latest: dict[str, Any] = {}
@@ -32,7 +32,7 @@ class States:
     def __setitem__(self, name: str, state: Any) -> None:
         self._latest[name] = state
         self._plain.pop(name, None)
-        if _can_be_saved(state):  # looked at here, not in `saved`, which the Hugging Face Trainer asks for at every step
+        if _can_be_saved(state):  # found out now, not in `saved`, which the Hugging Face Trainer asks for at every step
             self._plain[name] = _without_tensors(state)
 
     def saved(self, *, tensors: bool) -> dict[str, Any]:
@@ -53,28 +53,34 @@ class States:
             self[name] = state
 
 
-def save_with_tensors(path: Path, *, whole: dict[str, Any], plain: dict[str, Any]) -> None:
-    """Put a monitor's state with its tensors beside a checkpoint in JSON, which holds it without them; report what fails."""
+def save_with_tensors(path: Path, *, state: dict[str, Any], plain: dict[str, Any]) -> None:
+    """Write a monitor's state with its tensors beside a checkpoint in JSON, which holds it without them; warn where it fails.
+
+    Args:
+        path: of the file.
+        state: with tensors.
+        plain: what the checkpoint in JSON holds, by which `load_with_tensors` knows that the two belong together.
+    """
     try:
-        torch.save({"plain": plain, "whole": whole}, path)
+        torch.save({"plain": plain, "whole": state}, path)
     except (OSError, RuntimeError) as error:  # a full disk
         _logger.warning("the state of curvature measurements was not saved to %s: %s. Training is not affected.", path, error)
 
 
-def load_with_tensors(places: Sequence[Path], plain: Any) -> dict[str, Any] | None:
+def load_with_tensors(paths: Sequence[Path], plain: Any) -> dict[str, Any] | None:
     """The state with its tensors, from the first file that belongs to the checkpoint whose JSON says `plain`, if any."""
-    for path in filter(Path.exists, places):
+    for path in filter(Path.exists, paths):
         try:
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             _logger.warning("the state of curvature measurements in %s cannot be read, its vectors begin anew: %s", path, error)
             continue
-        if json.loads(json.dumps(found["plain"])) == json.loads(json.dumps(plain)):
-            whole: dict[str, Any] = found["whole"]
-            return whole
+        if json.loads(json.dumps(content["plain"])) == json.loads(json.dumps(plain)):
+            state: dict[str, Any] = content["whole"]
+            return state
     _logger.warning(
         "%s is missing or of another checkpoint: the vectors of curvature measurements begin anew. Training is not affected.",
-        places[-1].name,
+        paths[-1].name,
     )
     return None
 

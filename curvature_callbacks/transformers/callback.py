@@ -6,6 +6,7 @@ from typing import Any, Literal, final
 
 from torch import nn
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from curvature_callbacks._optional import require
 from curvature_callbacks.errors import ConfigurationError
@@ -141,6 +142,7 @@ class CurvatureCallback(TrainerCallback):
         self._attached = trainer
         return self
 
+    @override
     def on_train_begin(
         self,
         args: TrainingArguments,
@@ -153,7 +155,7 @@ class CurvatureCallback(TrainerCallback):
     ) -> None:
         """Build the monitor, check everything, measure step 0."""
         assert model is not None
-        self._stop_watching()  # left by a run that ended with an exception, of which callbacks are told nothing
+        self._stop_watching()  # left by a run that ended with an exception, of which callbacks do not hear
         self._logged_loss = None
         self._trainer = self._attached or calling_trainer(self)
         try:
@@ -181,10 +183,12 @@ class CurvatureCallback(TrainerCallback):
         self._monitor.check(state.global_step)
         self._step(state)
 
+    @override
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Probe if due: gradients are freed, the parameters are those after `global_step` steps."""
         self._step(state)
 
+    @override
     def on_log(
         self,
         args: TrainingArguments,
@@ -196,15 +200,17 @@ class CurvatureCallback(TrainerCallback):
         """Keep the training loss, which the Trainer tells every `logging_steps`, for the coming step."""
         self._logged_loss = (logs or {}).get("loss", self._logged_loss)
 
+    @override
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put the vectors that eigensolvers start from beside the Trainer's state, which is JSON."""
         path = self._tensor_file(args, state)
         if self._monitor is not None and state.is_world_process_zero and path.parent.is_dir():
             saved: Any = state.stateful_callbacks  # what the Trainer has just written: clocks have gone on since
-            save_with_tensors(path, whole=self._monitor.state_dict(), plain=saved[self._state_key])
+            save_with_tensors(path, state=self._monitor.state_dict(), plain=saved[self._state_key])
 
+    @override
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Let go of the model, the captured batches and the Trainer, which would be freed late in a cycle with its callback."""
+        """Release references: a cycle of Trainer and callback would keep the model alive until garbage is collected."""
         self._stop_watching()
         self._monitor = self._trainer = None
 
@@ -244,10 +250,10 @@ class CurvatureCallback(TrainerCallback):
             others = [value for key, value in saved.items() if key.startswith(_STATES) and key not in taken]
             warn_of_change(self._description, others)
             return
-        plain, own = saved[self._state_key], self._tensor_file(args, state)
+        plain, path = saved[self._state_key], self._tensor_file(args, state)
         folders = [resumed_from(self._trainer), args.resume_from_checkpoint]
-        places = [*(Path(folder) / own.name for folder in folders if isinstance(folder, str)), own]
-        self._monitor.load_state_dict(load_with_tensors(places, plain) or plain)
+        paths = [*(Path(folder) / path.name for folder in folders if isinstance(folder, str)), path]
+        self._monitor.load_state_dict(load_with_tensors(paths, plain) or plain)
 
     def _tensor_file(self, args: TrainingArguments, state: TrainerState) -> Path:
         folder = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
@@ -257,12 +263,12 @@ class CurvatureCallback(TrainerCallback):
         """The loss to measure, after saying so where training minimises something else than the model's own."""
         if self._follows_trainer:
             return loss_of(self._trainer)
-        found = departures(args, self._trainer)
-        if found and self._settings.loss_fn is None:
+        reasons = departures(args, self._trainer)
+        if reasons and self._settings.loss_fn is None:
             _logger.warning(
                 "curvature is measured for the model's own `.loss`, without %s: pass `loss_fn`='trainer' to measure the loss "
                 "you train.",
-                " and ".join(found),
+                " and ".join(reasons),
             )
         return self._settings.loss_fn
 

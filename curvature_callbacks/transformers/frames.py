@@ -28,6 +28,7 @@ def calling_trainer(callback: TrainerCallback) -> Trainer | None:
         if isinstance(candidate, Trainer) and callback in candidate.callback_handler.callbacks:
             return candidate
     _logger.warning(
-        "the Trainer was not found: curvature goes to `log_history` and curvature.jsonl only. Call `callback.attach(trainer)`."
+        "the Trainer was not found: curvature goes to `log_history` and curvature.jsonl only, and a resumed run may not find "
+        "the vectors to start from. Call `callback.attach(trainer)`."
     )
     return None

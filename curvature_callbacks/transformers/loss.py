@@ -27,7 +27,7 @@ from curvature_callbacks.processes.group import current_world
 _LIBRARIES: Final = frozenset({"transformers", "accelerate", "datasets"})
 _SHARED: Final = (nn.Module, Optimizer, LRScheduler, Dataset)  # which a loss does not change, and large
 _MATCH: Final = 1e-5  # relative; float32 means of a few rows differ by 1e-7, those with other weights seldom by less than 1e-4
-_APART: Final = frozenset(  # data (lists are data sets too), functions that no loss calls, and our own watch
+_LEFT_ALONE: Final = frozenset(  # data (lists are data sets too), functions that no loss calls, and our own watch
     {"train_dataset", "eval_dataset", "model_init", "compute_metrics", "preprocess_logits_for_metrics", "compute_loss"}
 )
 
@@ -35,13 +35,13 @@ _Count = Callable[[Tensor], Tensor]
 
 
 def departures(args: TrainingArguments, trainer: Trainer | None) -> list[str]:
-    """In words, what makes the loss that `trainer` minimises differ from the model's own."""
-    found = {
+    """Human-readable reasons why the trained loss is not the model's own; none where it is."""
+    reasons = {
         "`label_smoothing_factor`": bool(args.label_smoothing_factor),
         "`compute_loss_func`": getattr(trainer, "compute_loss_func", None) is not None,
         "an overridden `compute_loss`": trainer is not None and _is_overridden(trainer),
     }
-    return [name for name, present in found.items() if present]
+    return [name for name, present in reasons.items() if present]
 
 
 def loss_of(trainer: Trainer | None) -> Loss:
@@ -81,8 +81,8 @@ class ComputeLossWatch:
     def __init__(self, trainer: Trainer, offer: Callable[[Any], None]) -> None:
         self._attributes = vars(trainer)
         self._offer = offer
-        found = trainer.compute_loss
-        self._watched = found if isinstance(found, _Watched) else _Watched(found, self._attributes.get("compute_loss"), [])
+        function, attribute = trainer.compute_loss, self._attributes.get("compute_loss")
+        self._watched = function if isinstance(function, _Watched) else _Watched(function, attribute, [])
         self._watched.offers.append(offer)
         self._attributes["compute_loss"] = self._watched
 
@@ -92,17 +92,17 @@ class ComputeLossWatch:
         if self._watched.offers or self._attributes.get("compute_loss") is not self._watched:
             return
         del self._attributes["compute_loss"]
-        if self._watched.own is not None:
-            self._attributes["compute_loss"] = self._watched.own
+        if self._watched.attribute is not None:
+            self._attributes["compute_loss"] = self._watched.attribute
 
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class _Watched:
-    """In place of `compute_loss`; `own` is what stood among the Trainer's own attributes."""
+    """Stands in place of `compute_loss`; `attribute` is what the Trainer itself, not its class, had under that name."""
 
     compute_loss: Callable[..., Any]
-    own: Any
+    attribute: Any
     offers: list[Callable[[Any], None]]
 
     def __call__(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -113,9 +113,10 @@ class _Watched:
 
 
 def _is_overridden(trainer: Trainer) -> bool:
-    found = vars(trainer).get("compute_loss")
-    own = found.own if isinstance(found, _Watched) else found
-    return own is not None or type(trainer).compute_loss is not Trainer.compute_loss
+    attribute = vars(trainer).get("compute_loss")
+    if isinstance(attribute, _Watched):
+        attribute = attribute.attribute
+    return attribute is not None or type(trainer).compute_loss is not Trainer.compute_loss
 
 
 @final
@@ -177,10 +178,10 @@ class _ComputedLoss:
         with _trainer_without_trace(self._trainer), generators:  # noise of its own is the same at every evaluation of a probe
             return self._compute_loss(model, inputs)
 
-    def _settle(self, found: str | None) -> None:
-        """Over processes all come here once, at the first batch of each: what one of them can tell holds for all."""
+    def _settle(self, count: str | None) -> None:
+        """Agree on the name of a count; all processes call it once, at their first batch, and one that knows is enough."""
         world = current_world()
-        names = {name for name in world.gathered(found) if name is not None}
+        names = {name for name in world.gathered(count) if name is not None}
         if len(names) > 1:
             raise ConfigurationError(
                 f"processes find that the Trainer's loss is a mean over different things ({', '.join(sorted(names))}): pass a "
@@ -197,8 +198,8 @@ class _ComputedLoss:
         single = torch.stack([self._value(model, take_rows(batch, row)) for row in torch.arange(len(labels))[:, None]])
         single = single.nan_to_num()  # of rows without a label, which count nothing
         means = {name: (single * count(labels)).sum() / count(labels).sum() for name, count in _COUNTS.items()}
-        found = [name for name, mean in means.items() if bool((mean - loss).abs() <= _MATCH * loss.abs())]
-        return found[0] if len(found) == 1 else None
+        matching = [name for name, mean in means.items() if bool((mean - loss).abs() <= _MATCH * loss.abs())]
+        return matching[0] if len(matching) == 1 else None
 
 
 def _rows(labels: Tensor) -> Tensor:
@@ -227,7 +228,7 @@ def _trainer_without_trace(trainer: Trainer) -> Iterator[None]:
     groups = trainer.optimizer.param_groups if trainer.optimizer is not None else []
     scheduler = vars(trainer.lr_scheduler) if trainer.lr_scheduler is not None else {}
     held = (attributes, vars(trainer.state), vars(trainer.control), vars(trainer.args), scheduler, *groups)
-    own = {name: value for name, value in attributes.items() if name not in _APART and not _is_shared(value)}
+    own = {name: value for name, value in attributes.items() if name not in _LEFT_ALONE and not _is_shared(value)}
     collected = [value for value in reachable((trainer.compute_loss_func,)) if type(value) in CONTAINERS]
     memo: dict[int, Any] = {}
     with put_back([*collected, *held]), undisturbed(*own.values()):
@@ -237,4 +238,4 @@ def _trainer_without_trace(trainer: Trainer) -> Iterator[None]:
 
 
 def _is_shared(value: Any) -> bool:
-    return isinstance(value, _SHARED) or any(kind.__module__.partition(".")[0] in _LIBRARIES for kind in type(value).__mro__)
+    return isinstance(value, _SHARED) or any(cls.__module__.partition(".")[0] in _LIBRARIES for cls in type(value).__mro__)

@@ -28,7 +28,7 @@ def drive(timing: Pace, clock: Clock, steps: range, *, training: Cost, probe: Co
     """Probed steps, and the seconds spent on them."""
     probed, spent = [], 0.0
     for step in steps:
-        if timing.due(step, None, SINGLE) is not None:
+        if timing.advance(step, None, SINGLE) is not None:
             clock.now += probe(step)
             spent += probe(step)
             timing.probed(step)
@@ -107,7 +107,7 @@ def test_clocks_of_processes_are_asked_at_candidates_only() -> None:
     timing = Pace(EveryNSteps(n=50), max_overhead=0.1, clock=clock)
     probed = 0
     for step in range(2000):
-        if timing.due(step, None, world) is not None:  # type: ignore[arg-type]
+        if timing.advance(step, None, world) is not None:  # type: ignore[arg-type]
             clock.now += 30.0
             timing.probed(step)
             timing.spent(30.0)
@@ -146,7 +146,7 @@ def spiked(losses: list[Any], **changes: Any) -> list[int]:
     timing = Pace(AtSteps(steps=[0]), spike=spike, clock=Clock())
     found = []
     for step, loss in enumerate(losses):
-        trigger = timing.due(step, loss, SINGLE)
+        trigger = timing.advance(step, loss, SINGLE)
         if trigger is not None:
             timing.probed(step)
         if trigger == "spike":
@@ -187,7 +187,7 @@ def test_a_loss_that_is_not_finite_is_a_spike_and_not_in_the_window(loss: float)
 def test_what_is_not_one_number_is_no_loss(loss: Any) -> None:
     assert spiked([*CALM, loss, 9.0]) == [7]
     world = Averaging()
-    Pace(AtSteps(steps=[0]), spike=LossSpike(), clock=Clock()).due(0, loss, world)  # type: ignore[arg-type]
+    Pace(AtSteps(steps=[0]), spike=LossSpike(), clock=Clock()).advance(0, loss, world)  # type: ignore[arg-type]
     assert world.asked == [-1.0], "other processes have not to wait for it"
 
 
@@ -195,19 +195,19 @@ def test_the_loss_is_that_of_all_processes() -> None:
     world = Averaging()
     timing = Pace(AtSteps(steps=[0]), spike=LossSpike(window=2), clock=Clock())
     for step in range(5):
-        timing.due(step, float(step), world)  # type: ignore[arg-type]
-    timing.due(5, None, world)  # type: ignore[arg-type]
+        timing.advance(step, float(step), world)  # type: ignore[arg-type]
+    timing.advance(5, None, world)  # type: ignore[arg-type]
     assert world.asked == [0.0, 1.0, 2.0, 3.0, 4.0, -1.0], "every process takes part, with a loss or without"
     assert list(timing._losses) == [4.0, 5.0]
 
 
 def test_a_spike_inside_an_accumulation_window_waits_for_its_end() -> None:
     timing = Pace(AtSteps(steps=[0]), spike=LossSpike(window=2), clock=Clock())
-    assert timing.due(0, 1.0, SINGLE) == "schedule"
+    assert timing.advance(0, 1.0, SINGLE) == "schedule"
     timing.probed(0)
-    assert timing.due(0, math.nan, SINGLE) is None
-    assert timing.due(0, 1.0, SINGLE) is None
-    assert timing.due(1, 1.0, SINGLE) == "spike"
+    assert timing.advance(0, math.nan, SINGLE) is None
+    assert timing.advance(0, 1.0, SINGLE) is None
+    assert timing.advance(1, 1.0, SINGLE) == "spike"
 
 
 def test_a_spike_is_probed_between_those_due_and_said_in_the_record() -> None:
@@ -223,7 +223,7 @@ def test_a_spike_does_not_wait_for_the_budget_and_the_next_ones_make_up_for_it()
     timing = Pace(EveryNSteps(n=1), max_overhead=0.1, spike=LossSpike(window=2, cooldown=1), clock=clock)
     probed = []
     for step in range(60):
-        trigger = timing.due(step, math.nan if step == 3 else 1.0, SINGLE)
+        trigger = timing.advance(step, math.nan if step == 3 else 1.0, SINGLE)
         if trigger is not None:
             probed.append((step, trigger))
             clock.now += 1.0
