@@ -10,7 +10,7 @@ import torch
 from curvature_callbacks import EveryNSteps, LossSpike, Record
 from curvature_callbacks.batches import batch_size
 from curvature_callbacks.run.pace import Pace
-from tests.run.test_monitor import batch, monitor
+from tests.run.monitor_cases import example_batch, new_monitor
 from tests.training_cases import reports
 
 MEMORY = [
@@ -50,8 +50,8 @@ def of(records: list[Record], name: str) -> Record:
 def test_memory_that_runs_out_is_met_with_smaller_microbatches_of_the_same_rows(error: Exception, caplog: Any) -> None:
     torch.manual_seed(0)
     model = torch.nn.Linear(6, 3)
-    watching = monitor(model, probes=[batch(12), batch(5)], measure=[Fitting(most=4, error=error)])
-    whole = monitor(model, probes=[batch(12), batch(5)], measure=[Fitting(most=12, error=error)])
+    watching = new_monitor(model, probes=[example_batch(12), example_batch(5)], measure=[Fitting(most=4, error=error)])
+    whole = new_monitor(model, probes=[example_batch(12), example_batch(5)], measure=[Fitting(most=12, error=error)])
     found, expected = of(watching.step(0), "fitting"), of(whole.step(0), "fitting")
     assert found.error is None
     assert found.scalars["rows"] == 17
@@ -67,14 +67,14 @@ def test_memory_that_runs_out_is_met_with_smaller_microbatches_of_the_same_rows(
 
 
 def test_a_single_row_that_does_not_fit_is_a_failure(caplog: Any) -> None:
-    watching = monitor(measure=[Fitting(most=0, error=MEMORY[0])])
+    watching = new_monitor(measure=[Fitting(most=0, error=MEMORY[0])])
     records = watching.step(0)
     assert of(records, "fitting").error is not None
     assert of(records, "probe").scalars["microbatch_size"] == 1
 
 
 def test_another_error_is_not_tried_again() -> None:
-    records = monitor(measure=[Fitting(most=1, error=RuntimeError("kernel"))]).step(0)
+    records = new_monitor(measure=[Fitting(most=1, error=RuntimeError("kernel"))]).step(0)
     assert of(records, "fitting").error == "RuntimeError: kernel"
     assert of(records, "probe").scalars["microbatch_size"] == 6
 
@@ -93,7 +93,7 @@ class Named:
 
 
 def test_what_there_is_no_time_for_comes_first_at_the_next_probe() -> None:
-    watching = monitor(measure=[Named("a"), Named("b"), Named("c")], max_seconds=1e-9)
+    watching = new_monitor(measure=[Named("a"), Named("b"), Named("c")], max_seconds=1e-9)
     measured = []
     for step in range(4):
         records = watching.step(step)
@@ -105,7 +105,7 @@ def test_what_there_is_no_time_for_comes_first_at_the_next_probe() -> None:
 
 
 def test_nothing_is_left_out_in_time_enough() -> None:
-    records = monitor(measure=[Named("a"), Named("b")], max_seconds=1000).step(0)
+    records = new_monitor(measure=[Named("a"), Named("b")], max_seconds=1000).step(0)
     assert of(records, "probe").scalars["skipped"] == 0
 
 

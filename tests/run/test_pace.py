@@ -11,7 +11,7 @@ import torch
 from curvature_callbacks import AtSteps, ConfigurationError, EveryNSteps, LossSpike
 from curvature_callbacks.processes.world import SINGLE
 from curvature_callbacks.run.pace import Pace
-from tests.run.test_monitor import monitor
+from tests.run.monitor_cases import new_monitor
 
 Cost = Callable[[int], float]
 
@@ -118,7 +118,7 @@ def test_clocks_of_processes_are_asked_at_candidates_only() -> None:
 
 
 def test_the_monitor_says_what_share_it_took() -> None:
-    clock, watching = Clock(), monitor(max_overhead=0.5)
+    clock, watching = Clock(), new_monitor(max_overhead=0.5)
     watching._pace._clock = clock
     shares = {}
     for step in range(40):
@@ -132,7 +132,7 @@ def test_the_monitor_says_what_share_it_took() -> None:
 
 
 def test_a_real_run_reports_a_share_between_none_and_all() -> None:
-    watching = monitor(max_overhead=0.5)
+    watching = new_monitor(max_overhead=0.5)
     records = [record for step in range(30) for record in watching.step(step) if record.measurement == "probe"]
     assert all(0 < record.scalars["overhead"] <= 1 for record in records)
 
@@ -211,7 +211,7 @@ def test_a_spike_inside_an_accumulation_window_waits_for_its_end() -> None:
 
 
 def test_a_spike_is_probed_between_those_due_and_said_in_the_record() -> None:
-    watching = monitor(when=100, spike=LossSpike(window=3, cooldown=4))
+    watching = new_monitor(when=100, spike=LossSpike(window=3, cooldown=4))
     for step, loss in enumerate([1.0, 1.1, 0.9, 1.0, 30.0, 1.0]):
         watching.step(step, loss)
     told = [(record.step, record.metadata["trigger"]) for record in watching.history if record.measurement == "probe"]
@@ -240,7 +240,7 @@ def test_a_spike_does_not_wait_for_the_budget_and_the_next_ones_make_up_for_it()
 @pytest.mark.parametrize("share", [0, 1, -0.1, 2, "a", True, math.nan])
 def test_a_share_that_is_none_is_refused(share: Any) -> None:
     with pytest.raises(ConfigurationError, match="`max_overhead` must be a share of wall time between 0 and 1"):
-        monitor(max_overhead=share)
+        new_monitor(max_overhead=share)
 
 
 @pytest.mark.parametrize(

@@ -5,25 +5,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from curvature_callbacks import ConfigurationError, CurvatureMonitor, FisherSpectrum, Probes, TopEigenpairs
 from curvature_callbacks.run.settings import Settings
+from tests.run.monitor_cases import example_batch, row_losses
 from tests.training_cases import Checksum, probed_steps, reports
-
-
-def rows(num_rows: int = 6) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(num_rows, 6, generator=generator), torch.randint(3, (num_rows,), generator=generator)
 
 
 class NoRows(Probes):
     def draw(self, seed: int) -> None:
         return None
-
-
-def row_losses(model: nn.Module, batch: Any) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", row_losses], ids=["named", "function"])
@@ -35,7 +26,9 @@ def test_a_probe_builds_one_problem(loss: Any) -> None:
         return True
 
     measure: list[Any] = [FisherSpectrum(), TopEigenpairs(k=1, max_matvecs=3)]
-    monitor = CurvatureMonitor(nn.Linear(6, 3), probes=[rows()], loss=loss, params_filter=is_measured, measure=measure, when=1)
+    monitor = CurvatureMonitor(
+        nn.Linear(6, 3), probes=[example_batch()], loss=loss, params_filter=is_measured, measure=measure, when=1
+    )
     monitor.check()
     for step in range(3):
         asked.clear()
@@ -59,7 +52,7 @@ class Counting:
 
 def test_a_loss_that_begins_to_write_after_the_check_leaves_no_trace() -> None:
     loss = Counting()
-    monitor = CurvatureMonitor(nn.Linear(6, 3), probes=[rows()], loss=loss, measure=[FisherSpectrum()], when=1)
+    monitor = CurvatureMonitor(nn.Linear(6, 3), probes=[example_batch()], loss=loss, measure=[FisherSpectrum()], when=1)
     monitor.check()
     loss.is_writing = True
     monitor.step(0)
@@ -77,7 +70,7 @@ class WithoutGradient:
 
 
 def test_a_gradient_that_fails_alone_is_said_once(caplog: Any) -> None:
-    monitor = CurvatureMonitor(nn.Linear(6, 3), probes=[rows()], loss=WithoutGradient(), measure=[Checksum()], when=1)
+    monitor = CurvatureMonitor(nn.Linear(6, 3), probes=[example_batch()], loss=WithoutGradient(), measure=[Checksum()], when=1)
     for step in range(3):
         assert "gradient_equivalents" not in monitor.step(step)[0].scalars
     assert probed_steps(monitor.history) == [0, 1, 2]
@@ -87,7 +80,9 @@ def test_a_gradient_that_fails_alone_is_said_once(caplog: Any) -> None:
 
 
 def test_a_gradient_that_fails_with_a_measurement_is_said_by_that(caplog: Any) -> None:
-    monitor = CurvatureMonitor(nn.Linear(6, 3), probes=[rows()], loss=WithoutGradient(), measure=[FisherSpectrum()], when=1)
+    monitor = CurvatureMonitor(
+        nn.Linear(6, 3), probes=[example_batch()], loss=WithoutGradient(), measure=[FisherSpectrum()], when=1
+    )
     monitor.step(0)
     assert len(reports(caplog)) == 1
     assert "`empirical_fisher` failed" in reports(caplog)[0]
