@@ -12,7 +12,6 @@ from curvature_callbacks.linalg.lanczos.solver import solve
 from curvature_callbacks.linalg.operator import Operator
 from curvature_callbacks.model.stability import Stability
 from curvature_callbacks.operators.preconditioned import PreconditionedOperator
-from curvature_callbacks.problem.deadline import seconds_left
 from curvature_callbacks.problem.eigenproblem import Eigenproblem
 from curvature_callbacks.problem.problem import Problem
 from curvature_callbacks.record import Record
@@ -80,7 +79,7 @@ class EdgeRatio:
 
     @property
     def name(self) -> str:
-        """`edge`."""
+        """`edge`, how its tags begin."""
         return "edge"
 
     @property
@@ -90,7 +89,7 @@ class EdgeRatio:
 
     @property
     def needs_optimizer(self) -> bool:
-        """Always."""
+        """True: learning rate and preconditioner are the optimizer's."""
         return True
 
     def init(self, problem: Problem) -> None:
@@ -133,18 +132,18 @@ class EdgeRatio:
         decay = None if stability.decay is None else part(stability.decay)
         return solve(
             PreconditionedOperator(hessian, part(stability.scale), shift=decay),
-            replace(self.solver, seed=problem.seed, max_seconds=seconds_left(problem.deadline)),
+            replace(self.solver, seed=problem.seed, max_seconds=problem.deadline.seconds_left()),
             initial_vectors=None if previous is None else previous[:, None].to(hessian.device, hessian.dtype),
         )
 
 
 def _scalars(pairs: Eigenpairs, stability: Stability) -> dict[str, float]:
     ratio = pairs.eigenvalues[0].item()
-    found = {"ratio": ratio, "residual": pairs.residuals[0].item(), "converged": float(pairs.converged[0])}
+    scalars = {"ratio": ratio, "residual": pairs.residuals[0].item(), "converged": float(pairs.converged[0])}
     if stability.limit is not None:
         sharpness = "preconditioned_lambda_max" if stability.preconditioned else "lambda_max"
-        found |= {"limit": stability.limit, sharpness: ratio * stability.limit}
-    return found | _learning_rates(stability)
+        scalars |= {"limit": stability.limit, sharpness: ratio * stability.limit}
+    return scalars | _learning_rates(stability)
 
 
 def _learning_rates(stability: Stability) -> dict[str, float]:

@@ -22,7 +22,7 @@ class OfMatrix:
 
     @property
     def curvature(self) -> MatrixChoice:
-        """Which matrix."""
+        """Which matrix: the five fields, checked."""
         return MatrixChoice(
             operator=self.operator,
             sample_unit=self.sample_unit,

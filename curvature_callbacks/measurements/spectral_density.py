@@ -71,7 +71,7 @@ class SpectralDensity(OfMatrix):
 
     @property
     def name(self) -> str:
-        """`<operator>[_token]_density`."""
+        """`<operator>[_token]_density`, how its tags begin."""
         return f"{self.curvature.name}_density"
 
     def check(self, problem: Problem) -> None:
@@ -90,23 +90,23 @@ class SpectralDensity(OfMatrix):
         if state is None:
             state, spent = task.check(seed=problem.seed)
         outer = self._outer(task, problem.seed)
-        found = spectral_density(
+        density = spectral_density(
             task.operator, num_probes=self.num_probes, num_steps=self.num_steps, seed=problem.seed, deflate=outer
         )
         coarse = {"product_error": outer.product_error} if outer is not None and outer.product_error > 0 else {}
         record = Record(
             step=problem.step,
             measurement=self.name,
-            scalars=found.metrics() | coarse,
+            scalars=density.metrics() | coarse,
             headline=_HEADLINE,
             arrays={
-                "grid": found.grid.tolist(),
-                "density": found.density.tolist(),
-                "density_standard_error": found.density_standard_error.tolist(),
+                "grid": density.grid.tolist(),
+                "density": density.density.tolist(),
+                "density_standard_error": density.density_standard_error.tolist(),
             },
             charts={"density": "density"},
-            num_matvecs=found.num_matvecs + spent + (outer.num_matvecs if outer is not None else 0),
-            metadata=self._metadata(problem, task, found, state),
+            num_matvecs=density.num_matvecs + spent + (outer.num_matvecs if outer is not None else 0),
+            metadata=self._metadata(problem, task, density, state),
         )
         return [record], state
 
@@ -120,15 +120,15 @@ class SpectralDensity(OfMatrix):
             )
         )
 
-    def _metadata(self, problem: Problem, task: Eigenproblem, found: Density, asymmetry: float) -> dict[str, Any]:
+    def _metadata(self, problem: Problem, task: Eigenproblem, density: Density, asymmetry: float) -> dict[str, Any]:
         return {
             **self.curvature.metadata(),
-            "num_probes": found.num_probes,
-            "num_steps": found.num_steps,
-            "num_deflated": found.num_deflated,
+            "num_probes": density.num_probes,
+            "num_steps": density.num_steps,
+            "num_deflated": density.num_deflated,
             "num_params": task.num_params,
-            "width": found.width,
-            "lambda_abs_max": found.lambda_abs_max,
+            "width": density.width,
+            "lambda_abs_max": density.lambda_abs_max,
             "dtype": str(task.operator.dtype).removeprefix("torch."),
             "seed": problem.seed,
             "asymmetry": asymmetry,

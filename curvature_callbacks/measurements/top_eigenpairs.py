@@ -10,7 +10,6 @@ from curvature_callbacks.linalg.eigenpairs import Eigenpairs
 from curvature_callbacks.linalg.lanczos.options import LanczosOptions, ReorthMode
 from curvature_callbacks.linalg.lanczos.wanted import Which
 from curvature_callbacks.measurements.of_matrix import OfMatrix
-from curvature_callbacks.problem.deadline import seconds_left
 from curvature_callbacks.problem.eigenproblem import Eigenproblem
 from curvature_callbacks.problem.problem import Problem
 from curvature_callbacks.record import Record
@@ -158,7 +157,7 @@ class _Run:
             self.error = self.previous.get("error")
         if self.error is None:
             self.error, spent = task.check(seed=problem.seed)
-        left = seconds_left(problem.deadline, measurement.max_seconds)
+        left = problem.deadline.seconds_left(measurement.max_seconds)
         options = replace(measurement.solver, seed=problem.seed, max_seconds=left)
         pairs = task.solve(options, initial_vectors=self._start(task, block))
         if measurement.warm_start and pairs.is_iterative:

@@ -99,9 +99,9 @@ class FiniteDifferenceHessianOperator:
         Where the step is too long, the error of `D_h` is a third of it; where too short, both are rounding and it is about
         the error. Kinks show too. Cost: four gradients.
         """
-        found, longer = self._product(v), self._product(v, 2.0)
-        scale = self._norm(found).item()
-        return self._norm(found - longer).item() / scale if scale else 0.0
+        product, longer = self._product(v), self._product(v, 2.0)
+        scale = self._norm(product).item()
+        return self._norm(product - longer).item() / scale if scale else 0.0
 
     def eigenpairs(self, options: LanczosOptions, *, initial_vectors: Tensor | None = None) -> Eigenpairs:
         """The outer pairs by Lanczos, with the error of the products along the outermost of them."""

@@ -28,7 +28,7 @@ from curvature_callbacks.operators.vectors import unflatten
 
 
 class FisherOperator(MicrobatchOperator[LossRows]):
-    """`F = J' J / normaliser`, row s of J the gradient of the loss of pseudo-sample s in the named parameters.
+    """`F = J' J / normaliser`, line s of J the gradient of the loss of pseudo-sample s in the named parameters.
 
     `sequence`: a sample is a row, its loss summed over its valid targets, `F = (1/N) sum_i g_i g_i'`. `token`: a sample is a
     valid target, `F = (1/sum_i n_i) sum_it g_it g_it'`. Rows without a valid target, with a loss or with a gradient (in the
@@ -80,7 +80,7 @@ class FisherOperator(MicrobatchOperator[LossRows]):
 
     @property
     def num_losses(self) -> int:
-        """S, the rows of J."""
+        """S, the single losses of all microbatches, one for every draw."""
         return sum(self._counts)
 
     @property
@@ -90,9 +90,9 @@ class FisherOperator(MicrobatchOperator[LossRows]):
 
     def jvp(self, v: Tensor) -> Tensor:
         """`J v` (S,) for `v` (P,), microbatch after microbatch, in each draw after draw. Cost: half a product."""
-        parts, found = unflatten(v.contiguous(), self._shapes), [v.new_zeros(0)]  # of several processes one may have no row
-        self._graphs.each(self._saving_graph, lambda graph: found.append(graph.jvp(parts)))
-        return torch.cat(found)
+        parts, pieces = unflatten(v.contiguous(), self._shapes), [v.new_zeros(0)]  # of several processes one may have no row
+        self._graphs.each(self._saving_graph, lambda graph: pieces.append(graph.jvp(parts)))
+        return torch.cat(pieces)
 
     def vjp(self, u: Tensor) -> Tensor:
         """`J' u = sum_s u_s g_s` (P,) for `u` (S,). Cost: one backward pass, half a product."""
@@ -109,48 +109,48 @@ class FisherOperator(MicrobatchOperator[LossRows]):
             return SelfCheck(check_adjoint(self, seed=seed), ADJOINT_PRODUCTS)
 
     @abstractmethod
-    def _rows(self, losses: SampleLosses, place: int) -> LossRows:
+    def _rows(self, losses: SampleLosses, index: int) -> LossRows:
         """The rows of J of one microbatch."""
 
     @override
-    def _graph(self, place: int) -> LossRows:
-        return self._rows(self._losses(place, curved=False), place)
+    def _graph(self, index: int) -> LossRows:
+        return self._rows(self._losses(index, curved=False), index)
 
     def _built(self, microbatches: Sequence[Any], rows: Sequence[Tensor]) -> bool:
         """Graphs of these rows; False, and nothing to rely on, when something in them is not finite."""
         self._microbatches = microbatches
-        found: list[tuple[Tensor, int, int, bool]] = []
+        noted: list[tuple[Tensor, int, int, bool]] = []
 
         def note(graph: LossRows) -> None:
-            found.append((graph.valid, graph.num_targets, graph.num_losses, graph.is_finite))
+            noted.append((graph.valid, graph.num_targets, graph.num_losses, graph.is_finite))
 
         self._keep(note)
-        if not self._objective.is_part and not any(valid.any() for valid, *_ in found):
+        if not self._objective.is_part and not any(valid.any() for valid, *_ in noted):
             raise ProbeError("no row of this probe has both a valid target and a finite gradient: there is no Fisher.")
-        used = [numbers[valid] for numbers, (valid, *_) in zip(rows, found, strict=True)]
+        used = [numbers[valid] for numbers, (valid, *_) in zip(rows, noted, strict=True)]
         self.rows = torch.cat([torch.empty(0, dtype=torch.int64), *used])
         self.num_samples = self._objective.summed(len(self.rows))
-        self.num_targets = self._objective.summed(sum(targets for _, targets, *_ in found))
-        self._counts = [count for *_, count, _ in found]
+        self.num_targets = self._objective.summed(sum(targets for _, targets, *_ in noted))
+        self._counts = [count for *_, count, _ in noted]
         self.normaliser = self.num_draws * (self.num_samples if self.sample_unit == "sequence" else self.num_targets)
         self._scale = 1 / max(self.normaliser, 1)
-        return all(is_finite for *_, is_finite in found)
+        return all(is_finite for *_, is_finite in noted)
 
     def _finite_part(self, microbatches: Sequence[Any]) -> tuple[list[Any], list[Tensor]]:
         """The rows with a finite gradient, in their microbatches, and their numbers."""
         kept, numbers = [], []
-        for batch, own in zip(microbatches, _numbered(microbatches), strict=True):
-            finite = [row for row in torch.arange(len(own)) if self._is_finite(take_rows(batch, row[None]))]
+        for batch, of_batch in zip(microbatches, _numbered(microbatches), strict=True):
+            finite = [row for row in torch.arange(len(of_batch)) if self._is_finite(take_rows(batch, row[None]))]
             if finite:
                 kept.append(take_rows(batch, torch.stack(finite)))
-                numbers.append(own[torch.stack(finite)])
+                numbers.append(of_batch[torch.stack(finite)])
         return kept, numbers
 
     def _is_finite(self, row: Any) -> bool:
         """Whether the loss and the gradient of a single row are finite. Cost: that gradient."""
         loss = self._objective(row, self._named_leaves).total
-        found = gradients(loss, self._named_leaves).values()
-        return all(bool(part.detach().isfinite().all()) for part in (loss, *found))
+        parts = gradients(loss, self._named_leaves).values()
+        return all(bool(part.detach().isfinite().all()) for part in (loss, *parts))
 
 
 @final
@@ -183,7 +183,7 @@ class EmpiricalFisherOperator(FisherOperator):
         super().__init__(objective, microbatches, names, sample_unit=sample_unit, num_draws=1, memory_budget=memory_budget)
         self.gram = None if gram is None else gram_of_rows(gram, self.rows)
 
-    def _rows(self, losses: SampleLosses, place: int) -> LossRows:
+    def _rows(self, losses: SampleLosses, index: int) -> LossRows:
         each, predictive = self._each(losses), losses.predictive
         if predictive is None or predictive.likelihood != "categorical":  # outputs are few: nothing to gain from their slopes
             return DirectRows(losses, each, self._leaves)
@@ -221,7 +221,7 @@ class SampledFisherOperator(FisherOperator):
         names: parameters to differentiate by, default all; only their part of the graph is built.
         sample_unit: `sequence` or `token`.
         num_draws: label draws per sample.
-        seed: of the draws; the microbatch at place b draws with `seed + b`.
+        seed: of the draws; microbatch b draws with `seed + b`.
         memory_budget: bytes for graphs; default `device_budget`.
 
     Raises:
@@ -240,7 +240,7 @@ class SampledFisherOperator(FisherOperator):
         seed: int = 0,
         memory_budget: int | None = None,
     ) -> None:
-        self._kind = FisherType(fisher="sampled", num_draws=num_draws)
+        self._fisher_type = FisherType(fisher="sampled", num_draws=num_draws)
         self._seed = seed
         self._drawn: dict[int, list[Surrogate]] = {}
         super().__init__(
@@ -251,13 +251,13 @@ class SampledFisherOperator(FisherOperator):
         self._drawn.clear()  # those of other rows
         return super()._built(microbatches, rows)
 
-    def _rows(self, losses: SampleLosses, place: int) -> LossRows:
+    def _rows(self, losses: SampleLosses, index: int) -> LossRows:
         """Labels are drawn once: a rebuilt pass may differ in a last bit, and that must not draw another one."""
-        if place not in self._drawn:
-            self._drawn[place] = surrogates(self._kind, losses, seed=self._seed + place)
+        if index not in self._drawn:
+            self._drawn[index] = surrogates(self._fisher_type, losses, seed=self._seed + index)
         assert losses.predictive is not None, "surrogates have drawn from it"
         logits = losses.predictive.logits
-        slopes = [_slope(surrogate(losses).sum(), logits) for surrogate in self._drawn[place]]
+        slopes = [_slope(surrogate(losses).sum(), logits) for surrogate in self._drawn[index]]
         return SlopedRows(losses, logits, slopes, self._leaves, by_target=self.sample_unit == "token")
 
 
@@ -287,8 +287,8 @@ def _slope(total: Tensor, logits: Tensor) -> Tensor:
     """(N, M, C) gradient of a sum over rows; each entry is that of its own target's loss."""
     if not total.requires_grad:
         return torch.zeros((), dtype=logits.dtype, device=logits.device).expand(logits.shape)
-    (found,) = torch.autograd.grad(total, logits, retain_graph=True)
-    return found
+    (slope,) = torch.autograd.grad(total, logits, retain_graph=True)
+    return slope
 
 
 def _numbered(microbatches: Sequence[Any]) -> list[Tensor]:

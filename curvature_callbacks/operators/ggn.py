@@ -13,7 +13,7 @@ from curvature_callbacks.model.checks import refusing_single_derivatives
 from curvature_callbacks.model.loss.sample_losses import Predictive, SampleLosses
 from curvature_callbacks.model.objective import Objective
 from curvature_callbacks.operators.capabilities import SelfCheck
-from curvature_callbacks.operators.graphs import MicrobatchOperator, checked_scale
+from curvature_callbacks.operators.graphs import MicrobatchOperator, ProductGraph, checked_scale
 from curvature_callbacks.operators.jacobian import Jacobian
 from curvature_callbacks.operators.self_checks import ADJOINT_PRODUCTS, check_adjoint
 from curvature_callbacks.operators.vectors import unflatten
@@ -36,7 +36,7 @@ class GGNOperator(MicrobatchOperator["_LogitGraph"]):
 
     Attributes:
         num_targets: `sum_i n_i`.
-        num_outputs: S, logits of all microbatches, the rows of J.
+        num_outputs: S, the number of logits in all microbatches: the length of `J v`.
 
     Raises:
         ConfigurationError: the loss does not tell its logits and likelihood.
@@ -74,7 +74,7 @@ class GGNOperator(MicrobatchOperator["_LogitGraph"]):
 
     @property
     def num_outputs(self) -> int:
-        """S, logits of all microbatches."""
+        """S, the number of logits in all microbatches."""
         return sum(self._counts)
 
     @property
@@ -83,10 +83,10 @@ class GGNOperator(MicrobatchOperator["_LogitGraph"]):
         return max(self.num_targets, 1)
 
     def jvp(self, v: Tensor) -> Tensor:
-        """`J v` (S,) for `v` (P,), the rows of J unweighted. Cost: half a product."""
-        parts, found = unflatten(v.contiguous(), self._shapes), []
-        self._graphs.each(self._saving_graph, lambda graph: found.append(graph.jacobian.jvp(parts).flatten()))
-        return torch.cat(found)
+        """`J v` (S,) for `v` (P,), each logit with weight 1. Cost: half a product."""
+        parts, pieces = unflatten(v.contiguous(), self._shapes), []
+        self._graphs.each(self._saving_graph, lambda graph: pieces.append(graph.jacobian.jvp(parts).flatten()))
+        return torch.cat(pieces)
 
     def vjp(self, u: Tensor) -> Tensor:
         """`J' u` (P,) for `u` (S,). Cost: half a product."""
@@ -104,8 +104,8 @@ class GGNOperator(MicrobatchOperator["_LogitGraph"]):
 
 
 @final
-class _LogitGraph:
-    """One microbatch's logits and their Jacobian.
+class _LogitGraph(ProductGraph):
+    """One microbatch's logits and their Jacobian; its product is `J' H J v`, summed over targets.
 
     Attributes:
         jacobian: of the logits (N, M, C).
@@ -122,20 +122,20 @@ class _LogitGraph:
         self._logits = predictive.logits.detach()  # (N, M, C)
         self._ignored = (~predictive.valid).nonzero(as_tuple=True)  # rows and positions of targets that do not count
 
+    @override
     def product(self, parts: Sequence[Tensor]) -> list[Tensor | None]:
-        """`J' H J v` leaf by leaf, summed over targets."""
         return self.jacobian.vjp(self._curved(self.jacobian.jvp(parts)))
 
     def vjp(self, u: Tensor) -> list[Tensor | None]:
         """`J' u` leaf by leaf for `u` (N M C,)."""
         return self.jacobian.vjp(u.to(self._logits).reshape(self._logits.shape))
 
+    @override
     def nodes(self) -> Iterator[Node]:
-        """Where its graphs start."""
         return self.jacobian.nodes()
 
+    @override
     def tensors(self) -> tuple[Tensor, ...]:
-        """The logits and which of them do not count."""
         return self._logits, *self._ignored
 
     def _curved(self, u: Tensor) -> Tensor:

@@ -27,11 +27,11 @@ class ProductGraph(Protocol):
         ...
 
     def nodes(self) -> Iterable[Node]:
-        """Where its graphs start."""
+        """The nodes at which its graphs start, for their size."""
         ...
 
     def tensors(self) -> Iterable[Tensor]:
-        """What it holds beside them."""
+        """Tensors that it holds beside its graphs, for their size."""
         ...
 
 
@@ -46,11 +46,11 @@ class KeptGraphs(Generic[G]):
     each of which is freed before the next one is built.
 
     Args:
-        build: the graph of the microbatch at a place; the same one every time.
+        build: builds the graph of microbatch `index`; the same graph every time.
         count: microbatches.
         device: where the graphs are.
         budget: bytes the kept ones and one built again may take.
-        known: tensors that are there anyway: parameters and constants.
+        known: tensors that exist without the graphs: parameters and constants.
         note: called with every graph when it is built for the first time.
         size_of: a graph and its bytes, given what builds it, where asking the graph would disturb it.
 
@@ -73,23 +73,23 @@ class KeptGraphs(Generic[G]):
         self._kept: list[tuple[G, int] | None] = [None] * count
         known = list(known)
         reserve = 0
-        for place in range(count):
-            building = partial(build, place)
+        for index in range(count):
+            building = partial(build, index)
             graph, size = _measured(building, device, known) if size_of is None else size_of(building)
             note(graph)
-            self._kept[place] = (graph, size)
+            self._kept[index] = (graph, size)
             del graph
             reserve = self._fit(budget, reserve)
 
     @property
     def num_kept(self) -> int:
-        """Microbatches whose graph is kept."""
-        return sum(one is not None for one in self._kept)
+        """How many microbatches have a kept graph."""
+        return sum(kept is not None for kept in self._kept)
 
     @property
     def graph_bytes(self) -> int:
         """Measured size of the kept graphs."""
-        return sum(one[1] for one in self._kept if one is not None)
+        return sum(kept[1] for kept in self._kept if kept is not None)
 
     def each(self, build: Callable[[int], G], function: Callable[[G], None]) -> None:
         """Call `function` with the graph of every microbatch in turn, built again where it is not kept.
@@ -97,16 +97,16 @@ class KeptGraphs(Generic[G]):
         The function must not hold on to it. `build` is not kept either: as a method of what owns this object it would close a
         circle, and graphs would wait for the garbage collector.
         """
-        for place, found in enumerate(self._kept):
-            function(build(place) if found is None else found[0])
+        for index, kept in enumerate(self._kept):
+            function(build(index) if kept is None else kept[0])
 
     def _fit(self, budget: int, reserve: int) -> int:
-        """Give up kept graphs, the last one first, until the others leave room for the largest that was given up: its size."""
-        for place in reversed(range(len(self._kept))):
-            found = self._kept[place]
-            if found is not None and self.graph_bytes + reserve > budget:
-                reserve = max(reserve, found[1])
-                self._kept[place] = None
+        """Drop kept graphs, from the last, until the rest and the largest dropped one fit the budget; the size of that one."""
+        for index in reversed(range(len(self._kept))):
+            kept = self._kept[index]
+            if kept is not None and self.graph_bytes + reserve > budget:
+                reserve = max(reserve, kept[1])
+                self._kept[index] = None
         return reserve
 
 
@@ -120,8 +120,7 @@ class MicrobatchOperator(ABC, Generic[G]):
         shape: `(P, P)`.
         dtype: of vectors.
         device: of vectors.
-        num_microbatches: microbatches with a graph.
-        num_kept: how many of these graphs are kept.
+        num_kept: how many microbatches have a kept graph.
         graph_bytes: measured size of the kept ones; parameters and batches do not count.
     """
 
@@ -144,13 +143,8 @@ class MicrobatchOperator(ABC, Generic[G]):
         self.space = objective.space
 
     @property
-    def num_microbatches(self) -> int:
-        """Microbatches with a graph."""
-        return len(self._microbatches)
-
-    @property
     def num_kept(self) -> int:
-        """Microbatches whose graph is kept."""
+        """How many microbatches have a kept graph."""
         return self._graphs.num_kept
 
     @property
@@ -172,8 +166,8 @@ class MicrobatchOperator(ABC, Generic[G]):
         """
 
     @abstractmethod
-    def _graph(self, place: int) -> G:
-        """Build the graph of the microbatch at a place."""
+    def _graph(self, index: int) -> G:
+        """Build the graph of microbatch `index`."""
 
     def _keep(self, note: Callable[[G], None]) -> None:
         """Build all graphs, call `note` with each, and keep what fits."""
@@ -187,14 +181,14 @@ class MicrobatchOperator(ABC, Generic[G]):
             size_of=self._objective.size_of,
         )
 
-    def _losses(self, place: int, *, curved: bool) -> SampleLosses:
-        """Of the microbatch at a place, with a graph for second derivatives or, not `curved`, for its Jacobian alone."""
-        batch, leaves = self._microbatches[place], self._named_leaves
+    def _losses(self, index: int, *, curved: bool) -> SampleLosses:
+        """Losses of microbatch `index`, with a graph for second derivatives or, not `curved`, for its Jacobian alone."""
+        batch, leaves = self._microbatches[index], self._named_leaves
         return fused(lambda: self._objective(batch, leaves), self._objective.modules, curved=curved)
 
-    def _saving_graph(self, place: int) -> G:
+    def _saving_graph(self, index: int) -> G:
         with self._objective.saving():
-            return self._graph(place)
+            return self._graph(index)
 
     def _sum(self, K: int, products: Callable[[G], Iterable[Sequence[Tensor | None]]], scale: float) -> Tensor:
         """(K, P): `scale` times the sum over the graphs of each of the K products."""
@@ -217,7 +211,7 @@ def checked_scale(totals: Sequence[Tensor], num_targets: int, *, is_part: bool) 
     Args:
         totals: of microbatches.
         num_targets: of all of them.
-        is_part: whether other processes have rows too: then there may be none here, and nothing to scale.
+        is_part: whether other processes have rows too: then this one may have none, and nothing to scale.
 
     Raises:
         ProbeError: no sample has a valid target, or the mean loss is not finite.

@@ -15,7 +15,7 @@ from curvature_callbacks.model.checks import refusing_single_derivatives
 from curvature_callbacks.model.objective import Objective
 from curvature_callbacks.operators.capabilities import SelfCheck
 from curvature_callbacks.operators.difference import FiniteDifferenceHessianOperator
-from curvature_callbacks.operators.graphs import MicrobatchOperator, checked_scale, graph_nodes
+from curvature_callbacks.operators.graphs import MicrobatchOperator, ProductGraph, checked_scale, graph_nodes
 from curvature_callbacks.operators.self_checks import SYMMETRY_PRODUCTS, check_symmetric
 
 _PACKAGE: Final = __name__.partition(".")[0]
@@ -82,14 +82,14 @@ class HessianOperator(MicrobatchOperator["_GradientGraph"]):
             return SelfCheck(check_second_order(self, seed=seed), SYMMETRY_PRODUCTS)
 
     @override
-    def _graph(self, place: int) -> "_GradientGraph":
-        losses = self._losses(place, curved=True)
+    def _graph(self, index: int) -> "_GradientGraph":
+        losses = self._losses(index, curved=True)
         return _GradientGraph(losses.total, int(losses.num_targets.sum()), self._leaves)
 
 
 @final
-class _GradientGraph:
-    """The graph of the gradient of one microbatch's summed loss.
+class _GradientGraph(ProductGraph):
+    """The graph of the gradient of one microbatch's summed loss; its product is the Hessian of that loss times a vector.
 
     Attributes:
         total: that loss, detached.
@@ -101,32 +101,32 @@ class _GradientGraph:
         self.num_targets = num_targets
         self._leaves = leaves
         self._loss = get_gradient_edge(total) if total.requires_grad else None
-        found: Sequence[Tensor | None] = [None] * len(leaves)
+        parts: Sequence[Tensor | None] = [None] * len(leaves)
         if total.requires_grad:
-            found = torch.autograd.grad(total, leaves, create_graph=True, allow_unused=True)
+            parts = torch.autograd.grad(total, leaves, create_graph=True, allow_unused=True)
         # Only gradients that still depend on a leaf: the others have a zero block. Their values, P numbers, are let go.
         self._gradients = [
-            (place, get_gradient_edge(one)) for place, one in enumerate(found) if one is not None and one.requires_grad
+            (index, get_gradient_edge(part)) for index, part in enumerate(parts) if part is not None and part.requires_grad
         ]
 
+    @override
     def product(self, parts: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """The Hessian of the summed loss times a vector."""
         if not self._gradients:
             return [None] * len(self._leaves)
         edges = [edge for _, edge in self._gradients]
-        weights = [parts[place] for place, _ in self._gradients]
+        weights = [parts[index] for index, _ in self._gradients]
         return torch.autograd.grad(edges, self._leaves, weights, retain_graph=True, allow_unused=True)
 
+    @override
     def nodes(self) -> Iterator[Node]:
-        """Where the gradients' graph starts."""
         return (edge.node for _, edge in self._gradients)
 
     def loss_nodes(self) -> list[Node]:
-        """Where the loss's own graph starts."""
+        """The nodes at which the graph of the loss starts, behind that of its gradient."""
         return [] if self._loss is None else [self._loss.node]
 
+    @override
     def tensors(self) -> tuple[Tensor]:
-        """The loss."""
         return (self.total,)
 
 

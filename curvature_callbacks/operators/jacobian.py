@@ -1,13 +1,15 @@
 """Jacobian: products with J and J' of one microbatch's outputs, through two graphs that are built once."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol, final
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from typing_extensions import override
 
 from curvature_callbacks.model.loss.sample_losses import SampleLosses
+from curvature_callbacks.operators.graphs import ProductGraph
 
 
 @final
@@ -40,7 +42,7 @@ class Jacobian:
 
     @property
     def num_outputs(self) -> int:
-        """S."""
+        """S, the number of outputs: the length of `J v`."""
         return self._shape.numel()
 
     def jvp(self, parts: Sequence[Tensor]) -> Tensor:
@@ -61,21 +63,21 @@ class Jacobian:
         return list(torch.autograd.grad([self._outputs], self._leaves, [u], retain_graph=True, allow_unused=True))
 
     def nodes(self) -> Iterator[Node]:
-        """Where the graphs start."""
+        """The nodes at which both graphs start, for their size."""
         for edge in (self._outputs, *self._lines):
             if edge is not None:
                 yield edge.node
 
     def _build(self, outputs: Tensor) -> None:
         """Edges of `J'w` at w = 0, leaf by leaf: the values, as many as there are parameters, are let go."""
-        found = torch.autograd.grad(outputs, self._leaves, self._dummy, create_graph=True, allow_unused=True)
-        lines = [line if line is not None and line.requires_grad else None for line in found]
+        values = torch.autograd.grad(outputs, self._leaves, self._dummy, create_graph=True, allow_unused=True)
+        lines = [line if line is not None and line.requires_grad else None for line in values]
         self._lines = [None if line is None else get_gradient_edge(line) for line in lines]
         self.is_finite = all(bool(line.detach().isfinite().all()) for line in lines if line is not None)
 
 
-class LossRows(Protocol):
-    """The Jacobian of one microbatch's losses, a row each.
+class LossRows(ProductGraph, Protocol):
+    """The Jacobian J of one microbatch's losses, one line of J for each; its product is `J' J v`.
 
     Attributes:
         valid: (N,) bool on the CPU, rows with a valid target: only their losses count.
@@ -97,21 +99,9 @@ class LossRows(Protocol):
         """`J' u` leaf by leaf for `u` (S,)."""
         ...
 
-    def product(self, parts: Sequence[Tensor]) -> list[Tensor | None]:
-        """`J' J v` leaf by leaf."""
-        ...
-
-    def nodes(self) -> Iterator[Node]:
-        """Where its graphs start."""
-        ...
-
-    def tensors(self) -> Iterable[Tensor]:
-        """What it holds beside them."""
-        ...
-
 
 @final
-class DirectRows:
+class DirectRows(LossRows):
     """`LossRows` through the graph of the losses themselves.
 
     Args:
@@ -129,29 +119,29 @@ class DirectRows:
         self.num_losses = len(self._losses)
         self.is_finite = self._jacobian.is_finite and bool(self._losses.isfinite().all())
 
+    @override
     def jvp(self, parts: Sequence[Tensor]) -> Tensor:
-        """`J v` (S,) for v leaf by leaf."""
         return self._jacobian.jvp(parts)
 
+    @override
     def vjp(self, u: Tensor) -> list[Tensor | None]:
-        """`J' u` leaf by leaf for `u` (S,)."""
         return self._jacobian.vjp(u.to(self._losses))
 
+    @override
     def product(self, parts: Sequence[Tensor]) -> list[Tensor | None]:
-        """`J' J v` leaf by leaf."""
         return self._jacobian.vjp(self._jacobian.jvp(parts))
 
+    @override
     def nodes(self) -> Iterator[Node]:
-        """Where its graphs start."""
         return self._jacobian.nodes()
 
+    @override
     def tensors(self) -> tuple[Tensor]:
-        """The losses."""
         return (self._losses,)
 
 
 @final
-class SlopedRows:
+class SlopedRows(LossRows):
     """`LossRows` as slopes of the losses in the logits times the logits' Jacobian: nothing of the loss in a product.
 
     Through the losses' own graph a product with GPT-2 (5000 classes) took 10 % longer and its graphs 14 % more memory.
@@ -177,14 +167,14 @@ class SlopedRows:
         finite = [self._jacobian.is_finite, *(bool(part.isfinite().all()) for part in (losses.total.detach(), *slopes))]
         self.is_finite = all(finite)
 
+    @override
     def jvp(self, parts: Sequence[Tensor]) -> Tensor:
-        """`J v` (S,) for v leaf by leaf."""
         change = self._jacobian.jvp(parts)  # (N, M, C)
-        found = [torch.linalg.vecdot(slope, change)[self._rows] for slope in self._slopes]  # (n, M) each
-        return torch.cat([one.flatten() if self._by_target else one.sum(1) for one in found])
+        by_target = [torch.linalg.vecdot(slope, change)[self._rows] for slope in self._slopes]  # (n, M) each
+        return torch.cat([changes.flatten() if self._by_target else changes.sum(1) for changes in by_target])
 
+    @override
     def vjp(self, u: Tensor) -> list[Tensor | None]:
-        """`J' u` leaf by leaf for `u` (S,)."""
         first, draws = self._slopes[0], len(self._slopes)
         width = first.shape[1] if self._by_target else 1
         weights = first.new_zeros(draws, len(first), width, 1)
@@ -194,14 +184,14 @@ class SlopedRows:
             total.addcmul_(weight, slope)
         return self._jacobian.vjp(total)
 
+    @override
     def product(self, parts: Sequence[Tensor]) -> list[Tensor | None]:
-        """`J' J v` leaf by leaf."""
         return self.vjp(self.jvp(parts))
 
+    @override
     def nodes(self) -> Iterator[Node]:
-        """Where its graphs start."""
         return self._jacobian.nodes()
 
+    @override
     def tensors(self) -> Sequence[Tensor]:
-        """The slopes."""
         return self._slopes

@@ -20,16 +20,16 @@ class ReplicatedOperator:
     """`A = sum_r (n_r / n) A_r` over the processes r, A_r the mean over its own n_r targets or rows, `n = sum_r n_r`.
 
     A vector lies in parts of equal length over the processes, so a basis takes each of them 1 / W of its memory and of its
-    arithmetic, and there is one copy of every entry: processes cannot drift apart. For a product the vector is put together,
-    multiplied on each with its own rows, and the sum is taken apart again.
+    arithmetic, and there is one copy of every entry: processes cannot drift apart. For a product the vector is assembled,
+    multiplied on each process with its own rows, and the sum is taken apart again.
 
     Args:
-        local: A_r, on whole vectors.
+        local: A_r, on assembled vectors (P,).
         count: n_r.
         world: the processes.
 
     Attributes:
-        shape: of the part held here.
+        shape: of the part of a vector that this process holds.
         space: how inner products of parts become those of vectors.
         local: A_r.
         num_targets: n.
@@ -55,10 +55,10 @@ class ReplicatedOperator:
         self.is_psd = local.is_psd
 
     def matmat(self, V: Tensor) -> Tensor:
-        """`A V` for `V` (held here, K)."""
-        whole = self._world.assembled(V.T.contiguous(), self._length)  # (K, P)
+        """`A V` for `V` (held by this process, K)."""
+        vectors = self._world.assembled(V.T.contiguous(), self._length)  # (K, P)
         with self._world.together():
-            product = self.local.matmat(whole.T) * self._weight
+            product = self.local.matmat(vectors.T) * self._weight
         return self._world.reduced(product.T.contiguous()).T
 
     def self_check(self, seed: int) -> SelfCheck:
@@ -82,7 +82,7 @@ class ReplicatedDifferencesOperator(ReplicatedOperator):
         self._differences = local
 
     def error_estimate(self, v: Tensor) -> float:
-        """The largest of the processes' estimates for their own rows, along `v` (held here,)."""
+        """The largest of the processes' estimates for their own rows, along `v` (held by this process,)."""
         vector = self._world.assembled(v[None], self._length)[0]
         return self._worst(lambda: SelfCheck(self._differences.error_estimate(vector), 0)).error
 
@@ -107,33 +107,33 @@ class ShardedFisherOperator(ReplicatedOperator):
         super().__init__(local, local.normaliser, world)
         self._fisher = local
         self.sample_unit = local.sample_unit
-        self.normaliser = self.num_targets  # until here what is averaged over
-        found = world.gathered((local.rows.tolist(), num_rows, local.num_targets, local.num_losses))
-        self.rows = _numbered([rows for rows, *_ in found], [size for _, size, *_ in found])
+        self.normaliser = self.num_targets  # as counted above; of targets it is counted anew
+        by_rank = world.gathered((local.rows.tolist(), num_rows, local.num_targets, local.num_losses))
+        self.rows = _numbered([rows for rows, *_ in by_rank], [size for _, size, *_ in by_rank])
         self.num_samples = len(self.rows)
-        self.num_targets = sum(targets for _, _, targets, _ in found)
-        self._counts = [losses for *_, losses in found]
+        self.num_targets = sum(targets for _, _, targets, _ in by_rank)
+        self._counts = [losses for *_, losses in by_rank]
         self.gram = None if gram is None else gram_of_rows(gram, self.rows)
 
     @property
     def num_outputs(self) -> int:
-        """S, the rows of J."""
+        """S, the single losses of all processes: the length of `J v`."""
         return sum(self._counts)
 
     def jvp(self, v: Tensor) -> Tensor:
-        """`J v` (S,) for `v` (held here,)."""
-        whole = self._world.assembled(v[None], self._length)[0]
+        """`J v` (S,) for `v` (held by this process,)."""
+        vector = self._world.assembled(v[None], self._length)[0]
         with self._world.together():
-            own = self._fisher.jvp(whole)
-        pieces = [torch.zeros(count, dtype=own.dtype, device=own.device) for count in self._counts]
-        pieces[self._world.rank] = own
+            local = self._fisher.jvp(vector)
+        pieces = [torch.zeros(count, dtype=local.dtype, device=local.device) for count in self._counts]
+        pieces[self._world.rank] = local
         return self._world.total(torch.cat(pieces))
 
     def vjp(self, u: Tensor) -> Tensor:
-        """`J' u` (held here,) for `u` (S,), the same on every process."""
+        """`J' u` (held by this process,) for `u` (S,), the same on every process."""
         with self._world.together():
-            own = self._fisher.vjp(torch.split(u, self._counts)[self._world.rank])
-        return self._world.reduced(own[None])[0]
+            local = self._fisher.vjp(torch.split(u, self._counts)[self._world.rank])
+        return self._world.reduced(local[None])[0]
 
     def eigenpairs(self, options: LanczosOptions, *, initial_vectors: Tensor | None = None) -> Eigenpairs:
         """The outer pairs: from the Gram where it is known, with true residuals, else by Lanczos."""
@@ -141,6 +141,6 @@ class ShardedFisherOperator(ReplicatedOperator):
 
 
 def _numbered(rows: Sequence[Sequence[int]], sizes: Sequence[int]) -> Tensor:
-    """Row numbers of each process behind those of the ones before."""
+    """Row numbers counted over all processes, from those of each and how many rows each has."""
     starts = torch.tensor([0, *sizes]).cumsum(0)
-    return torch.cat([torch.tensor(found, dtype=torch.int64) + start for found, start in zip(rows, starts, strict=False)])
+    return torch.cat([torch.tensor(local, dtype=torch.int64) + start for local, start in zip(rows, starts, strict=False)])

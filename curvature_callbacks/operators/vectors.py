@@ -1,4 +1,4 @@
-"""The one place where named tensors become flat vectors and back."""
+"""Named tensors as flat vectors and back; nothing else in the package flattens parameters."""
 
 from collections.abc import Iterable, Sequence
 
@@ -20,7 +20,7 @@ def unflatten(vector: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
 def accumulate(
     target: Tensor, parts: Sequence[Tensor | None], shapes: Sequence[torch.Size], *, scale: float, first: bool
 ) -> None:
-    """`target += scale * flatten(parts)` in place for a contiguous `target` (P,), `=` for the `first`; None stands for zeros.
+    """Add `scale * flatten(parts)` to a contiguous `target` (P,) in place, or write it for the `first`; None stands for zeros.
 
     Every entry is read and written once: a division behind it, or a sum of flat vectors, took 5 % of a product with an MLP.
     """

@@ -28,15 +28,15 @@ class Eigenproblem:
 
     @property
     def num_params(self) -> int:
-        """P, the dimension."""
+        """P, the dimension over all processes."""
         return InnerProducts(self.operator).dimension(self.operator.shape[0])
 
     def assembled(self, part: Tensor) -> Tensor:
-        """(P,) on the host: the vector of which the operator holds `part` here."""
+        """(P,) on the host: the vector of which this process holds `part`."""
         return InnerProducts(self.operator).assembled(part).cpu()
 
     def start(self, kept: Tensor | None) -> Tensor | None:
-        """The part that is held here of a vector that `assembled` gave at an earlier probe.
+        """The part that this process holds of a vector that `assembled` gave at an earlier probe.
 
         None where it was of other parameters, and on all processes where one of them has none (its checkpoint was not read).
         """

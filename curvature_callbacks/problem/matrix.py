@@ -114,7 +114,9 @@ def _fisher(request: MatrixRequest, operator: AnyFisher) -> Eigenproblem:
 
 def _kronecker(request: MatrixRequest, *, corrected: bool) -> Eigenproblem:
     """Cost: the pass that gives the factors, once a probe."""
-    operator = request.problem.kfac(request.names, kind=request.fisher_type, sharing=request.sharing, corrected=corrected)
+    operator = request.problem.kfac(
+        request.names, fisher_type=request.fisher_type, sharing=request.sharing, corrected=corrected
+    )
     return Eigenproblem(operator=operator, about={"uncovered": list(operator.uncovered)})
 
 

@@ -1,4 +1,4 @@
-"""Which matrix a measurement looks at: a row of the table by name, or a function of one's own."""
+"""Which matrix a measurement looks at: a row of the table by name, or a function of the user's."""
 
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
@@ -64,7 +64,7 @@ class MatrixChoice:
 
     @property
     def label(self) -> str:
-        """The operator's name."""
+        """The operator's name in the table, or that of the function."""
         return self.operator if isinstance(self.operator, str) else str(self.operator.__name__)
 
     @property
@@ -86,7 +86,7 @@ class MatrixChoice:
         return FisherType(fisher=fisher, sample_unit=self.sample_unit, num_draws=self.num_draws)
 
     def check(self, problem: Problem, *, negative: bool) -> None:
-        """Raise a `ConfigurationError` where the operator cannot be had here.
+        """Raise a `ConfigurationError` where the run cannot have this matrix.
 
         Args:
             problem: of a first probe.

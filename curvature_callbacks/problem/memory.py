@@ -1,11 +1,13 @@
 """ProbeMemory: what the probes of a run learn about their problem, so that later ones need not."""
 
 from dataclasses import dataclass, field
-from typing import final
+from typing import Any, final
+
+from torch import nn
 
 from curvature_callbacks.gram.memory import GramMemory
-from curvature_callbacks.model.blocks import Blocks
-from curvature_callbacks.model.loss.resolve import LossFunction
+from curvature_callbacks.model.blocks import Blocks, BlockStructure, group_blocks
+from curvature_callbacks.model.loss.resolve import Loss, LossFunction, resolve_loss
 
 
 @final
@@ -24,3 +26,15 @@ class ProbeMemory:
     blocks: tuple[tuple[str, ...], Blocks] | None = None
     rewritten: set[str] = field(default_factory=set)
     grams: GramMemory = field(default_factory=GramMemory)
+
+    def loss_of_run(self, loss: Loss, batch: Any) -> LossFunction:
+        """The run's loss, resolved for a first `batch` unless an earlier probe has done so; see `resolve_loss`."""
+        if self.loss is None:
+            self.loss = resolve_loss(loss, batch)
+        return self.loss
+
+    def blocks_of_run(self, model: nn.Module, names: tuple[str, ...], structure: BlockStructure) -> Blocks:
+        """The blocks of these parameters, grouped anew only where an earlier probe measured others; see `group_blocks`."""
+        if self.blocks is None or self.blocks[0] != names:
+            self.blocks = names, group_blocks(model, names, structure)
+        return self.blocks[1]

@@ -15,10 +15,10 @@ from curvature_callbacks.gram.context import GramContext
 from curvature_callbacks.gram.probe_grams import ProbeGrams
 from curvature_callbacks.linalg.inner_products import InnerProducts
 from curvature_callbacks.linalg.operator import Operator
-from curvature_callbacks.model.blocks import Blocks, BlockStructure, group_blocks
+from curvature_callbacks.model.blocks import BlockStructure
 from curvature_callbacks.model.checks import check_model, second_order_obstacle
 from curvature_callbacks.model.loss.fisher_type import EMPIRICAL, FisherType, SampleUnit
-from curvature_callbacks.model.loss.resolve import Loss, resolve_loss
+from curvature_callbacks.model.loss.resolve import Loss
 from curvature_callbacks.model.loss.sharing import Sharing
 from curvature_callbacks.model.loss.surrogates import surrogates
 from curvature_callbacks.model.objective import Objective, ParamsFilter, gradients
@@ -30,6 +30,7 @@ from curvature_callbacks.operators.hessian import HessianOperator
 from curvature_callbacks.operators.kfac import KFACOperator
 from curvature_callbacks.operators.preconditioned import PreconditionedOperator
 from curvature_callbacks.operators.replicated import ReplicatedDifferencesOperator, ReplicatedOperator, ShardedFisherOperator
+from curvature_callbacks.problem.deadline import NO_DEADLINE, Deadline
 from curvature_callbacks.problem.memory import ProbeMemory
 from curvature_callbacks.processes.fsdp import shard, unsharded
 from curvature_callbacks.processes.gathering import in_step, on_use_parameters
@@ -61,6 +62,7 @@ class Problem:
         optimizer: what trains the model, or several of them; only read.
         world: the processes whose microbatches make up the problem; each has the model, and calls every method that computes,
             in the same order.
+        deadline: when the probe's time is up, for iterative measurements to end early.
 
     Attributes:
         grams: `problem.grams()` gives the block Grams of a type of Fisher; its methods what else their passes tell.
@@ -84,6 +86,7 @@ class Problem:
         sharing: Mapping[FisherType, Sharing] | None = None,
         optimizer: Optimizers | None = None,
         world: World = SINGLE,
+        deadline: Deadline = NO_DEADLINE,
     ) -> None:
         if not microbatches:
             raise ConfigurationError("`batches` must hold at least one microbatch, got none.")
@@ -95,26 +98,22 @@ class Problem:
         self.step = step
         self.optimizer = optimizer
         self.world = world
+        self.deadline = deadline
         memory = ProbeMemory() if memory is None else memory
-        if memory.loss is None:
-            memory.loss = resolve_loss(loss, self.microbatches[0])
+        resolved = memory.loss_of_run(loss, self.microbatches[0])
         on_use = on_use_parameters(model, world, device)
         if on_use is not None:
             self.microbatches = in_step(self.microbatches, world)
         self.objective = Objective(
-            model, memory.loss, params_filter=params_filter, on_use=on_use, world=world, rewritten=memory.rewritten
+            model, resolved, params_filter=params_filter, on_use=on_use, world=world, rewritten=memory.rewritten
         )
-        names = tuple(self.objective.parameters)
-        if memory.blocks is None or memory.blocks[0] != names:
-            memory.blocks = names, group_blocks(model, names, block_structure)
-        self.blocks: Blocks = memory.blocks[1]
-        self.deadline: float | None = None  # of `time.perf_counter`, for iterative measurements
+        self.blocks = memory.blocks_of_run(model, tuple(self.objective.parameters), block_structure)
         self.max_gram_rows = _MAX_GRAM_ROWS
         self.gradient_seconds = 0.0  # wall time of one gradient, once `gradients` was asked for
         context = GramContext(objective=self.objective, memory=memory.grams, seed=seed, world=world)
         self.grams = ProbeGrams(context, self.microbatches, self.blocks, sharing=sharing or {})
 
-    def check(self, kinds: Sequence[FisherType] = ()) -> None:
+    def check(self, fisher_types: Sequence[FisherType] = ()) -> None:
         """Raise a `ConfigurationError` when no sample has a valid target, or the loss has not one of these types of Fisher.
 
         Cost: one forward pass.
@@ -124,8 +123,9 @@ class Problem:
             for batch in self.microbatches:
                 losses = self.objective(batch)
                 valid += int(losses.num_targets.sum())
-                for kind in [kind for kind in kinds if kind != EMPIRICAL]:  # which every loss has
-                    surrogates(kind, losses, seed=self.seed)
+                for fisher_type in fisher_types:
+                    if fisher_type != EMPIRICAL:  # which every loss has
+                        surrogates(fisher_type, losses, seed=self.seed)
         if self.world.total(torch.tensor(valid)) == 0:
             raise ConfigurationError(
                 "every label of the drawn microbatches is ignored (-100): the loss is undefined. Check the collator and the "
@@ -134,7 +134,7 @@ class Problem:
 
     @property
     def num_rows(self) -> int:
-        """Rows of all processes."""
+        """N, the rows of all microbatches of all processes."""
         return int(self.world.total(torch.tensor(self._own_rows)))
 
     @property
@@ -143,7 +143,7 @@ class Problem:
 
     @cached_property
     def gradients(self) -> Mapping[str, Tensor]:
-        """Name to the gradient of the mean loss; of sharded parameters that nobody can hold, to its shards here.
+        """Name to the gradient of the mean loss; its shard on this process where the parameter fits on none.
 
         Cost: one gradient, whose time is kept as the unit of all others.
         """
@@ -153,12 +153,12 @@ class Problem:
             leaves = self.objective.leaves()
             with self.objective.saving():
                 mean = self.objective.mean(self.microbatches, leaves)
-            found = gradients(mean, leaves)
+            local = gradients(mean, leaves)
             synchronise(self.objective.device)
             self.gradient_seconds = time.perf_counter() - start
-        if self._is_whole_world:
-            return found
-        return {name: self.world.total(gradient) for name, gradient in found.items()}
+        if self._has_all_rows:
+            return local
+        return {name: self.world.total(gradient) for name, gradient in local.items()}
 
     @cached_property
     def _num_targets(self) -> int:
@@ -181,7 +181,7 @@ class Problem:
         """The same by differences of the gradient, for models without a second derivative."""
         with self.world.together():
             local = FiniteDifferenceHessianOperator(self.objective, self.microbatches, names)
-        if self._is_whole_world:
+        if self._has_all_rows:
             return local
         return ReplicatedDifferencesOperator(local, self._num_targets, self.world)
 
@@ -209,9 +209,9 @@ class Problem:
                 "`optimizer` is needed for its preconditioner, got None: pass the one that trains the model."
             )
         named = dict(self.model.named_parameters())
-        wanted = self.objective.parameters if names is None else names
+        chosen = {name: named[name] for name in (self.objective.parameters if names is None else names)}
         read = shard if self.objective.is_sharded else partial(unsharded, world=self.world)
-        return read_stability(self.optimizer, {name: named[name] for name in wanted}, dtype=self.objective.dtype, read=read)
+        return read_stability(self.optimizer, chosen, dtype=self.objective.dtype, read=read)
 
     def preconditioned_hessian(self, names: Names = None) -> PreconditionedOperator:
         """`P^-1/2 H P^-1/2`, P the preconditioner of the optimizer's latest step; of those named parameters that it moves.
@@ -244,9 +244,9 @@ class Problem:
                 self.microbatches,
                 names,
                 sample_unit=sample_unit,
-                gram=gram if self._is_whole_world else None,
+                gram=gram if self._has_all_rows else None,
             )
-        return local if self._is_whole_world else ShardedFisherOperator(local, self._own_rows, self.world, gram=gram)
+        return local if self._has_all_rows else ShardedFisherOperator(local, self._own_rows, self.world, gram=gram)
 
     def sampled_fisher(self, names: Names = None, *, sample_unit: SampleUnit = "sequence", num_draws: int = 1) -> AnyFisher:
         """The Fisher of labels drawn from the predictive with the probe's seed, restricted to the named parameters.
@@ -261,9 +261,11 @@ class Problem:
             local = SampledFisherOperator(
                 self.objective, self.microbatches, names, sample_unit=sample_unit, num_draws=num_draws, seed=seed
             )
-        return local if self._is_whole_world else ShardedFisherOperator(local, self._own_rows, self.world)
+        return local if self._has_all_rows else ShardedFisherOperator(local, self._own_rows, self.world)
 
-    def kfac(self, names: Names = None, *, kind: FisherType = EMPIRICAL, sharing: Sharing, corrected: bool) -> KFACOperator:
+    def kfac(
+        self, names: Names = None, *, fisher_type: FisherType = EMPIRICAL, sharing: Sharing, corrected: bool
+    ) -> KFACOperator:
         """K-FAC's approximation of a Fisher (EKFAC's where `corrected`), of those named parameters that are covered.
 
         Raises:
@@ -274,14 +276,14 @@ class Problem:
             raise RefusedError(
                 "K-FAC's matrix needs whole parameters on every process, and they do not fit: use `KFACQuality`."
             )
-        layers = self.grams.kronecker(kind, sharing=sharing)
+        layers = self.grams.kronecker(fisher_type, sharing=sharing)
         return KFACOperator(layers.values(), self.objective.leaves(names), corrected=corrected)
 
     def _over_processes(self, local: A, num_targets: int) -> A | ReplicatedOperator:
-        return local if self._is_whole_world else ReplicatedOperator(local, num_targets, self.world)
+        return local if self._has_all_rows else ReplicatedOperator(local, num_targets, self.world)
 
     @property
-    def _is_whole_world(self) -> bool:
+    def _has_all_rows(self) -> bool:
         """Whether an operator of the objective has the rows of all processes."""
         return self.world.size == 1 or self.objective.is_sharded
 

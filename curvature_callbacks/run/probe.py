@@ -23,6 +23,7 @@ from curvature_callbacks.model.loss.sharing import Sharing
 from curvature_callbacks.model.objective import ParamsFilter
 from curvature_callbacks.model.stability import Optimizers
 from curvature_callbacks.probes import Probes
+from curvature_callbacks.problem.deadline import NO_DEADLINE, Deadline
 from curvature_callbacks.problem.memory import ProbeMemory
 from curvature_callbacks.problem.problem import Problem
 from curvature_callbacks.processes.fsdp import check_model_over_processes, take_buffers
@@ -103,7 +104,7 @@ class Probe:
         self._subject = subject
         self._seed = seed
         self._step = step
-        self._deadline = None if max_seconds is None else time.perf_counter() + max_seconds
+        self._deadline = Deadline.after(max_seconds)
         self._written = written
 
     def problem(self, microbatches: Sequence[Any], *, sharing: Mapping[FisherType, Sharing]) -> Problem:
@@ -114,7 +115,7 @@ class Probe:
             sharing: types of Fisher whose Grams are to come with Kronecker factors, and how positions enter these.
         """
         subject = self._subject
-        problem = Problem(
+        return Problem(
             subject.model,
             microbatches,
             loss=subject.loss,
@@ -126,9 +127,8 @@ class Probe:
             sharing=sharing,
             optimizer=subject.optimizer,
             world=self.world,
+            deadline=self._deadline,
         )
-        problem.deadline = self._deadline
-        return problem
 
     def watch_writes(self, problem: Problem) -> None:
         """Find out what the loss changes in place; it is put back now and after the probe. Cost: one forward pass."""
@@ -141,7 +141,7 @@ class Probe:
 
     def is_late(self) -> bool:
         """Whether the time of this probe is up on any process."""
-        return self._deadline is not None and self.world.anywhere(time.perf_counter() > self._deadline)
+        return self._deadline != NO_DEADLINE and self.world.anywhere(self._deadline.has_passed)
 
 
 @contextmanager

@@ -35,8 +35,8 @@ class Contract:
     covers_all: bool = True  # whether its vectors span every parameter
 
 
-def of(kind: Callable[..., Operator], **options: Any) -> Callable[[Problem], Operator]:
-    return lambda problem: kind(problem.objective, problem.microbatches, **options)
+def of(cls: Callable[..., Operator], **options: Any) -> Callable[[Problem], Operator]:
+    return lambda problem: cls(problem.objective, problem.microbatches, **options)
 
 
 def low_rank(problem: Problem) -> Tensor:
@@ -45,7 +45,7 @@ def low_rank(problem: Problem) -> Tensor:
     return torch.randn(P, 5, generator=torch.Generator().manual_seed(3), dtype=problem.objective.dtype)
 
 
-def matrix(problem: Problem) -> Operator:
+def low_rank_matrix(problem: Problem) -> Operator:
     G = low_rank(problem)
     return MatrixOperator(G @ G.T, is_psd=True)
 
@@ -79,7 +79,7 @@ def preconditioned(problem: Problem) -> Operator:
 
 # Append a builder here.
 OPERATORS: dict[str, Contract] = {
-    "matrix": Contract(matrix),
+    "matrix": Contract(low_rank_matrix),
     "a user's": Contract(lambda problem: Mine(low_rank(problem))),
     "hessian": Contract(of(HessianOperator)),
     "difference": Contract(of(FiniteDifferenceHessianOperator), float32=3e-3, float64=1e-5),

@@ -26,13 +26,13 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
 
 
-def batch() -> Any:
+def seven_rows() -> Any:
     generator = torch.Generator().manual_seed(5)
     return torch.randn(7, 4, generator=generator).double(), torch.tensor([0, 1, 2, 2, 1, 0, 1])
 
 
 def loss(model: nn.Module) -> Tensor:
-    return F.cross_entropy(model(batch()[0]), batch()[1])
+    return F.cross_entropy(model(seven_rows()[0]), seven_rows()[1])
 
 
 def train(model: nn.Module, optimizer: Optimizer, num_steps: int = 3) -> None:
@@ -46,23 +46,20 @@ def measured(
     model: nn.Module, optimizer: Any, measurement: EdgeRatio = TIGHT, state: Any = None, **options: Any
 ) -> tuple[Record, Any]:
     with isolated(model, seed=0):
-        problem = Problem(model, [batch()], loss="cross_entropy", step=7, optimizer=optimizer, **options)
+        problem = Problem(model, [seven_rows()], loss="cross_entropy", step=7, optimizer=optimizer, **options)
         records, state = measurement.measure(problem, measurement.init(problem) if state is None else state)
     (record,) = records
     return record, state
 
 
-def monitor(model: nn.Module, **options: Any) -> CurvatureMonitor:
-    usual: dict[str, Any] = {"probes": [batch()], "loss": "cross_entropy", "measure": [TIGHT], "when": 1}
+def monitor_of(model: nn.Module, **options: Any) -> CurvatureMonitor:
+    usual: dict[str, Any] = {"probes": [seven_rows()], "loss": "cross_entropy", "measure": [TIGHT], "when": 1}
     return CurvatureMonitor(model, **(usual | options))
 
 
 def largest(matrix: Tensor) -> float:
     """Of a matrix similar to a symmetric one."""
     return torch.linalg.eigvals(matrix).real.max().item()
-
-
-# ---------------------------------------------------------------------------------------------------------------- truth
 
 
 def test_of_gradient_descent() -> None:
@@ -85,22 +82,22 @@ def test_weight_decay_is_curvature() -> None:
     assert decayed["limit"] == plain["limit"]
 
 
-@pytest.mark.parametrize("kind", ["adam", "adamw", "rmsprop"])
-def test_of_a_preconditioned_method(kind: str) -> None:
+@pytest.mark.parametrize("method", ["adam", "adamw", "rmsprop"])
+def test_of_a_preconditioned_method(method: str) -> None:
     """Eigenvalues of the unsymmetric `P^-1 (H + w)`."""
     model = network()
     optimizer: Optimizer = {
         "adam": Adam(model.parameters(), lr=0.01, weight_decay=0.3),
         "adamw": AdamW(model.parameters(), lr=0.01, weight_decay=0.3),
         "rmsprop": RMSprop(model.parameters(), lr=0.01, momentum=0.5),
-    }[kind]
+    }[method]
     train(model, optimizer)
     H = dense_hessian(model, loss, [name for name, _ in model.named_parameters()])
-    key = "square_avg" if kind == "rmsprop" else "exp_avg_sq"
+    key = "square_avg" if method == "rmsprop" else "exp_avg_sq"
     v = torch.cat([optimizer.state[parameter][key].flatten() for parameter in model.parameters()])
-    P = v**0.5 + 1e-8 if kind == "rmsprop" else (1 - 0.9**3) * ((v / (1 - 0.999**3)) ** 0.5 + 1e-8)
-    decay = 0.3 if kind == "adam" else 0.0
-    limit = {"adam": 38 / 0.01, "adamw": (2 - 0.003) * 19 / 0.01, "rmsprop": 3 / 0.01}[kind]
+    P = v**0.5 + 1e-8 if method == "rmsprop" else (1 - 0.9**3) * ((v / (1 - 0.999**3)) ** 0.5 + 1e-8)
+    decay = 0.3 if method == "adam" else 0.0
+    limit = {"adam": 38 / 0.01, "adamw": (2 - 0.003) * 19 / 0.01, "rmsprop": 3 / 0.01}[method]
     sharpness = largest((H + decay * torch.eye(len(H))) / P[:, None])
     found = measured(model, optimizer)[0].scalars
     assert found["preconditioned_lambda_max"] == pytest.approx(sharpness, rel=1e-7)
@@ -142,9 +139,6 @@ def test_an_eigenvalue_lies_within_the_residual_of_the_ratio() -> None:
         assert len(rough.metadata["warnings"]) == 1
 
 
-# ------------------------------------------------------------------------------------------------------------ warm start
-
-
 def test_the_next_probe_starts_from_the_eigenvector_of_this_one() -> None:
     model = network()
     optimizer = SGD(model.parameters(), lr=0.1)
@@ -165,13 +159,10 @@ def test_other_parameters_begin_anew() -> None:
     assert measured(model, SGD(model.parameters(), lr=0.1), state=state)[0].scalars == cold.scalars
 
 
-# ---------------------------------------------------------------------------------------------------------------- absent
-
-
 def test_before_the_first_step_of_adam_there_is_a_reason_and_no_ratio(caplog: Any) -> None:
     model = network()
     optimizer = Adam(model.parameters(), lr=0.02)
-    watching = monitor(model, optimizer=optimizer)
+    watching = monitor_of(model, optimizer=optimizer)
     watching.step(0)
     train(model, optimizer, 1)
     watching.step(1)
@@ -186,7 +177,7 @@ def test_before_the_first_step_of_adam_there_is_a_reason_and_no_ratio(caplog: An
 
 def test_an_unknown_optimizer_is_refused_once(caplog: Any) -> None:
     model = network()
-    watching = monitor(model, optimizer=torch.optim.Adagrad(model.parameters()))
+    watching = monitor_of(model, optimizer=torch.optim.Adagrad(model.parameters()))
     with caplog.at_level(logging.WARNING, logger="curvature_callbacks"):
         for step in range(3):
             watching.step(step)
@@ -203,23 +194,20 @@ def test_gradient_ascent_is_refused() -> None:
 
 def test_without_an_optimizer_the_run_stops_before_its_first_step() -> None:
     with pytest.raises(ConfigurationError, match="pass `optimizer=` to CurvatureMonitor"):
-        monitor(network()).check()
+        monitor_of(network()).check()
 
 
 def test_with_an_optimizer_of_another_model_too() -> None:
     with pytest.raises(ConfigurationError, match="none of the parameters"):
-        monitor(network(), optimizer=SGD(network().parameters(), lr=0.1)).check()
+        monitor_of(network(), optimizer=SGD(network().parameters(), lr=0.1)).check()
     with pytest.raises(ConfigurationError, match="`optimizer` must be"):
-        monitor(network(), optimizer=[3]).check()
+        monitor_of(network(), optimizer=[3]).check()
 
 
 @pytest.mark.parametrize("wrong", [{"tol": 0.0}, {"tol": float("nan")}, {"max_matvecs": 0}])
 def test_bad_options_are_refused_at_once(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match=next(iter(wrong))):
         EdgeRatio(**wrong)
-
-
-# ------------------------------------------------------------------------------------------------------ tags and contracts
 
 
 def test_tags() -> None:
@@ -240,7 +228,7 @@ def test_the_learning_rate_is_that_of_the_coming_step() -> None:
     model = network()
     optimizer = SGD(model.parameters(), lr=0.4)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
-    watching = monitor(model, optimizer=optimizer)
+    watching = monitor_of(model, optimizer=optimizer)
     moved = []
     for step in range(3):
         watching.step(step)
@@ -266,7 +254,7 @@ def test_training_and_the_optimizer_are_as_without(build: Any) -> None:
     def run(*, watched: bool) -> Any:
         model = network()
         optimizer = build(model.parameters())
-        watching = monitor(model, optimizer=optimizer, measure=[EdgeRatio()]) if watched else None
+        watching = monitor_of(model, optimizer=optimizer, measure=[EdgeRatio()]) if watched else None
         for step in range(4):
             if watching:
                 before = copy.deepcopy(optimizer.state_dict())
@@ -285,7 +273,7 @@ def test_a_model_in_bfloat16_is_measured_in_float32() -> None:
     model = network().bfloat16()
     optimizer = Adam(model.parameters(), lr=0.01)
     optimizer.zero_grad()
-    F.cross_entropy(model(batch()[0].bfloat16()), batch()[1]).backward()
+    F.cross_entropy(model(seven_rows()[0].bfloat16()), seven_rows()[1]).backward()
     optimizer.step()
     record, _ = measured(model, optimizer, EdgeRatio())
     assert record.metadata["dtype"] == "float32"

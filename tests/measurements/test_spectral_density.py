@@ -143,7 +143,7 @@ def test_a_wrong_second_derivative_is_refused():
 
 
 def test_names_and_tags_differ_from_those_of_other_measurements():
-    kinds = [
+    measurements = [
         SpectralDensity(num_probes=2, num_steps=4),
         SpectralDensity(operator="empirical_fisher", num_probes=2, num_steps=4),
         SpectralDensity(operator="empirical_fisher", sample_unit="token", num_probes=2, num_steps=4),
@@ -151,13 +151,13 @@ def test_names_and_tags_differ_from_those_of_other_measurements():
         TopEigenpairs(operator="empirical_fisher", k=2),
         FisherSpectrum(),
     ]
-    assert [kind.name for kind in kinds[:3]] == [
+    assert [measurement.name for measurement in measurements[:3]] == [
         "hessian_density",
         "empirical_fisher_density",
         "empirical_fisher_token_density",
     ]
     with problem_of() as problem:
-        tags = [set(scalar_tags(kind.measure(problem, kind.init(problem))[0])) for kind in kinds]
+        tags = [set(scalar_tags(measurement.measure(problem, measurement.init(problem))[0])) for measurement in measurements]
     assert sum(map(len, tags)) == len(set().union(*tags))
     assert "curvature/hessian_density_trace" in tags[0]
     assert "curvature_hessian_density/trace_standard_error" in tags[0]

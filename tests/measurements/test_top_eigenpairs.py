@@ -89,16 +89,16 @@ def test_what_the_fisher_is_made_of_stands_in_the_record(unit: Any):
 
 
 def test_names_and_tags_differ_from_those_of_every_other_measurement():
-    kinds = [
+    measurements = [
         TopEigenpairs(k=2, max_matvecs=6, per_block=True),
         TopEigenpairs(operator="empirical_fisher", k=2, per_block=True),
         TopEigenpairs(operator="empirical_fisher", sample_unit="token", k=2, max_matvecs=6, per_block=True),
         FisherSpectrum(),
     ]
-    names = [kind.name for kind in kinds]
+    names = [measurement.name for measurement in measurements]
     assert names == ["hessian", "empirical_fisher_eigenpairs", "empirical_fisher_token_eigenpairs", "empirical_fisher"]
     with problem_of() as problem:
-        tags = [set(scalar_tags(kind.measure(problem, kind.init(problem))[0])) for kind in kinds]
+        tags = [set(scalar_tags(measurement.measure(problem, measurement.init(problem))[0])) for measurement in measurements]
     assert sum(map(len, tags)) == len(set().union(*tags))
     assert "curvature/empirical_fisher_eigenpairs_lambda_max" in tags[1]
     assert "curvature_empirical_fisher_eigenpairs/residual_lambda_min" in tags[1]

@@ -187,8 +187,8 @@ def test_hessian_and_ggn_are_one(name: str):
     case = REGRESSIONS[name]
     expected = ggn_of(case)
     with problem_of(case) as problem:
-        for kind, tolerance in ((GGNOperator, 1e-12), (HessianOperator, 1e-12), (FiniteDifferenceHessianOperator, 1e-6)):
-            assert relative_error(dense(kind(problem.objective, problem.microbatches)), expected) < tolerance
+        for cls, tolerance in ((GGNOperator, 1e-12), (HessianOperator, 1e-12), (FiniteDifferenceHessianOperator, 1e-6)):
+            assert relative_error(dense(cls(problem.objective, problem.microbatches)), expected) < tolerance
 
 
 def test_of_linear_regression_it_is_the_gram_of_the_inputs():

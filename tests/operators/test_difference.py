@@ -33,7 +33,7 @@ def names_of(model: nn.Module, prefixes: tuple[str, ...]) -> list[str]:
 
 
 @contextmanager
-def difference(
+def differences_of(
     model: nn.Module, microbatches: list[Any], *, loss: Any = None, prefixes: tuple[str, ...] = ("",), step: float | None = None
 ) -> Iterator[FiniteDifferenceHessianOperator]:
     with offline_problem(model, microbatches, loss=loss, params_filter=lambda name, _: name.startswith(prefixes)) as problem:
@@ -55,7 +55,7 @@ def dense_truth(name: str) -> Tensor:
 @pytest.mark.parametrize("name", DENSE)
 def test_the_matrix_is_the_dense_hessian(name: str, dtype: torch.dtype):
     case, truth = CASES[name], dense_truth(name)
-    with difference(case.model(dtype), case.microbatches(SIZES), loss=case.loss, prefixes=DENSE[name]) as operator:
+    with differences_of(case.model(dtype), case.microbatches(SIZES), loss=case.loss, prefixes=DENSE[name]) as operator:
         found = dense(operator)
         assert operator.dtype == dtype
         assert operator.shape == tuple(truth.shape)
@@ -70,7 +70,7 @@ def test_eigenvectors_at_both_ends(name: str, end: int, dtype: torch.dtype):
     case = CASES[name]
     eigenvalues, eigenvectors = torch.linalg.eigh(dense_truth(name))
     vector, value = eigenvectors[:, end], eigenvalues[end]
-    with difference(case.model(dtype), case.microbatches(SIZES), loss=case.loss, prefixes=DENSE[name]) as operator:
+    with differences_of(case.model(dtype), case.microbatches(SIZES), loss=case.loss, prefixes=DENSE[name]) as operator:
         found = operator.matmat(vector[:, None].to(dtype))[:, 0].double()
     assert torch.linalg.norm(found - value * vector) < {torch.float32: 1e-3, torch.float64: 1e-5}[dtype] * value.abs()
 
@@ -82,7 +82,7 @@ def test_the_estimate_bounds_the_error(name: str, step: float | None, dtype: tor
     case, truth = CASES[name], dense_truth(name)
     v = torch.randn(len(truth), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     options: Any = {"loss": case.loss, "prefixes": DENSE[name], "step": step}
-    with difference(case.model(dtype), case.microbatches(SIZES), **options) as operator:
+    with differences_of(case.model(dtype), case.microbatches(SIZES), **options) as operator:
         error = torch.linalg.norm(operator.matmat(v[:, None].to(dtype))[:, 0].double() - truth @ v) / torch.linalg.norm(
             truth @ v
         )
@@ -97,7 +97,7 @@ def test_the_estimate_bounds_the_error(name: str, step: float | None, dtype: tor
 def test_the_length_of_the_vector_does_not_matter():
     case, truth = CASES["mlp"], dense_truth("mlp")
     v = torch.randn(len(truth), 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    with difference(case.model(), case.microbatches(SIZES), loss=case.loss) as operator:
+    with differences_of(case.model(), case.microbatches(SIZES), loss=case.loss) as operator:
         expected = operator.matmat(v)
         for factor in (1e-12, -1e9):
             assert relative_error(operator.matmat(factor * v) / factor, expected) < 1e-7
@@ -111,7 +111,7 @@ def test_parameters_of_zero_have_a_hessian():
     nn.init.zeros_(model.bias)
     batch = CASES["mlp"].microbatches((4,))[0]
     truth = dense_hessian(model, lambda m: F.cross_entropy(m(batch[0]), batch[1]), ["weight", "bias"])
-    with difference(model, [batch], loss="cross_entropy") as operator:
+    with differences_of(model, [batch], loss="cross_entropy") as operator:
         assert relative_error(dense(operator), truth) < 1e-6
 
 
@@ -133,7 +133,7 @@ def test_microbatches_are_weighted_by_their_targets(empty: int):
     microbatches[empty]["labels"][:] = -100
     names = names_of(model, ("transformer.ln_f",))
     truth = dense_hessian(model, lambda m: mean_loss(m, microbatches, case.kind), names)
-    with difference(model, microbatches, prefixes=("transformer.ln_f",)) as operator:
+    with differences_of(model, microbatches, prefixes=("transformer.ln_f",)) as operator:
         assert relative_error(dense(operator), truth) < 1e-5
 
 
@@ -169,7 +169,7 @@ def test_a_kernel_without_a_second_derivative():
     model.once = False
     truth = dense_hessian(model, lambda m: F.cross_entropy(m(batch[0]), batch[1]), names_of(model, ("",)))
     model.once = True
-    with difference(model, [batch], loss="cross_entropy") as operator:
+    with differences_of(model, [batch], loss="cross_entropy") as operator:
         assert relative_error(dense(operator), truth) < 1e-6
 
 
@@ -178,7 +178,7 @@ def test_narrow_models_are_measured_in_float32_and_say_so(dtype: torch.dtype):
     case = CASES["mlp"]
     model, microbatches = case.model(dtype), case.microbatches(SIZES)
     truth = dense_hessian(model, case_loss(case, microbatches), names_of(model, ("",)))
-    with difference(model, microbatches, loss=case.loss) as operator:
+    with differences_of(model, microbatches, loss=case.loss) as operator:
         assert operator.dtype == torch.float32
         assert (
             relative_error(dense(operator), truth) < 3e-3
@@ -189,14 +189,14 @@ def test_a_single_narrow_parameter_makes_negative_eigenvalues_unreliable():
     model = in_general_position(Hidden)
     model.unused.data = model.unused.data.bfloat16()
     model.unused.requires_grad_(False)
-    with difference(model, CASES["mlp"].microbatches((4,)), loss="cross_entropy") as operator:
+    with differences_of(model, CASES["mlp"].microbatches((4,)), loss="cross_entropy") as operator:
         assert operator.dtype == torch.float32
 
 
 def test_a_product_is_two_passes_a_microbatch_and_keeps_no_graph():
     case = CASES["mlp"]
     model, calls = case.model(), []
-    with difference(model, case.microbatches(SIZES), loss=case.loss) as operator:
+    with differences_of(model, case.microbatches(SIZES), loss=case.loss) as operator:
         model.register_forward_hook(lambda *_: calls.append(1))
         assert operator.matmat(torch.ones(operator.shape[0], 2, dtype=torch.float64)).requires_grad is False
         assert len(calls) == 2 * 2 * len(SIZES)
@@ -209,7 +209,7 @@ def test_a_step_must_be_positive(step: float):
     case = CASES["mlp"]
     with (
         pytest.raises(ConfigurationError, match="`step` must be a positive share"),
-        difference(case.model(), case.microbatches(SIZES), loss=case.loss, step=step),
+        differences_of(case.model(), case.microbatches(SIZES), loss=case.loss, step=step),
     ):
         pass
 
@@ -218,7 +218,7 @@ def test_a_gradient_that_is_not_finite_is_no_answer():
     case = CASES["mlp"]
     x, y = case.microbatches((3,))[0]
     x[0, 0] = torch.nan
-    with difference(case.model(), [(x, y)], loss=case.loss) as operator, pytest.raises(ProbeError, match="not finite"):
+    with differences_of(case.model(), [(x, y)], loss=case.loss) as operator, pytest.raises(ProbeError, match="not finite"):
         dense(operator)
 
 
@@ -242,7 +242,7 @@ class Kink(nn.Module):
 def test_a_kink_shows_in_the_estimate():
     """The difference over a jump is the jump over the step: half of it at twice the step, and no curvature."""
     step, batch = 1e-3, torch.zeros(2, 1)
-    with difference(Kink(), [batch], loss=lambda model, _: (model.a.relu() + model.b**2).sum(), step=step) as operator:
+    with differences_of(Kink(), [batch], loss=lambda model, _: (model.a.relu() + model.b**2).sum(), step=step) as operator:
         a, b = torch.eye(2)
         assert torch.allclose(operator.matmat(a[:, None])[:, 0], a / (2 * step))
         assert operator.error_estimate(a) == pytest.approx(0.5, rel=1e-4)
@@ -265,7 +265,7 @@ class Waves(nn.Module):
 @pytest.mark.parametrize("a", [0.3, 1e-9, 0.0], ids=["small", "tiny", "zero"])
 def test_the_step_is_that_of_the_parameters_the_vector_moves(a: float, dtype: torch.dtype):
     model, k = Waves(torch.full((4,), a), b=3.0).to(dtype), torch.arange(20.0, 24.0, dtype=torch.float64)
-    with difference(model, [torch.zeros(2, 1)], loss=lambda m, _: m()) as operator:
+    with differences_of(model, [torch.zeros(2, 1)], loss=lambda m, _: m()) as operator:
         V = torch.eye(1004, 4, dtype=dtype)
         found = operator.matmat(V)[:4].double()
         assert (
@@ -278,5 +278,5 @@ def test_the_step_is_that_of_the_parameters_the_vector_moves(a: float, dtype: to
         ahead = torch.ones(1004, 1, dtype=dtype)
         ahead[:4] = 0
         assert torch.allclose(operator.matmat(ahead)[4:], 2 * ahead[4:], rtol=1e-3)
-    with difference(model, [torch.zeros(2, 1)], loss=lambda m, _: m(), step=1e-3) as operator:
+    with differences_of(model, [torch.zeros(2, 1)], loss=lambda m, _: m(), step=1e-3) as operator:
         assert relative_error(operator.matmat(V)[:4], found) > 0.1  # what one step for all would give

@@ -35,7 +35,7 @@ TOLERANCE = 1e-5  # float32 inside Hugging Face's norms, rotary embeddings and l
 
 
 @contextmanager
-def ggn(
+def ggn_of(
     model: nn.Module, microbatches: list[Any], loss: Any, prefixes: tuple[str, ...] = ("",), **options: Any
 ) -> Iterator[GGNOperator]:
     keep = lambda name, _: name.startswith(prefixes)  # noqa: E731
@@ -81,7 +81,7 @@ def dense_truth(name: str) -> Tensor:
 @pytest.mark.parametrize("name", DENSE)
 def test_the_matrix_is_the_dense_ggn(name: str):
     case = CASES[name]
-    with ggn(case.model(), case.microbatches(SIZES), case.loss, DENSE[name]) as operator:
+    with ggn_of(case.model(), case.microbatches(SIZES), case.loss, DENSE[name]) as operator:
         assert operator.is_psd
         assert relative_error(dense(operator), dense_truth(name)) < TOLERANCE
 
@@ -89,7 +89,7 @@ def test_the_matrix_is_the_dense_ggn(name: str):
 @pytest.mark.parametrize("name", ["gpt2", "bert", "vit", "mlp"])
 def test_float32_models_agree_with_float64(name: str):
     case = CASES[name]
-    with ggn(case.model(torch.float32), case.microbatches(SIZES), case.loss, DENSE[name]) as operator:
+    with ggn_of(case.model(torch.float32), case.microbatches(SIZES), case.loss, DENSE[name]) as operator:
         assert operator.dtype == torch.float32
         assert relative_error(dense(operator), dense_truth(name)) < TOLERANCE
 
@@ -98,7 +98,7 @@ def test_float32_models_agree_with_float64(name: str):
 def test_contract(name: str):
     """Symmetric, positive, linear, column by column, the same bits twice, and J the adjoint of J'."""
     case = CASES[name]
-    with ggn(case.model(), case.microbatches(SIZES), case.loss) as operator:
+    with ggn_of(case.model(), case.microbatches(SIZES), case.loss) as operator:
         U = torch.randn(operator.shape[0], 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         GU = operator.matmat(U)
         products = U.T @ GU
@@ -120,7 +120,7 @@ def test_it_is_the_exact_fisher_of_targets(name: str, prefixes: tuple[str, ...])
     spectrum = compute_fisher_spectrum(
         model, microbatches, loss=case.loss, fisher="exact", sample_unit="token", block_structure="none", params_filter=keep
     ).full
-    with ggn(model, microbatches, case.loss, prefixes) as operator:
+    with ggn_of(model, microbatches, case.loss, prefixes) as operator:
         found = torch.linalg.eigvalsh(dense(operator)).flip(0)
     assert relative_error(found[: len(spectrum.eigenvalues)], spectrum.eigenvalues) < TOLERANCE
     assert (found[len(spectrum.eigenvalues) :].abs() < TOLERANCE * found[0]).all()
@@ -138,14 +138,14 @@ def test_losses_of_several_outputs(loss: str):
             yield replica(x).flatten(), y.flatten()
 
     expected = dense_ggn(model, [name for name, _ in model.named_parameters()], targets, function)
-    with ggn(model.double(), microbatches, loss) as operator:
+    with ggn_of(model.double(), microbatches, loss) as operator:
         assert relative_error(dense(operator), expected) < 1e-6  # float32 inputs
 
 
 def test_the_hessian_is_the_ggn_in_the_last_layer():
     case = CASES["mlp"]
     names = ["4.weight", "4.bias"]
-    with ggn(case.model(), case.microbatches(), case.loss, tuple(names)) as operator:
+    with ggn_of(case.model(), case.microbatches(), case.loss, tuple(names)) as operator:
         found = dense(operator)
     assert relative_error(found, dense_hessian(case.model(), case_loss(case, case.microbatches()), names)) < 1e-10
 
@@ -154,7 +154,7 @@ def test_one_batch_in_pieces_is_one_batch():
     case = CASES["gpt2"]
     model, (batch,) = case.model(), case.microbatches((6,))
     pieces = [{name: values[a:b] for name, values in batch.items()} for a, b in ((0, 1), (1, 5), (5, 6))]
-    with ggn(model, [batch], case.loss, DENSE["gpt2"]) as whole, ggn(model, pieces, case.loss, DENSE["gpt2"]) as parts:
+    with ggn_of(model, [batch], case.loss, DENSE["gpt2"]) as whole, ggn_of(model, pieces, case.loss, DENSE["gpt2"]) as parts:
         assert relative_error(dense(parts), dense(whole)) < TOLERANCE
         assert parts.num_targets == whole.num_targets
 
@@ -166,7 +166,7 @@ def test_ignored_targets_change_nothing(empty: int):
     microbatches = case.microbatches()
     microbatches[empty]["labels"][:] = IGNORED
     microbatches[(empty + 1) % 3]["labels"][0, 2:4] = IGNORED
-    with ggn(case.model(), microbatches, case.loss, DENSE["gpt2"]) as operator:
+    with ggn_of(case.model(), microbatches, case.loss, DENSE["gpt2"]) as operator:
         assert relative_error(dense(operator), truth(case, microbatches, DENSE["gpt2"])) < TOLERANCE
 
 
@@ -198,7 +198,7 @@ def test_unused_parameters_have_a_zero_block(prefix: str):
     names = [name for name, _ in model.named_parameters() if name.startswith(prefix)]
     targets = lambda replica: ((replica(x)[0], y[0]) for x, y in rows([batch]))  # noqa: E731
     expected = dense_ggn(model, names, targets, lambda z, label: -z.log_softmax(0)[label])
-    with ggn(model, [batch], "cross_entropy", (prefix,)) as operator:
+    with ggn_of(model, [batch], "cross_entropy", (prefix,)) as operator:
         assert torch.allclose(dense(operator), expected)
         assert check_adjoint(operator, seed=0) < 1e-10
 
@@ -218,7 +218,7 @@ def test_logits_that_are_a_parameter():
     model = in_general_position(lambda: Bare(4)).double()
     batch = (torch.zeros(4, 1), torch.arange(4) % CLASSES)
     blocks = [torch.diag(p) - torch.outer(p, p) for p in model.z.detach().softmax(1)]
-    with ggn(model, [batch], "cross_entropy") as operator:
+    with ggn_of(model, [batch], "cross_entropy") as operator:
         assert torch.allclose(dense(operator), torch.block_diag(*blocks) / 4)
 
 
@@ -233,7 +233,7 @@ def mean_cross_entropy(model: nn.Module, batch: Any) -> Tensor:
 @pytest.mark.parametrize("loss", [row_cross_entropy, mean_cross_entropy])
 def test_a_loss_without_a_likelihood_has_no_ggn(loss: Any):
     case = CASES["mlp"]
-    with pytest.raises(ConfigurationError, match="likelihood"), ggn(case.model(), case.microbatches(), loss):
+    with pytest.raises(ConfigurationError, match="likelihood"), ggn_of(case.model(), case.microbatches(), loss):
         pass
 
 
@@ -281,7 +281,7 @@ class Fused(nn.Module):
 @pytest.mark.parametrize(("place", "prefix"), [("inside", ""), ("last", ""), ("inside", "a"), ("last", "b")])
 def test_a_kernel_without_a_second_derivative_is_caught(place: str, prefix: str):
     model = in_general_position(lambda: Fused(place)).double()
-    found = ggn(model, CASES["mlp"].microbatches(), "cross_entropy", (prefix,))
+    found = ggn_of(model, CASES["mlp"].microbatches(), "cross_entropy", (prefix,))
     with found as operator, pytest.raises(RefusedError, match="no second derivative"):
         check_adjoint(operator, seed=0)
 
@@ -294,7 +294,7 @@ def test_no_side_effect_on_the_model(name: str):
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 3.0)
     state = torch.get_rng_state()
-    with ggn(model, microbatches, case.loss) as operator:
+    with ggn_of(model, microbatches, case.loss) as operator:
         operator.matmat(torch.ones(operator.shape[0], 1, dtype=torch.float64))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(torch.equal(parameter.grad, torch.full_like(parameter, 3.0)) for parameter in model.parameters())

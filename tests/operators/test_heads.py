@@ -53,11 +53,11 @@ def problem_of(name: str, loss: Any = None) -> Iterator[tuple[Problem, list[str]
         yield problem, block_of(model)
 
 
-def target_loss(kind: str, z: Tensor, y: Tensor, smoothing: float) -> Tensor:
+def target_loss(likelihood: str, z: Tensor, y: Tensor, smoothing: float) -> Tensor:
     """Of logits z (C,), and y a class or (C,)."""
-    if kind == "gaussian":
+    if likelihood == "gaussian":
         return (z - y).square().sum() / len(z)
-    if kind == "bernoulli":
+    if likelihood == "bernoulli":
         return ((1 + z.exp()).log() - y * z).sum() / len(z)
     labels = torch.full_like(z, smoothing / len(z))
     labels[y] += 1 - smoothing
@@ -178,6 +178,6 @@ def test_smoothed_labels_change_the_empirical_fisher_alone(name: str):
 
 def test_a_loss_of_no_standard_form_is_asked_for():
     with problem_of("gpt2", lambda model, batch: model(**batch).loss) as (problem, block):
-        for kind in (GGNOperator, SampledFisherOperator, EmpiricalFisherOperator):
+        for cls in (GGNOperator, SampledFisherOperator, EmpiricalFisherOperator):
             with pytest.raises(ConfigurationError, match="loss"):
-                kind(problem.objective, problem.microbatches, block)
+                cls(problem.objective, problem.microbatches, block)

@@ -39,7 +39,7 @@ def keep(name: str) -> Callable[[str, Any], bool]:
 
 
 @contextmanager
-def hessian(case: Case, model: nn.Module, microbatches: list[Any], **options: Any) -> Iterator[HessianOperator]:
+def hessian_of(case: Case, model: nn.Module, microbatches: list[Any], **options: Any) -> Iterator[HessianOperator]:
     with problem_of(case, model, microbatches, **options) as problem:
         yield problem.hessian()
 
@@ -66,7 +66,7 @@ def dense_truth(name: str) -> Tensor:
 def test_products_are_those_of_the_oracle(name: str, sizes: tuple[int, ...]):
     case = CASES[name]
     model, microbatches = case.model(), case.microbatches(sizes)
-    with hessian(case, model, microbatches) as operator:
+    with hessian_of(case, model, microbatches) as operator:
         v = torch.randn(operator.shape[0], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         found = operator.matmat(v[:, None])[:, 0]
     assert relative_error(found, hessian_product(model, case_loss(case, microbatches), v)) < TOLERANCE
@@ -75,7 +75,7 @@ def test_products_are_those_of_the_oracle(name: str, sizes: tuple[int, ...]):
 @pytest.mark.parametrize("name", DENSE)
 def test_the_matrix_is_the_dense_hessian(name: str):
     case = CASES[name]
-    with hessian(case, case.model(), case.microbatches(SIZES), params_filter=keep(name)) as operator:
+    with hessian_of(case, case.model(), case.microbatches(SIZES), params_filter=keep(name)) as operator:
         assert relative_error(dense(operator), dense_truth(name)) < TOLERANCE
 
 
@@ -91,7 +91,7 @@ def test_eigenvalues_are_those_of_the_dense_hessian(name: str):
 @pytest.mark.parametrize("name", ["gpt2", "vit", "mlp"])
 def test_float32_models_agree_with_float64(name: str):
     case = CASES[name]
-    with hessian(case, case.model(torch.float32), case.microbatches(SIZES), params_filter=keep(name)) as operator:
+    with hessian_of(case, case.model(torch.float32), case.microbatches(SIZES), params_filter=keep(name)) as operator:
         assert operator.dtype == torch.float32
         assert relative_error(dense(operator), dense_truth(name)) < 1e-4
 
@@ -103,7 +103,7 @@ def test_the_oracle_agrees_with_finite_differences():
     loss = case_loss(case, microbatches)
     truth = finite_difference_hessian(model, loss, names, 1e-4)
     assert relative_error(dense_hessian(model, loss, names), truth) < 1e-6
-    with hessian(case, model, microbatches) as operator:
+    with hessian_of(case, model, microbatches) as operator:
         assert relative_error(dense(operator), truth) < 1e-6
 
 
@@ -111,7 +111,7 @@ def test_the_oracle_agrees_with_finite_differences():
 def test_contract(name: str):
     """Symmetric, linear, column by column, the same bits twice."""
     case = CASES[name]
-    with hessian(case, case.model(), case.microbatches(SIZES), params_filter=keep(name)) as operator:
+    with hessian_of(case, case.model(), case.microbatches(SIZES), params_filter=keep(name)) as operator:
         U = torch.randn(operator.shape[0], 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         HU = operator.matmat(U)
         products = U.T @ HU
@@ -144,10 +144,10 @@ def test_microbatches_are_weighted_by_their_targets():
     case = CASES["gpt2"]
     model, (batch,) = case.model(), case.microbatches((6,))
     pieces = [{name: values[a:b] for name, values in batch.items()} for a, b in ((0, 1), (1, 5), (5, 6))]
-    with hessian(case, model, [batch], params_filter=keep("gpt2")) as whole:
+    with hessian_of(case, model, [batch], params_filter=keep("gpt2")) as whole:
         V = torch.randn(whole.shape[0], 1, dtype=torch.float64)
         expected = whole.matmat(V)
-    with hessian(case, model, pieces, params_filter=keep("gpt2")) as parts:
+    with hessian_of(case, model, pieces, params_filter=keep("gpt2")) as parts:
         assert relative_error(parts.matmat(V), expected) < TOLERANCE
 
 
@@ -157,10 +157,10 @@ def test_a_microbatch_without_valid_target_changes_nothing(empty: int):
     model, microbatches = case.model(), case.microbatches()
     microbatches[empty]["labels"][:] = -100
     rest = [batch for i, batch in enumerate(microbatches) if i != empty]
-    with hessian(case, model, rest, params_filter=keep("gpt2")) as operator:
+    with hessian_of(case, model, rest, params_filter=keep("gpt2")) as operator:
         V = torch.randn(operator.shape[0], 1, dtype=torch.float64)
         expected = operator.matmat(V)
-    with hessian(case, model, microbatches, params_filter=keep("gpt2")) as operator:
+    with hessian_of(case, model, microbatches, params_filter=keep("gpt2")) as operator:
         assert relative_error(operator.matmat(V), expected) < TOLERANCE
 
 
@@ -183,7 +183,7 @@ def test_unused_and_linear_parameters_have_a_zero_block():
     model = in_general_position(Partial).double()
     batch = CASES["mlp"].microbatches((4,))[0]
     truth = dense_hessian(model, lambda m: partial_loss(m, batch).mean(), names_of(model, ("",)))
-    with hessian(CASES["mlp"], model, [batch], loss=partial_loss) as operator:
+    with hessian_of(CASES["mlp"], model, [batch], loss=partial_loss) as operator:
         found = dense(operator)
     assert relative_error(found, truth) < 1e-12
     order = [name for name, parameter in model.named_parameters() for _ in range(parameter.numel())]
@@ -196,7 +196,7 @@ def test_unused_and_linear_parameters_have_a_zero_block():
 def test_a_loss_linear_in_everything_has_the_zero_hessian(which: str):
     model = in_general_position(Partial).double()
     batch = CASES["mlp"].microbatches((4,))[0]
-    with hessian(CASES["mlp"], model, [batch], loss=partial_loss, params_filter=lambda name, _: name == which) as operator:
+    with hessian_of(CASES["mlp"], model, [batch], loss=partial_loss, params_filter=lambda name, _: name == which) as operator:
         assert torch.equal(dense(operator), torch.zeros(operator.shape, dtype=torch.float64))
 
 
@@ -223,7 +223,7 @@ def test_attention_that_can_be_differentiated_twice(name: str, implementation: s
     case = CASES[name]
     model, microbatches = case.model(), case.microbatches(SIZES)
     model.config._attn_implementation = implementation
-    with hessian(case, model, microbatches, params_filter=keep(name)) as operator:
+    with hessian_of(case, model, microbatches, params_filter=keep(name)) as operator:
         assert relative_error(dense(operator), dense_truth(name)) < TOLERANCE
 
 
@@ -311,7 +311,7 @@ def test_such_a_kernel_after_everything_measured_is_refused_too(place: str, loss
 def test_such_a_kernel_before_everything_measured_does_no_harm(place: str, prefix: str):
     model, batch = fused(place), CASES["mlp"].microbatches((4,))[0]
     truth = dense_hessian(model, lambda m: F.cross_entropy(m(batch[0]), batch[1]), names_of(model, (prefix,)))
-    with hessian(CASES["mlp"], model, [batch], params_filter=lambda name, _: name.startswith(prefix)) as operator:
+    with hessian_of(CASES["mlp"], model, [batch], params_filter=lambda name, _: name.startswith(prefix)) as operator:
         assert operator.self_check(0).error < 1e-4
         assert relative_error(dense(operator), truth) < 1e-10
 
@@ -337,7 +337,7 @@ def test_a_custom_operation_with_a_second_derivative_is_measured(dtype: torch.dt
         return F.cross_entropy(TwiceTanh.apply(m(b[0])), b[1], reduction="none")
 
     truth = dense_hessian(model, lambda m: loss(m, batch).mean(), names_of(model, ("",)))
-    with hessian(CASES["mlp"], model, [batch], loss=loss) as operator:
+    with hessian_of(CASES["mlp"], model, [batch], loss=loss) as operator:
         assert operator.self_check(0).error < 2e-3
         assert relative_error(dense(operator), truth) < 1e-5
 
@@ -348,6 +348,6 @@ def test_differences_of_the_gradient_agree_with_the_product(name: str, dtype: to
     case = CASES[name]
     if name == "gpt2" and dtype == torch.float64:
         accuracy = 1e-3  # its loss is computed in float32
-    with hessian(case, case.model(dtype), case.microbatches(SIZES), params_filter=keep(name)) as operator:
+    with hessian_of(case, case.model(dtype), case.microbatches(SIZES), params_filter=keep(name)) as operator:
         v = torch.randn(operator.shape[0], generator=torch.Generator().manual_seed(0), dtype=dtype)
         assert relative_error(operator.difference_product(v), dense_truth(name) @ v.double()) < accuracy

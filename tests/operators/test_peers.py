@@ -96,11 +96,11 @@ BLOCKS = {"mlp": ("2.",), "convnet": ("layer1.1", "fc"), "gpt2": ("transformer.h
 
 
 @contextmanager
-def both(name: str, kind: str, prefixes: tuple[str, ...] = ("",)) -> Iterator[tuple[Operator, Callable[[Tensor], Tensor]]]:
+def both(name: str, matrix: str, prefixes: tuple[str, ...] = ("",)) -> Iterator[tuple[Operator, Callable[[Tensor], Tensor]]]:
     """Our operator, and products (P, K) -> (P, K) of theirs, in the parameters with these prefixes."""
     import curvlinops
 
-    workload, (theirs, ours, options) = WORKLOADS[name](), KINDS[kind]
+    workload, (theirs, ours, options) = WORKLOADS[name](), KINDS[matrix]
     named = zip(workload.model.named_parameters(), workload.classifier.parameters(), strict=True)
     chosen = {name: value for (name, _), value in named if name.startswith(prefixes)}
     peer = getattr(curvlinops, theirs)(
@@ -111,20 +111,20 @@ def both(name: str, kind: str, prefixes: tuple[str, ...] = ("",)) -> Iterator[tu
 
 
 @pytest.mark.parametrize("part", ["all", "block"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("matrix", KINDS)
 @pytest.mark.parametrize("name", WORKLOADS)
-def test_products_are_those_of_curvlinops(name: str, kind: str, part: str):
-    with both(name, kind, BLOCKS[name] if part == "block" else ("",)) as (operator, products):
+def test_products_are_those_of_curvlinops(name: str, matrix: str, part: str):
+    with both(name, matrix, BLOCKS[name] if part == "block" else ("",)) as (operator, products):
         V = torch.randn(operator.shape[0], 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         assert relative_error(operator.matmat(V), products(V)) < 1e-10
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("matrix", KINDS)
 @pytest.mark.parametrize("name", WORKLOADS)
-def test_eigenvalues_are_those_of_scipy(name: str, kind: str):
+def test_eigenvalues_are_those_of_scipy(name: str, matrix: str):
     """At both ends of the Hessian; the lower ends of the others are zero, many times over, where ARPACK does not converge."""
-    with both(name, kind) as (operator, products):
-        P, which = operator.shape[0], "BE" if kind == "hessian" else "LA"
+    with both(name, matrix) as (operator, products):
+        P, which = operator.shape[0], "BE" if matrix == "hessian" else "LA"
         found = lanczos(operator, k=4, which=which, tol=1e-7, max_matvecs=P, seed=0)
 
         def product(v: np.ndarray) -> np.ndarray:

@@ -15,12 +15,12 @@ from tests.reference import dense_hessian
 P = 6
 
 
-def random(*shape: int, seed: int = 0) -> Tensor:
+def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def symmetric() -> Tensor:
-    A = random(P, P)
+    A = normal(P, P)
     return A + A.T
 
 
@@ -29,7 +29,7 @@ def dense(operator: Operator) -> Tensor:
 
 
 def test_entries_are_those_of_the_product_between_roots() -> None:
-    A, D, C = symmetric(), random(P, seed=1).exp(), random(P, seed=2).abs()
+    A, D, C = symmetric(), normal(P, seed=1).exp(), normal(P, seed=2).abs()
     found = dense(PreconditionedOperator(MatrixOperator(A), D, shift=C))
     for i in range(P):
         for j in range(P):
@@ -38,7 +38,7 @@ def test_entries_are_those_of_the_product_between_roots() -> None:
 
 
 def test_eigenvalues_are_those_of_the_product_with_the_scale() -> None:
-    A, D = symmetric(), random(P, seed=1).exp()
+    A, D = symmetric(), normal(P, seed=1).exp()
     operator = PreconditionedOperator(MatrixOperator(A), D)
     truth = torch.linalg.eigvals(D[:, None] * A).real.max().item()
     assert lanczos(operator, k=1, tol=1e-10).eigenvalues[0].item() == pytest.approx(truth, rel=1e-9)
@@ -47,11 +47,11 @@ def test_eigenvalues_are_those_of_the_product_with_the_scale() -> None:
 def test_it_is_an_operator_like_its_inner_one() -> None:
     for dtype in (torch.float32, torch.float64):
         inner = MatrixOperator(symmetric().to(dtype), is_psd=True)
-        operator = PreconditionedOperator(inner, random(P, seed=1).exp())
+        operator = PreconditionedOperator(inner, normal(P, seed=1).exp())
         assert isinstance(operator, Operator)
         assert (operator.shape, operator.dtype, operator.device) == ((P, P), dtype, torch.device("cpu"))
         assert operator.is_psd
-        V = random(P, 3).to(dtype)
+        V = normal(P, 3).to(dtype)
         kept = V.clone()
         together = operator.matmat(V)
         assert together.dtype == dtype
@@ -76,20 +76,17 @@ def test_shapes_are_checked() -> None:
         PreconditionedOperator(MatrixOperator(symmetric()), torch.ones(P), shift=torch.ones(P, 1))
 
 
-# ------------------------------------------------------------------------------------------------------- of a problem
-
-
 def network() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
 
 
-def batch() -> Any:
-    return random(7, 4, seed=5), torch.tensor([0, 1, 2, 2, 1, 0, 1])
+def seven_rows() -> Any:
+    return normal(7, 4, seed=5), torch.tensor([0, 1, 2, 2, 1, 0, 1])
 
 
 def loss(model: nn.Module) -> Tensor:
-    return F.cross_entropy(model(batch()[0]), batch()[1])
+    return F.cross_entropy(model(seven_rows()[0]), seven_rows()[1])
 
 
 def trained(model: nn.Module, optimizer: torch.optim.Optimizer, num_steps: int = 3) -> torch.optim.Optimizer:
@@ -100,8 +97,8 @@ def trained(model: nn.Module, optimizer: torch.optim.Optimizer, num_steps: int =
     return optimizer
 
 
-def problem(model: nn.Module, optimizer: Any, **options: Any) -> Problem:
-    return Problem(model, [batch()], loss="cross_entropy", optimizer=optimizer, **options)
+def problem_of(model: nn.Module, optimizer: Any, **options: Any) -> Problem:
+    return Problem(model, [seven_rows()], loss="cross_entropy", optimizer=optimizer, **options)
 
 
 @pytest.mark.parametrize("names", [None, ("2.weight", "0.bias")])
@@ -118,14 +115,14 @@ def test_the_preconditioned_hessian_is_the_dense_one(names: tuple[str, ...] | No
     P = torch.cat([(1 - 0.8**3) * ((squares[name] / (1 - 0.95**3)) ** 0.5 + 1e-3).flatten() for name in wanted])
     H = dense_hessian(model, loss, wanted)
     with isolated(model, seed=0):
-        found = dense(problem(model, optimizer).preconditioned_hessian(names))
+        found = dense(problem_of(model, optimizer).preconditioned_hessian(names))
     torch.testing.assert_close(found, torch.diag(P**-0.5) @ H @ torch.diag(P**-0.5))
 
 
 def test_under_gradient_descent_it_is_the_hessian() -> None:
     model = network()
     with isolated(model, seed=0):
-        probed = problem(model, torch.optim.SGD(model.parameters(), lr=0.3))
+        probed = problem_of(model, torch.optim.SGD(model.parameters(), lr=0.3))
         torch.testing.assert_close(dense(probed.preconditioned_hessian()), dense(probed.hessian()))
 
 
@@ -133,15 +130,15 @@ def test_only_what_moves_is_in_it() -> None:
     model = network()
     optimizer = trained(model, torch.optim.RMSprop(model[2].parameters()))
     with isolated(model, seed=0):
-        assert problem(model, optimizer).preconditioned_hessian().shape == (18, 18)
+        assert problem_of(model, optimizer).preconditioned_hessian().shape == (18, 18)
 
 
 def test_without_a_preconditioner_it_fails_with_the_reason() -> None:
     model = network()
     with isolated(model, seed=0):
         with pytest.raises(ConfigurationError, match="`optimizer` is needed"):
-            problem(model, None).preconditioned_hessian()
+            problem_of(model, None).preconditioned_hessian()
         with pytest.raises(ProbeError, match="no step yet"):
-            problem(model, torch.optim.Adam(model.parameters())).preconditioned_hessian()
+            problem_of(model, torch.optim.Adam(model.parameters())).preconditioned_hessian()
         with pytest.raises(RefusedError, match="Adagrad"):
-            problem(model, torch.optim.Adagrad(model.parameters())).preconditioned_hessian()
+            problem_of(model, torch.optim.Adagrad(model.parameters())).preconditioned_hessian()

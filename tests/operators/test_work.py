@@ -83,15 +83,15 @@ def mlp_problem() -> Iterator[Problem]:
 LAST, FIRST = ("4.weight", "4.bias"), ("0.weight", "0.bias")
 
 
-@pytest.mark.parametrize("kind", OPERATORS)
+@pytest.mark.parametrize("cls", OPERATORS)
 @pytest.mark.parametrize("names", [LAST, FIRST, ("2.bias",)])
-def test_only_the_named_leaves_are_differentiated(kind: type, names: tuple[str, ...]):
+def test_only_the_named_leaves_are_differentiated(cls: type, names: tuple[str, ...]):
     """In the forward pass nothing else asks for a gradient, and in the graph nothing else takes one."""
     with mlp_problem() as problem:
         seen: list[set[str]] = []
         look = lambda model, _: seen.append({name for name, p in model.named_parameters() if p.requires_grad})  # noqa: E731
         handle = problem.model.register_forward_pre_hook(look)
-        operator = kind(problem.objective, problem.microbatches, names)
+        operator = cls(problem.objective, problem.microbatches, names)
         operator.matmat(torch.ones(operator.shape[0], 1, dtype=torch.float64))
         handle.remove()
         assert seen
@@ -100,13 +100,13 @@ def test_only_the_named_leaves_are_differentiated(kind: type, names: tuple[str, 
         assert all(parameter.grad is None for parameter in problem.model.parameters())
 
 
-@pytest.mark.parametrize(("kind", "fewer"), [(HessianOperator, 7), (GGNOperator, 4), *((kind, 4) for kind in FISHERS)])
-def test_layers_before_the_block_are_not_passed_through(kind: type, fewer: int):
+@pytest.mark.parametrize(("cls", "fewer"), [(HessianOperator, 7), (GGNOperator, 4), *((cls, 4) for cls in FISHERS)])
+def test_layers_before_the_block_are_not_passed_through(cls: type, fewer: int):
     """Matrix products of one product with the last of three layers, a microbatch, against those with all."""
     with mlp_problem() as problem:
         counts = {}
         for names in (None, LAST):
-            operator = kind(problem.objective, problem.microbatches, names)
+            operator = cls(problem.objective, problem.microbatches, names)
             with Watch() as watch:
                 operator.matmat(torch.ones(operator.shape[0], 1, dtype=torch.float64))
             counts[names] = sum(watch.calls[name] for name in ("aten::mm", "aten::addmm", "aten::addmm_"))
@@ -127,7 +127,7 @@ def language_problem() -> Iterator[Problem]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "buffers"),
+    ("cls", "options", "buffers"),
     [
         (GGNOperator, {}, 3),
         (EmpiricalFisherOperator, {"sample_unit": "sequence"}, 3),
@@ -136,14 +136,14 @@ def language_problem() -> Iterator[Problem]:
         (SampledFisherOperator, {"sample_unit": "token", "num_draws": 3}, 3),
     ],
 )
-def test_a_product_takes_few_buffers_of_the_size_of_the_logits(kind: type, options: dict[str, Any], buffers: int):
+def test_a_product_takes_few_buffers_of_the_size_of_the_logits(cls: type, options: dict[str, Any], buffers: int):
     """And nothing larger: neither the Jacobian of logits, nor that of losses, nor one gradient for every row."""
     with language_problem() as problem:
         P = sum(parameter.numel() for parameter in problem.objective.parameters.values())
         logits = 3 * LENGTH * WIDE
         assert max(parameter.numel() for parameter in problem.objective.parameters.values()) < P < logits
         with Watch(logits) as built:
-            operator = kind(problem.objective, problem.microbatches, **options)
+            operator = cls(problem.objective, problem.microbatches, **options)
         V = torch.ones(P, 2, dtype=torch.float64)
         with Watch(logits) as watch:
             operator.matmat(V)
@@ -152,17 +152,17 @@ def test_a_product_takes_few_buffers_of_the_size_of_the_logits(kind: type, optio
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", OPERATORS)
-def test_narrow_models_are_measured_in_float32(kind: type, dtype: torch.dtype):
+@pytest.mark.parametrize("cls", OPERATORS)
+def test_narrow_models_are_measured_in_float32(cls: type, dtype: torch.dtype):
     """At the values that are stored: the same model in float64 has the same products."""
     case = CASES["convnet"]
     model, microbatches = case.model(dtype), case.microbatches()
     products = []
     for one in (model, float64_copy(model)):
         with offline_problem(one, microbatches, loss=case.loss, params_filter=None) as problem:
-            operator = kind(problem.objective, problem.microbatches)
+            operator = cls(problem.objective, problem.microbatches)
             V = torch.randn(operator.shape[0], 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
             products.append(operator.matmat(V.to(operator.dtype)))
     assert products[0].dtype == torch.float32
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
-    assert relative_error(*products) < (3e-3 if kind is FiniteDifferenceHessianOperator else 1e-4)
+    assert relative_error(*products) < (3e-3 if cls is FiniteDifferenceHessianOperator else 1e-4)

@@ -139,7 +139,7 @@ def test_draws_and_samples_asked_for_are_those_of_the_matrix():
 def test_kronecker_factors_are_those_of_the_fisher_asked_for(fisher: Any):
     with offline_problem(network(), microbatches(), loss="cross_entropy", params_filter=None) as problem:
         ((record,), _) = TopEigenpairs(operator="kfac", fisher=fisher, k=1, which="LA").measure(problem, None)
-        operator = problem.kfac(kind=FisherType(fisher=fisher), sharing="expand", corrected=False)
+        operator = problem.kfac(fisher_type=FisherType(fisher=fisher), sharing="expand", corrected=False)
         expected = lambda_max(operator.matmat(torch.eye(50, dtype=D)))
     assert record.scalars["lambda_max"] == pytest.approx(expected, rel=1e-8)
 

@@ -28,11 +28,11 @@ def nodes(output: Tensor) -> set[str]:
     return {node.name() for node in graph_nodes([output.grad_fn])}
 
 
-def run(model: nn.Module, *inputs: Tensor, curved: bool = True) -> Tensor:
+def outputs_of(model: nn.Module, *inputs: Tensor, curved: bool = True) -> Tensor:
     return fused(lambda: model(*inputs), list(model.modules()), curved=curved)
 
 
-def batch(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+def normal(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
 
 
@@ -53,8 +53,8 @@ def batch(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 )
 def test_a_layer_gets_its_own_node(layer: nn.Module, inputs: tuple[int, ...], node: str, curved: bool):
     layer = copy.deepcopy(layer).double()
-    x = batch(*inputs)
-    output = run(layer, x, curved=curved)
+    x = normal(*inputs)
+    output = outputs_of(layer, x, curved=curved)
     assert torch.equal(output, layer(x))
     assert node in nodes(output)
     assert not nodes(layer(x)) & OWN
@@ -75,17 +75,17 @@ def test_no_composed_node_is_left_in_a_transformer(name: str):
 def test_every_activation_that_is_replaced_is_pointwise(name: str):
     """By its Jacobian; one with parameters is left alone."""
     entry = ACT2CLS[name]
-    kind, options = entry if isinstance(entry, tuple) else (entry, {})
-    module = kind(**options).double()
+    cls, options = entry if isinstance(entry, tuple) else (entry, {})
+    module = cls(**options).double()
     model = nn.Sequential(nn.Linear(4, 4).double(), module)
-    x = batch(1, 4)
-    replaced = "_PointwiseBackward" in nodes(run(model, x))
+    x = normal(1, 4)
+    replaced = "_PointwiseBackward" in nodes(outputs_of(model, x))
     if next(module.parameters(), None) is not None:
         assert not replaced
     if replaced:
-        J = torch.autograd.functional.jacobian(module, batch(6))
+        J = torch.autograd.functional.jacobian(module, normal(6))
         assert torch.equal(J, torch.diag(J.diagonal()))
-    assert torch.equal(run(model, x), model(x))
+    assert torch.equal(outputs_of(model, x), model(x))
 
 
 def in_place(x: Tensor) -> Tensor:
@@ -102,20 +102,20 @@ class Wrapped(Tensor):
 
 
 LEFT: dict[str, tuple[Callable[..., Tensor], Callable[[], tuple[Tensor, ...]]]] = {
-    "in place": (in_place, lambda: (batch(3).requires_grad_(),)),
-    "one axis": (F.linear, lambda: (batch(4), batch(3, 4).requires_grad_())),
-    "vector of weights": (F.linear, lambda: (batch(2, 4), batch(4).requires_grad_())),
-    "scaled": (lambda *t: torch.addmm(*t, alpha=2), lambda: (batch(3), batch(2, 4), batch(4, 3).requires_grad_())),
-    "a matrix added": (torch.addmm, lambda: (batch(2, 3), batch(2, 4), batch(4, 3).requires_grad_())),
-    "broadcast": (torch.addmm, lambda: (batch(1), batch(2, 4), batch(4, 3).requires_grad_())),
-    "a matrix of biases": (F.linear, lambda: (batch(2, 4), batch(3, 4).requires_grad_(), batch(2, 3).requires_grad_())),
-    "sparse": (F.linear, lambda: (batch(2, 4).to_sparse(), batch(3, 4).requires_grad_())),
+    "in place": (in_place, lambda: (normal(3).requires_grad_(),)),
+    "one axis": (F.linear, lambda: (normal(4), normal(3, 4).requires_grad_())),
+    "vector of weights": (F.linear, lambda: (normal(2, 4), normal(4).requires_grad_())),
+    "scaled": (lambda *t: torch.addmm(*t, alpha=2), lambda: (normal(3), normal(2, 4), normal(4, 3).requires_grad_())),
+    "a matrix added": (torch.addmm, lambda: (normal(2, 3), normal(2, 4), normal(4, 3).requires_grad_())),
+    "broadcast": (torch.addmm, lambda: (normal(1), normal(2, 4), normal(4, 3).requires_grad_())),
+    "a matrix of biases": (F.linear, lambda: (normal(2, 4), normal(3, 4).requires_grad_(), normal(2, 3).requires_grad_())),
+    "sparse": (F.linear, lambda: (normal(2, 4).to_sparse(), normal(3, 4).requires_grad_())),
     "within autocast": (
         in_autocast,
-        lambda: (batch(2, 4, dtype=torch.float32), batch(3, 4, dtype=torch.float32).requires_grad_()),
+        lambda: (normal(2, 4, dtype=torch.float32), normal(3, 4, dtype=torch.float32).requires_grad_()),
     ),
-    "a class of its own": (F.linear, lambda: (batch(2, 4).as_subclass(Wrapped), batch(3, 4).requires_grad_())),
-    "half precision": (F.gelu, lambda: (batch(3, dtype=torch.bfloat16).requires_grad_(),)),
+    "a class of its own": (F.linear, lambda: (normal(2, 4).as_subclass(Wrapped), normal(3, 4).requires_grad_())),
+    "half precision": (F.gelu, lambda: (normal(3, dtype=torch.bfloat16).requires_grad_(),)),
 }
 
 
@@ -130,7 +130,7 @@ def test_other_forms_are_left_to_pytorch(name: str):
 
 
 def test_arguments_by_name():
-    x, weight, bias = batch(2, 4), batch(4, 3).requires_grad_(), batch(3)
+    x, weight, bias = normal(2, 4), normal(4, 3).requires_grad_(), normal(3)
     for function in (lambda: torch.addmm(bias, mat1=x, mat2=weight), lambda: F.linear(input=x, weight=weight.T, bias=bias)):
         output = fused(function, [], curved=True)
         assert "_LinearBackward" in nodes(output)
@@ -154,13 +154,15 @@ IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("change", IN_PLACE)
-@pytest.mark.parametrize("kind", ["linear", "norm", "gelu", "identity"])
+@pytest.mark.parametrize("last_layer", ["linear", "norm", "gelu", "identity"])
 @pytest.mark.parametrize("shape", [(2, 3), (2, 4, 3), (2, 2, 2, 3)])
-def test_what_a_layer_gives_may_be_changed_in_place(shape: tuple[int, ...], kind: str, change: str):
+def test_what_a_layer_gives_may_be_changed_in_place(shape: tuple[int, ...], last_layer: str, change: str):
     torch.manual_seed(0)
-    last = {"linear": nn.Identity, "norm": lambda: nn.LayerNorm(3), "gelu": nn.GELU, "identity": ACT2CLS["linear"]}[kind]()
+    last = {"linear": nn.Identity, "norm": lambda: nn.LayerNorm(3), "gelu": nn.GELU, "identity": ACT2CLS["linear"]}[
+        last_layer
+    ]()
     model = nn.Sequential(nn.Linear(3, 3), last).double()
-    x, leaves = batch(*shape), list(model.parameters())
+    x, leaves = normal(*shape), list(model.parameters())
     plain = second_derivatives(lambda: IN_PLACE[change](model(x)), leaves)
     own = second_derivatives(lambda: fused(lambda: IN_PLACE[change](model(x)), list(model.modules()), curved=True), leaves)
     for mine, theirs in zip(own, plain, strict=True):
@@ -172,8 +174,8 @@ def test_what_a_layer_gives_may_be_changed_in_place(shape: tuple[int, ...], kind
 def test_no_rows_or_no_features(shape: tuple[int, ...]):
     """An expert that no token was sent to."""
     model = nn.Sequential(nn.Linear(shape[-1], 4), nn.GELU(), nn.LayerNorm(4), nn.Linear(4, 2)).double()
-    x, leaves = batch(*shape), list(model.parameters())
-    own = second_derivatives(lambda: run(model, x), leaves)
+    x, leaves = normal(*shape), list(model.parameters())
+    own = second_derivatives(lambda: outputs_of(model, x), leaves)
     for mine, theirs in zip(own, second_derivatives(lambda: model(x), leaves), strict=True):
         assert torch.allclose(mine, theirs, rtol=1e-11, atol=1e-12)
 
@@ -181,7 +183,7 @@ def test_no_rows_or_no_features(shape: tuple[int, ...]):
 @pytest.mark.parametrize("everywhere", [False, True])
 def test_hooks_on_an_activation_see_and_change_its_output(everywhere: bool):
     model = nn.Sequential(nn.Linear(3, 4), ACT2CLS["gelu_new"](), nn.Linear(4, 2)).double()
-    x = batch(5, 3)
+    x = normal(5, 3)
 
     def mask(module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
         return output * torch.tensor([1.0, 0.0, 2.0, 1.0]) if module is model[1] else None
@@ -189,7 +191,7 @@ def test_hooks_on_an_activation_see_and_change_its_output(everywhere: bool):
     handle = (nn.modules.module.register_module_forward_hook if everywhere else model[1].register_forward_hook)(mask)
     try:
         leaves = list(model.parameters())
-        expected, found = (second_derivatives(forward, leaves) for forward in (lambda: model(x), lambda: run(model, x)))
+        expected, found = (second_derivatives(forward, leaves) for forward in (lambda: model(x), lambda: outputs_of(model, x)))
     finally:
         handle.remove()
     for mine, theirs in zip(found, expected, strict=True):
@@ -199,13 +201,13 @@ def test_hooks_on_an_activation_see_and_change_its_output(everywhere: bool):
 def test_without_gradients_nothing_is_replaced():
     layer = nn.Sequential(nn.Linear(4, 3), ACT2CLS["gelu_new"]()).double()
     with torch.no_grad():
-        assert run(layer, batch(2, 4)).grad_fn is None
-    assert not run(layer.requires_grad_(False), batch(2, 4)).requires_grad
+        assert outputs_of(layer, normal(2, 4)).grad_fn is None
+    assert not outputs_of(layer.requires_grad_(False), normal(2, 4)).requires_grad
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # PyTorch's own, of its forward mode
 def test_transforms_and_forward_mode_inside_the_model_work():
-    layer, x = nn.Linear(3, 3).double(), batch(2, 3)
+    layer, x = nn.Linear(3, 3).double(), normal(2, 3)
 
     def by_transform() -> Tensor:
         total: Tensor = torch.func.vmap(torch.func.grad(lambda row: F.gelu(layer(row)).sum()))(x).sum()
@@ -248,7 +250,7 @@ class Energy(nn.Module):
 def test_a_model_that_differentiates_itself_is_measured_rightly(plainly: bool, careful: bool):
     torch.manual_seed(0)
     model = Energy(plainly=plainly, careful=careful).double()
-    batches = [(batch(5, 3), batch(5, 3) + 1)]
+    batches = [(normal(5, 3), normal(5, 3) + 1)]
 
     def loss(m: nn.Module, rows: Any) -> Tensor:
         return F.mse_loss(m(rows[0]), rows[1])
@@ -279,9 +281,9 @@ def test_an_error_of_the_model_leaves_no_hook_behind():
 
     model = Broken()
     with pytest.raises(ValueError, match="of the model"):
-        run(model, batch(2))
+        outputs_of(model, normal(2))
     assert not model.act._forward_hooks
     working = nn.Sequential(nn.Linear(2, 2), ACT2CLS["gelu_new"]()).double()
-    run(working, batch(3, 2))
+    outputs_of(working, normal(3, 2))
     assert not working[1]._forward_hooks
-    assert not nodes(working(batch(3, 2))) & OWN
+    assert not nodes(working(normal(3, 2))) & OWN
