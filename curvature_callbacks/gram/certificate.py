@@ -29,7 +29,7 @@ def certificate_errors(
     """Parameter to `| w' G G' w - ||grad sum_s w_s l_s||^2 | / sum_s w_s^2 g_s.g_s` for random w.
 
     w is normal, or balanced signs where only the means of batches are known. A check on the sum of gradients (w = 1) could not
-    see a wrong sample axis, and one on whole blocks not that of a parameter with a small share of them. Gradients that are
+    see a wrong sample axis, and one on blocks not that of a parameter with a small share of its block. Gradients that are
     zero but for rounding (key biases: attention does not depend on them) are judged by their share of all parameters.
 
     Args:
@@ -79,7 +79,7 @@ def _error(gram: Tensor, w: Tensor, actual: float, floor: float) -> float:
 
 
 def _random(size: int, generator: torch.Generator, *, used: bool) -> Tensor:
-    """Normal numbers, whose sizes differ, so that samples that changed places are seen; zero for a pass that is not proved."""
+    """Normal numbers, whose sizes differ, so that exchanged samples are seen; zero for a pass that is not proved."""
     return torch.randn(size, generator=generator) if used else torch.zeros(size)
 
 

@@ -43,7 +43,7 @@ class Collector:
         slices: parameter to the slices of its first axis that are counted, where not all are.
 
     Attributes:
-        unruled: parameter to why it has no valid rule: refused before, met by the passes, or found here.
+        unruled: parameter to why it has no valid rule: refused before, met by the passes, or with views that overlap.
     """
 
     def __init__(self, context: GramContext, options: GramOptions, slices: Mapping[str, Tensor]) -> None:
@@ -55,7 +55,7 @@ class Collector:
 
     @property
     def grams(self) -> dict[str, Tensor]:
-        """Parameter to its Gram (S, S)."""
+        """Parameter to its Gram, (S, S) float64, of the parameters with a rule."""
         return {name: result.gram for name, result in self._results.items() if result.gram is not None}
 
     @property

@@ -11,13 +11,10 @@ from typing import final
 
 import torch
 
-from curvature_callbacks.gram.capture.derived import Placed
 from curvature_callbacks.gram.collector import Collector
 from curvature_callbacks.gram.context import GramContext
-from curvature_callbacks.gram.passed import Observed
+from curvature_callbacks.gram.passed import Observed, Uses
 from curvature_callbacks.processes.parcels import delivered, handed_round, packed
-
-Uses = list[list[Placed]]
 
 
 @final

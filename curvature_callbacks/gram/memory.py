@@ -46,7 +46,7 @@ class GramMemory:
 
         Raises:
             ProbeError: gradients overflow in the sum over rows: this probe proves nothing.
-            RefusedError: one fails although it was taken row by row.
+            RefusedError: a parameter fails although it was taken row by row.
         """
         failed = {name: error for name, error in errors.items() if not error <= TOLERANCE}
         for name, error in failed.items():

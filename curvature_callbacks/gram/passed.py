@@ -7,11 +7,14 @@ from typing import Any, TypeVar, final
 import torch
 from torch import Tensor
 
+from curvature_callbacks.gram.capture.derived import Placed
 from curvature_callbacks.gram.uses.operation import Operation
 from curvature_callbacks.model.loss.surrogates import Surrogate
 from curvature_callbacks.processes.world import World
 
 T = TypeVar("T")
+
+Uses = list[list[Placed]]  # of one parameter, by backward pass
 
 
 @final

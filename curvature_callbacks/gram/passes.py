@@ -24,7 +24,7 @@ from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.gram.capture.derived import Placed
 from curvature_callbacks.gram.capture.interception import Capture
 from curvature_callbacks.gram.context import GramContext
-from curvature_callbacks.gram.passed import Observed, Passed
+from curvature_callbacks.gram.passed import Observed, Passed, Uses
 from curvature_callbacks.gram.row_by_row import check_rows
 from curvature_callbacks.gram.storage import Storage
 from curvature_callbacks.model.loss.fisher_type import EMPIRICAL, FisherType
@@ -36,8 +36,6 @@ _ANY_KERNEL: Final = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]  # nothing is differentiated twice here, so that fused attention will do
-
-Uses = list[list[Placed]]  # of one parameter, by backward pass
 
 Consume = Callable[[str, Uses, Observed], None]
 
@@ -110,7 +108,7 @@ class _Plan:
 
     @property
     def observed(self) -> Observed:
-        """Of the microbatches seen so far."""
+        """What the forward passes have seen so far."""
         return Observed.joined(self._seen)
 
     def chosen(self, index: int, losses: SampleLosses, capture: Capture) -> Sequence[Surrogate | None]:
@@ -159,7 +157,7 @@ class _Plan:
             drawn = surrogates(fisher_type, losses, seed=self._context.world.seed(self._context.seed) + index)
             return padded(drawn, objective.most(len(drawn)))  # where all must take part in every pass
         if losses.per_sample is None:
-            self._may_join = False  # a mean is that of its own batch
+            self._may_join = False  # the mean of a batch is known of this batch only
             batch = self.microbatches[index]
             if batch_size(batch) > 1:
                 check_rows(objective, batch, losses)

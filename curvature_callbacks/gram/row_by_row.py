@@ -77,7 +77,10 @@ class FiniteRows:
 
 
 def finite_rows(context: GramContext, microbatches: Sequence[Any]) -> FiniteRows:
-    """Asked row by row: in a layout that is not proved yet one bad row may look like all of them."""
+    """Which rows have a finite gradient, asked row by row: in a layout not yet proved one bad row may look like all of them.
+
+    Cost: N gradients of one row.
+    """
     if context.objective.is_sharded:
         raise ProbeError("a row has no finite gradient, and single rows of sharded parameters cannot be looked at.")
     with context.world.together():
@@ -125,8 +128,8 @@ def _row_gradients(
         total += float(losses.total.detach())
         for number, surrogate in enumerate(chosen):
             loss = losses.total if surrogate is None else surrogate.restricted(row[None])(losses).sum()
-            found = gradients(loss, leaves, again=number < len(chosen) - 1)
-            result.append([found[name].flatten()[start:stop].clone() for name, start, stop in group])
+            of_row = gradients(loss, leaves, again=number < len(chosen) - 1)
+            result.append([of_row[name].flatten()[start:stop].clone() for name, start, stop in group])
     check_separable(objective, batch, total)
     return result
 
@@ -161,13 +164,13 @@ def check_apart(objective: Objective, batch: Any) -> None:
     """
     size = batch_size(batch)
     with torch.no_grad():
-        whole = objective(batch).per_sample
-        if whole is None or size < 2:
+        together = objective(batch).per_sample
+        if together is None or size < 2:
             return
         for rows in (torch.arange(0, size, 2), torch.arange(1, size, 2)):
             half = objective(take_rows(batch, rows)).per_sample
-            among_all = whole[rows.to(whole.device)]
-            if half is None or bool(((half - among_all).abs() > _COUPLING * (among_all.abs() + whole.abs().mean())).any()):
+            among_all = together[rows.to(together.device)]
+            if half is None or bool(((half - among_all).abs() > _COUPLING * (among_all.abs() + together.abs().mean())).any()):
                 raise RefusedError(
                     "the loss of a row depends on the other rows of its batch: samples are coupled (batch statistics, a "
                     "contrastive loss) and have no gradients of their own."
@@ -177,17 +180,19 @@ def check_apart(objective: Objective, batch: Any) -> None:
 def check_separable(objective: Objective, batch: Any, total: float) -> None:
     """Raise a `RefusedError` unless `total`, summed over parts of `batch`, is the batch's own `sum_i l_i`."""
     with torch.no_grad():
-        whole = float(objective(batch).total)
-    if abs(total - whole) > _COUPLING * abs(whole):
+        of_batch = float(objective(batch).total)
+    if abs(total - of_batch) > _COUPLING * abs(of_batch):
         raise RefusedError(
-            f"the losses of single rows add up to {total:.6g}, the batch's to {whole:.6g}: samples are coupled (a "
+            f"the losses of single rows add up to {total:.6g}, the batch's to {of_batch:.6g}: samples are coupled (a "
             "batch-wide loss, a mean over ragged targets) and have no gradients of their own. Pass a loss function that "
             "returns one loss per row."
         )
 
 
 def gram_together(rows: Tensor, *, world: World) -> Tensor:
-    """`R R'` (S, S) float64, R the `rows` (S_r, p) of all processes one below the other: each takes a part of the columns.
+    """`R R'` (S, S) float64, R the `rows` (S_r, p) of all processes one below the other.
+
+    Each process takes a part of the columns.
 
     Cost: all but a W-th of `rows` travels, and a sum of S x S numbers.
     """
@@ -197,8 +202,8 @@ def gram_together(rows: Tensor, *, world: World) -> Tensor:
     width = -(-rows.shape[1] // world.size)
     ends = [min(width * rank, rows.shape[1]) for rank in range(world.size + 1)]
     parcels = [[rows[:, start:end]] for start, end in pairwise(ends)]
-    own = ends[world.rank + 1] - ends[world.rank]
-    found = world.delivered(parcels, [[((count, own), rows.dtype)] for count in counts])
+    num_columns = ends[world.rank + 1] - ends[world.rank]
+    delivered = world.delivered(parcels, [[((count, num_columns), rows.dtype)] for count in counts])
     with world.together():
-        partial = gram(torch.cat([piece.to(rows.device) for (piece,) in found]))
+        partial = gram(torch.cat([piece.to(rows.device) for (piece,) in delivered]))
     return world.total(partial)

@@ -23,7 +23,7 @@ class MemoryBudget:
 
     Attributes:
         device_bytes: on the model's device.
-        host_bytes: on the host beyond that; 0 where the model lives there.
+        host_bytes: on the host beyond that; 0 for a model on the host.
     """
 
     device_bytes: int

@@ -41,6 +41,13 @@ def model_grams(
     limits: Limits = DEFAULTS,
     **options: Any,
 ) -> BlockGrams:
-    """Of a problem made of the model; `options`: those of `GramOptions`."""
+    """Grams of a problem made of the model; `options`: those of `GramOptions`."""
     with offline_problem(model, microbatches, loss=loss, params_filter=None, block_structure=structure) as problem:
         return block_grams_of(problem, memory, seed=seed, limits=limits, options=GramOptions(**options))
+
+
+def parameter_grams(
+    model: nn.Module, microbatches: list[Any], memory: GramMemory | None = None, *, loss: Any = "cross_entropy", **options: Any
+) -> BlockGrams:
+    """The same with every parameter a block."""
+    return model_grams(model, microbatches, memory, loss=loss, structure="parameter", **options)

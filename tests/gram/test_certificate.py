@@ -13,7 +13,6 @@ from curvature_callbacks.gram.certificate import certificate_errors, signature
 from curvature_callbacks.gram.context import GramOptions
 from curvature_callbacks.gram.memory import TOLERANCE, GramMemory
 from curvature_callbacks.gram.passed import Passed
-from curvature_callbacks.gram.result import BlockGrams
 from curvature_callbacks.gram.uses.convolution import Convolution
 from curvature_callbacks.gram.uses.elementwise import SCALE, Elementwise
 from curvature_callbacks.gram.uses.operation import Operation
@@ -21,14 +20,8 @@ from curvature_callbacks.gram.uses.uses import Lookup, OuterProduct
 from curvature_callbacks.model.loss.fisher_type import FisherType
 from tests.cases import CASES, CLASSES, in_general_position
 from tests.gram.capture.rule_cases import RuleCase, assert_exact, weight
-from tests.gram.gram_cases import block_grams_of, context_of, model_grams
+from tests.gram.gram_cases import block_grams_of, context_of, parameter_grams
 from tests.reference import sample_gradients
-
-
-def probe(
-    model: nn.Module, microbatches: list[Any], memory: GramMemory, *, loss: Any = "cross_entropy", seed: int = 0, **options: Any
-) -> BlockGrams:
-    return model_grams(model, microbatches, memory, loss=loss, seed=seed, structure="parameter", **options)
 
 
 class Everything(nn.Module):
@@ -114,14 +107,14 @@ def test_a_wrong_rule_is_caught_and_its_parameter_goes_row_by_row(parameter: str
     model, microbatches, memory = in_general_position(Everything).double(), ids(3, 2), GramMemory()
     truth = sample_gradients(model, microbatches, "pair")
     RULES[parameter](FAULTS[fault], monkeypatch)
-    found = probe(model, microbatches, memory)
+    found = parameter_grams(model, microbatches, memory)
     assert set(found.fallback) == {parameter}
     assert found.fallback[parameter].startswith("certificate failed (relative error ")
     assert found.failed_certificates == (parameter,)
     assert found.certificate_error is not None
     assert found.certificate_error < 1e-10
     assert_exact(found, truth, model, 1e-10)
-    again = probe(model, microbatches, memory)
+    again = parameter_grams(model, microbatches, memory)
     assert again.certificate_error is None  # proved already, without the parameter
     assert dict(again.fallback) == dict(found.fallback)
     assert_exact(again, truth, model, 1e-10)
@@ -130,9 +123,9 @@ def test_a_wrong_rule_is_caught_and_its_parameter_goes_row_by_row(parameter: str
 @pytest.mark.parametrize("fisher", ["sampled", "exact"])
 def test_a_wrong_rule_is_caught_in_other_types_of_fisher(fisher: Any, monkeypatch: pytest.MonkeyPatch):
     model, microbatches, kind = in_general_position(Everything).double(), ids(3, 2), FisherType(fisher=fisher)
-    expected = probe(model, microbatches, GramMemory(), fisher_type=kind)
+    expected = parameter_grams(model, microbatches, fisher_type=kind)
     faulty_convolutions(FAULTS["samples in another order"], monkeypatch)
-    found = probe(model, microbatches, GramMemory(), fisher_type=kind)
+    found = parameter_grams(model, microbatches, fisher_type=kind)
     assert set(found.fallback) == {"conv.weight"}
     for block, K in expected.grams.items():
         assert torch.allclose(found.grams[block], K, rtol=1e-10)
@@ -142,14 +135,14 @@ def test_no_seed_misses_samples_out_of_place(monkeypatch: pytest.MonkeyPatch):
     model, microbatches = in_general_position(Everything).double(), ids(2, 3)
     faulty_products(FAULTS["two samples exchanged"], monkeypatch)
     for seed in range(30):
-        assert set(probe(model, microbatches, GramMemory(), seed=seed).fallback) == {"head.weight"}
+        assert set(parameter_grams(model, microbatches, seed=seed).fallback) == {"head.weight"}
 
 
 def test_right_rules_pass_for_every_seed_and_in_single_precision():
     for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         model = in_general_position(Everything).to(dtype)
         for seed in range(10):
-            found = probe(model, ids(3, 2), GramMemory(), seed=seed)
+            found = parameter_grams(model, ids(3, 2), seed=seed)
             assert found.fallback == {}
             assert found.certificate_error is not None
             assert found.certificate_error < bound
@@ -167,7 +160,7 @@ def turned(m: Any, x: Tensor) -> Tensor:
 def test_samples_permuted_inside_a_layer_are_caught(sizes: tuple[int, ...]):
     case, memory = RuleCase(body=turned, parts=linear), GramMemory()
     model, microbatches = case.model(stem=True), case.microbatches(sizes)
-    found = probe(model, microbatches, memory)
+    found = parameter_grams(model, microbatches, memory)
     assert set(found.fallback) == {"inner.weight", "inner.bias"}
     assert all(reason.startswith("certificate failed") for reason in found.fallback.values())
     assert set(found.failed_certificates) == set(found.fallback)
@@ -190,7 +183,7 @@ def test_coupled_samples_are_refused(name: str, stem: bool):
     case, memory = RuleCase(body=COUPLED[name], parts=linear), GramMemory()
     for _ in range(2):  # also by a run that has tried before
         with pytest.raises(RefusedError):
-            probe(case.model(stem=stem), case.microbatches((3, 4)), memory)
+            parameter_grams(case.model(stem=stem), case.microbatches((3, 4)), memory)
 
 
 class _Count(torch.autograd.Function):
@@ -224,18 +217,18 @@ class Counting(nn.Module):
         return found
 
 
-@pytest.mark.parametrize(("sizes", "run"), [((4,), (4,)), ((3, 1, 2), (3, 3)), ((1, 2, 3), (1, 5))], ids=str)
-def test_what_a_probe_costs(sizes: tuple[int, ...], run: tuple[int, ...]):
+@pytest.mark.parametrize(("sizes", "sizes_run"), [((4,), (4,)), ((3, 1, 2), (3, 3)), ((1, 2, 3), (1, 5))], ids=str)
+def test_what_a_probe_costs(sizes: tuple[int, ...], sizes_run: tuple[int, ...]):
     """Passes a microbatch: one of each; once more of each to prove it, and three without gradient to see rows apart.
 
     Small ones are run together, but for types that draw by microbatch.
     """
     model, microbatches, memory = in_general_position(Counting).double(), CASES["mlp"].microbatches(sizes), GramMemory()
-    pairs = len(run)
+    pairs = len(sizes_run)
     with offline_problem(model, microbatches, loss="cross_entropy", params_filter=None) as problem:
         model.count()
         first = block_grams_of(problem, memory)
-        apart = sum(3 if size > 1 else 1 for size in run)
+        apart = sum(3 if size > 1 else 1 for size in sizes_run)
         assert model.count() == (2 * pairs + apart, 2 * pairs)
         second = block_grams_of(problem, memory)
         assert model.count() == (pairs, pairs)
@@ -255,7 +248,9 @@ def test_a_layout_not_met_before_is_proved_anew():
     case, memory = RuleCase(body=body, parts=lambda: {"scale": weight(4)}), GramMemory()
     model = case.model(stem=True)
     long, short, _ = case.microbatches((2, 2, 2))
-    proved = [probe(model, [batch], memory).certificate_error is not None for batch in (long, long, short, long, short)]
+    proved = [
+        parameter_grams(model, [batch], memory).certificate_error is not None for batch in (long, long, short, long, short)
+    ]
     assert proved == [True, False, True, False, False]
 
 
@@ -266,7 +261,7 @@ def test_trust_does_not_carry_a_wrong_sample_axis_over(sizes: tuple[int, ...]):
     model = case.model()
     for size in sizes:
         microbatches = case.microbatches((size,))
-        found = probe(model, microbatches, memory)
+        found = parameter_grams(model, microbatches, memory)
         assert_exact(found, sample_gradients(model, microbatches, "pair"), model, 1e-10)
 
 
@@ -274,8 +269,8 @@ def test_trust_does_not_carry_a_wrong_sample_axis_over(sizes: tuple[int, ...]):
 def test_a_row_by_itself_proves_nothing_about_the_sample_axis(sizes: tuple[int, ...]):
     case, memory = RuleCase(body=turned, parts=linear), GramMemory()
     model, microbatches = case.model(stem=True), case.microbatches((3,))
-    probe(model, case.microbatches(sizes), memory)
-    found = probe(model, microbatches, memory)
+    parameter_grams(model, case.microbatches(sizes), memory)
+    found = parameter_grams(model, microbatches, memory)
     assert_exact(found, sample_gradients(model, microbatches, "pair"), model, 1e-10)
 
 

@@ -12,13 +12,12 @@ from curvature_callbacks.compute.offline import offline_problem
 from curvature_callbacks.gram.context import Limits
 from curvature_callbacks.gram.memory import GramMemory
 from curvature_callbacks.gram.passes import run_passes
-from curvature_callbacks.gram.result import BlockGrams
 from curvature_callbacks.gram.storage import MemoryBudget, Storage
 from curvature_callbacks.model.loss.fisher_type import FisherType
 from curvature_callbacks.model.objective import Objective
 from tests.cases import CASES, Case
 from tests.gram.capture.rule_cases import assert_exact
-from tests.gram.gram_cases import context_of, model_grams
+from tests.gram.gram_cases import context_of, parameter_grams
 from tests.reference import sample_gradients
 
 
@@ -26,10 +25,6 @@ def equally_long(case: Case, sizes: tuple[int, ...]) -> list[Any]:
     """Microbatches that differ in their rows only."""
     draw = torch.Generator().manual_seed(0)
     return [case.batch(size, 6, draw) for size in sizes]
-
-
-def probe(model: nn.Module, microbatches: list[Any], *, memory: GramMemory | None = None, **options: Any) -> BlockGrams:
-    return model_grams(model, microbatches, memory, structure="parameter", **options)
 
 
 @pytest.fixture
@@ -51,7 +46,7 @@ def sizes_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_the_rest_is_run_together_and_exact(name: str, sizes_run: list[int]):
     case = CASES[name]
     model, microbatches = case.model(), equally_long(case, (2, 1, 3, 1))
-    found = probe(model, microbatches, loss=case.loss)
+    found = parameter_grams(model, microbatches, loss=case.loss)
     assert sizes_run == [2, 5]
     assert found.mode == "factors on device"
     assert_exact(found, sample_gradients(model, microbatches, case.kind), model, 1e-6)
@@ -72,7 +67,7 @@ def test_passes_are_no_larger_than_allowed(sizes_run: list[int]):
     model, microbatches = case.model(), equally_long(case, (2, 2, 2, 2, 2, 2))
     four_rows = Limits(joined_bytes=2 * captured_by(model, microbatches[0], case.loss))
     sizes_run.clear()
-    found = probe(model, microbatches, loss=case.loss, limits=four_rows)
+    found = parameter_grams(model, microbatches, loss=case.loss, limits=four_rows)
     assert sizes_run == [2, 4, 4, 2]
     assert_exact(found, sample_gradients(model, microbatches, case.kind), model, 1e-10)
 
@@ -88,14 +83,14 @@ def test_where_not_all_can_be_kept_microbatches_stay_as_they_are(sizes_run: list
 
 def test_batches_of_other_lengths_stay_apart(sizes_run: list[int]):
     case = CASES["gpt2"]
-    probe(case.model(), case.microbatches((3, 1, 2)), loss=case.loss)
+    parameter_grams(case.model(), case.microbatches((3, 1, 2)), loss=case.loss)
     assert sizes_run == [3, 1, 2]
 
 
 @pytest.mark.parametrize("kind", [FisherType(fisher="sampled"), FisherType(sample_unit="token", num_targets=2)], ids=str)
 def test_types_that_draw_by_microbatch_keep_them(kind: FisherType, sizes_run: list[int]):
     case = CASES["gpt2"]
-    probe(case.model(), equally_long(case, (2, 1, 1)), loss=case.loss, fisher_type=kind)
+    parameter_grams(case.model(), equally_long(case, (2, 1, 1)), loss=case.loss, fisher_type=kind)
     assert sizes_run == [2, 1, 1]
 
 
@@ -104,7 +99,7 @@ def test_a_mean_of_the_batch_is_taken_as_it_came(sizes_run: list[int]):
     case = CASES["mlp"]
     mean = lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1])  # noqa: E731
     model, microbatches = case.model(), equally_long(case, (2, 1, 1))
-    found = probe(model, microbatches, loss=mean)
+    found = parameter_grams(model, microbatches, loss=mean)
     assert sizes_run == [2, 1, 1]
     assert_exact(found, sample_gradients(model, microbatches, case.kind), model, 1e-10)
 
@@ -113,7 +108,7 @@ def test_a_parameter_that_goes_row_by_row_beside_them(sizes_run: list[int]):
     case, memory = CASES["mlp"], GramMemory()
     model, microbatches = case.model(), equally_long(case, (2, 1, 3, 1))
     memory.refused[next(name for name, _ in model.named_parameters())] = "by hand"
-    found = probe(model, microbatches, loss=case.loss, memory=memory)
+    found = parameter_grams(model, microbatches, loss=case.loss, memory=memory)
     assert sizes_run == [2, 5]
     assert list(found.fallback) == list(memory.refused)
     assert_exact(found, sample_gradients(model, microbatches, case.kind), model, 1e-10)
@@ -123,7 +118,7 @@ def test_where_nothing_is_captured_nothing_is_known(sizes_run: list[int]):
     case, memory = CASES["mlp"], GramMemory()
     model, microbatches = case.model(), equally_long(case, (2, 1, 1))
     memory.refused.update(dict.fromkeys(dict(model.named_parameters()), "by hand"))
-    found = probe(model, microbatches, loss=case.loss, memory=memory)
+    found = parameter_grams(model, microbatches, loss=case.loss, memory=memory)
     assert sizes_run == [2, 1, 1]
     assert_exact(found, sample_gradients(model, microbatches, case.kind), model, 1e-10)
 
@@ -132,7 +127,7 @@ def test_kronecker_factors_do_not_depend_on_it():
     case = CASES["mlp"]
     model, microbatches = case.model(), equally_long(case, (2, 1, 3, 1))
     together, apart = (
-        probe(model, microbatches, loss=case.loss, sharing="expand", limits=limits)
+        parameter_grams(model, microbatches, loss=case.loss, sharing="expand", limits=limits)
         for limits in (Limits(), Limits(joined_bytes=0))
     )
     assert list(together.kronecker) == list(apart.kronecker) != []
@@ -168,6 +163,13 @@ def test_once_memory_ran_out_microbatches_stay_small(sizes_run: list[int], monke
     assert sizes_run[-6:] == [1] * 6
 
 
+def test_a_run_whose_memory_ran_out_keeps_its_microbatches(sizes_run: list[int]):
+    case = CASES["mlp"]
+    model, microbatches = case.model(), equally_long(case, (2, 1, 3, 1))
+    parameter_grams(model, microbatches, GramMemory(row_limit=3), loss=case.loss)
+    assert sizes_run == [2, 1, 3, 1]
+
+
 def test_a_tensor_that_only_looks_like_rows_is_found_out():
     """Weights of classes, as many as the microbatch has rows: put together they fit no batch."""
     weights = torch.rand(3, dtype=torch.float64)
@@ -180,4 +182,4 @@ def test_a_tensor_that_only_looks_like_rows_is_found_out():
     model = CASES["mlp"].model()
     batches = [(*CASES["mlp"].batch(3, 0, draw), weights) for _ in range(3)]
     with pytest.raises(RuntimeError, match="size of tensor"):
-        probe(model, batches, loss=loss)
+        parameter_grams(model, batches, loss=loss)

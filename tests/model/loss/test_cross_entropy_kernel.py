@@ -9,12 +9,11 @@ from torch.nn import functional as F
 
 from curvature_callbacks.gram.capture import interception as capture_module
 from curvature_callbacks.gram.capture.interception import Capture
-from curvature_callbacks.gram.memory import GramMemory
 from curvature_callbacks.model.loss import cross_entropy_kernel as module
 from curvature_callbacks.model.loss.cross_entropy_kernel import fused_cross_entropy
 from tests.cases import CASES
 from tests.gram.capture.rule_cases import assert_exact
-from tests.gram.test_certificate import probe
+from tests.gram.gram_cases import parameter_grams
 from tests.reference import sample_gradients
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -172,7 +171,7 @@ def test_capturing_passes_take_it(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(capture_module, "fused_cross_entropy", counting)
     case = CASES["gpt2"]
     model, microbatches = case.model(), case.microbatches((4,))
-    found = probe(model, microbatches, GramMemory(), loss=None)
+    found = parameter_grams(model, microbatches, loss=None)
     assert calls == [(28, 11)]
     assert_exact(found, sample_gradients(model, microbatches, case.kind), model, 1e-6)
 
@@ -188,7 +187,7 @@ def test_a_loss_with_derivatives_of_its_own():
             return losses + slope.square().sum(1)
 
     model, microbatches = CASES["mlp"].model(), CASES["mlp"].microbatches((4,))
-    found = probe(model, microbatches, GramMemory(), loss=loss)
+    found = parameter_grams(model, microbatches, loss=loss)
     rows = [(microbatches[0][0][i : i + 1], microbatches[0][1][i : i + 1]) for i in range(4)]
     parameters = dict(model.named_parameters())
     per_row = [torch.autograd.grad(loss(model, row).sum(), list(parameters.values())) for row in rows]
