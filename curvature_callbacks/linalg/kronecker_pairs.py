@@ -42,14 +42,14 @@ def outer_pairs(factors: KroneckerFactors, k: int, *, corrected: bool = False, l
     if corrected:
         assert factors.corrected is not None
         flat = factors.corrected.flatten()
-        values, places = (part.cpu() for part in flat.topk(min(k, len(flat)), largest=largest))
+        values, positions = (part.cpu() for part in flat.topk(min(k, len(flat)), largest=largest))
         width = max(factors.corrected.shape[1], 1)
-        return KroneckerPairs(eigenvalues=values, outputs=places // width, inputs=places % width)
+        return KroneckerPairs(eigenvalues=values, outputs=positions // width, inputs=positions % width)
     a, g = (factor.eigenvalues if largest else factor.eigenvalues.flip(0) for factor in (factors.A, factors.G))
-    found = _best_first(a[:k].tolist(), g[:k].tolist(), k, sign=-1.0 if largest else 1.0)
-    inputs, outputs = (torch.tensor([item[axis] for item in found], dtype=torch.int64) for axis in (1, 2))
+    outermost = _best_first(a[:k].tolist(), g[:k].tolist(), k, sign=-1.0 if largest else 1.0)
+    inputs, outputs = (torch.tensor([item[axis] for item in outermost], dtype=torch.int64) for axis in (1, 2))
     return KroneckerPairs(
-        eigenvalues=torch.tensor([item[0] for item in found], dtype=torch.float64),
+        eigenvalues=torch.tensor([item[0] for item in outermost], dtype=torch.float64),
         outputs=outputs if largest else len(g) - 1 - outputs,
         inputs=inputs if largest else len(a) - 1 - inputs,
     )
@@ -58,12 +58,12 @@ def outer_pairs(factors: KroneckerFactors, k: int, *, corrected: bool = False, l
 def _best_first(a: list[float], g: list[float], k: int, *, sign: float) -> list[tuple[float, int, int]]:
     """The first k of the products `a_i g_j` with i and j, in the order of `sign` times them; both lists are in it."""
     front = [(sign * a[0] * g[0], 0, 0)] if a and g else []
-    found: list[tuple[float, int, int]] = []
-    while front and len(found) < k:
+    outermost: list[tuple[float, int, int]] = []
+    while front and len(outermost) < k:
         value, i, j = heapq.heappop(front)
-        found.append((sign * value, i, j))
+        outermost.append((sign * value, i, j))
         if j + 1 < len(g):
             heapq.heappush(front, (sign * a[i] * g[j + 1], i, j + 1))
         if j == 0 and i + 1 < len(a):
             heapq.heappush(front, (sign * a[i + 1] * g[0], i + 1, 0))
-    return found
+    return outermost

@@ -76,12 +76,12 @@ def uncovered_parameters(problem: Problem) -> dict[str, str]:
 
     Cost: see `ProbeGrams.operations`.
     """
-    found = {name: _obstacle(name, problem.grams.operations) for name in problem.objective.parameters}
-    return {name: reason for name, reason in found.items() if reason}
+    reasons = {name: _obstacle(name, problem.grams.operations) for name in problem.objective.parameters}
+    return {name: reason for name, reason in reasons.items() if reason}
 
 
 def coverage_of(problem: Problem) -> KFACCoverageReport:
-    """Coverage by tensors, elements and gradient energy; cost: see `uncovered_parameters`."""
+    """Coverage by tensors, elements and gradient energy. Cost: one gradient; and see `uncovered_parameters`."""
     uncovered = uncovered_parameters(problem)
     sizes = {name: float(size) for name, size in problem.objective.sizes.items()}
     total = problem.objective.space.total
@@ -97,7 +97,7 @@ def coverage_of(problem: Problem) -> KFACCoverageReport:
 
 
 def _obstacle(name: str, operations: Mapping[str, list[Operation]]) -> str | None:
-    """Why a parameter is in no layer with Kronecker factors, or None."""
+    """Why a parameter is in no layer with Kronecker factors, or None where it is in one."""
     used = operations.get(name, [])
     if not is_layer_bias(used):
         return factor_obstacle(used)

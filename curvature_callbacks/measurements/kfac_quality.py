@@ -93,8 +93,8 @@ class KFACQuality:
             raise RefusedError("no trainable layer has Kronecker factors: see KFACCoverage for the reasons.")
         named = {_layer_name(layer.weight): layer for layer in layers.values()}
         quality = {name: _quality(layer) for name, layer in named.items()}
-        records = [self._layer(problem, name, layer, quality[name]) for name, layer in named.items()]
-        return [self._whole(problem, named, block_diagonal(quality.values()), records), *records], None
+        records = [self._of_layer(problem, name, layer, quality[name]) for name, layer in named.items()]
+        return [self._model_wide(problem, named, block_diagonal(quality.values()), records), *records], None
 
     @property
     def fisher_type(self) -> FisherType:
@@ -103,11 +103,11 @@ class KFACQuality:
             fisher=self.fisher, sample_unit=self.sample_unit, num_draws=self.num_draws, num_targets=self.num_targets
         )
 
-    def _layer(self, problem: Problem, name: str, layer: LayerKronecker, quality: Approximation) -> Record:
-        found = kronecker_metrics(layer.factors, rank_cut=rank_cut(len(layer.gram), problem.objective.dtype))
+    def _of_layer(self, problem: Problem, name: str, layer: LayerKronecker, quality: Approximation) -> Record:
+        metrics = kronecker_metrics(layer.factors, rank_cut=rank_cut(len(layer.gram), problem.objective.dtype))
         prefixed = {
             metric if metric.startswith(("input_", "output_")) else f"product_{metric}": value
-            for metric, value in found.items()
+            for metric, value in metrics.items()
         }
         return Record(
             step=problem.step,
@@ -121,7 +121,7 @@ class KFACQuality:
             },
         )
 
-    def _whole(
+    def _model_wide(
         self, problem: Problem, layers: Mapping[str, LayerKronecker], quality: Approximation, records: list[Record]
     ) -> Record:
         arrays = {

@@ -61,9 +61,9 @@ class KFACOperator:
         self.corrected = corrected
         first = parameters[self.names[0]]
         self.dtype, self.device = first.dtype, first.device
-        places = _places(self.names, parameters)
-        self.shape = (places[self.names[-1]].stop, places[self.names[-1]].stop)
-        self._layers = [_Layer(layer, places, parameters[layer.weight], corrected=corrected) for layer in chosen]
+        parts = _parts(self.names, parameters)
+        self.shape = (parts[self.names[-1]].stop, parts[self.names[-1]].stop)
+        self._layers = [_Layer(layer, parts, parameters[layer.weight], corrected=corrected) for layer in chosen]
 
     def self_check(self, seed: int) -> SelfCheck:
         """Nothing to check: its products are those of matrices, and nothing is differentiated."""
@@ -108,11 +108,11 @@ class KFACOperator:
 
 @final
 class _Layer:
-    """The factors of one layer and where its parameters stand in a flat vector."""
+    """The factors of one layer and the parts of a flat vector that belong to its parameters."""
 
-    def __init__(self, layer: LayerKronecker, places: Mapping[str, slice], weight: Tensor, *, corrected: bool) -> None:
-        self._weight = places[layer.weight]
-        self._bias = None if layer.bias is None else places[layer.bias]
+    def __init__(self, layer: LayerKronecker, parts: Mapping[str, slice], weight: Tensor, *, corrected: bool) -> None:
+        self._weight = parts[layer.weight]
+        self._bias = None if layer.bias is None else parts[layer.bias]
         self._stored = (weight.shape[0], weight.numel() // weight.shape[0])
         self._transposed = layer.transposed
         d_out, d_in = reversed(self._stored) if layer.transposed else self._stored
@@ -202,12 +202,12 @@ class _KroneckerSearch:
         return [*best, *reversed(smallest), *[_Pair(0.0)] * zeros]
 
     def _outer(self, count: int, *, largest: bool) -> list[_Pair]:
-        found = []
+        outermost = []
         for index, layer in enumerate(self._layers):
             pairs = outer_pairs(layer.factors, count, corrected=layer.corrected, largest=largest)
             listed = zip(*(part.tolist() for part in (pairs.eigenvalues, pairs.outputs, pairs.inputs)), strict=True)
-            found += [_Pair(value, index, output, input) for value, output, input in listed]
-        return sorted(found, key=lambda pair: pair.value, reverse=largest)[:count]
+            outermost += [_Pair(value, index, output, input) for value, output, input in listed]
+        return sorted(outermost, key=lambda pair: pair.value, reverse=largest)[:count]
 
     def _null_vector(self, before: Tensor) -> Tensor:
         """A unit vector (P,) outside the ranges of all layers, orthogonal to the null vectors `before` (n, P)."""
@@ -236,10 +236,10 @@ def _check(layers: list[LayerKronecker], parameters: Mapping[str, Tensor]) -> No
             raise ProbeError(f"the Kronecker factors of `{layer.weight}` are not finite at this probe.")
 
 
-def _places(names: Iterable[str], parameters: Mapping[str, Tensor]) -> dict[str, slice]:
+def _parts(names: Iterable[str], parameters: Mapping[str, Tensor]) -> dict[str, slice]:
     """Name to its part of a flat vector."""
-    found, stop = {}, 0
+    parts, stop = {}, 0
     for name in names:
         start, stop = stop, stop + parameters[name].numel()
-        found[name] = slice(start, stop)
-    return found
+        parts[name] = slice(start, stop)
+    return parts

@@ -8,7 +8,7 @@ from curvature_callbacks.linalg.kronecker import Factor, factor_of_diagonal, fac
 from tests.linalg.kronecker_cases import D, semidefinite
 
 
-def dense(factor: Factor) -> Tensor:
+def as_matrix(factor: Factor) -> Tensor:
     assert factor.basis is not None
     return factor.basis @ torch.diag(factor.eigenvalues) @ factor.basis.T
 
@@ -20,13 +20,13 @@ def test_rows_and_matrix_give_the_eigenpairs_of_the_same_factor(n: int, d: int):
     for found in (factor_of_vectors(rows, scale=0.3), factor_of_matrix(matrix, dtype=D)):
         assert len(found.eigenvalues) == min(n, d)
         assert (found.eigenvalues.diff() <= 0).all()
-        assert torch.allclose(dense(found), matrix)
+        assert torch.allclose(as_matrix(found), matrix)
         assert torch.allclose(found.basis.T @ found.basis, torch.eye(min(n, d), dtype=D), atol=1e-12)
 
 
 def test_rows_are_taken_in_chunks_of_columns():
     rows = torch.randn(4, 23, generator=torch.Generator().manual_seed(0), dtype=D)
-    assert torch.allclose(dense(factor_of_vectors(rows, scale=2.0, chunk=5)), 2 * rows.T @ rows)
+    assert torch.allclose(as_matrix(factor_of_vectors(rows, scale=2.0, chunk=5)), 2 * rows.T @ rows)
 
 
 def test_rows_of_single_precision_keep_an_orthonormal_basis():

@@ -18,7 +18,7 @@ from curvature_callbacks.gram.capture.rules import LINEAR
 from curvature_callbacks.gram.kronecker.factors import kronecker_factors
 from curvature_callbacks.gram.kronecker.positions import MicrobatchUses
 from curvature_callbacks.gram.uses.elementwise import BIAS
-from curvature_callbacks.gram.uses.uses import Lookup, OuterProduct
+from curvature_callbacks.gram.uses.uses import EMBEDDING, Lookup, OuterProduct
 from curvature_callbacks.linalg.kronecker import LayerKronecker
 from curvature_callbacks.measurements.kfac_quality import KFACQuality
 from curvature_callbacks.model.loss.fisher_type import FisherType
@@ -36,11 +36,11 @@ class Mean(nn.Module):
         return x.mean(1)
 
 
-def network() -> nn.Sequential:
+def small_network() -> nn.Sequential:
     return nn.Sequential(nn.Embedding(VOCABULARY, 5), nn.Linear(5, 4), nn.Tanh(), Mean(), nn.Linear(4, CLASSES))
 
 
-def batch() -> tuple[Tensor, Tensor]:
+def random_batch() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(VOCABULARY, (N, T), generator=generator), torch.randint(CLASSES, (N,), generator=generator)
 
@@ -49,7 +49,7 @@ def layers_by_hooks(
     model: nn.Sequential, sharing: Sharing, scale: Mapping[str, float] | None = None
 ) -> dict[str, LayerKronecker]:
     """What `ProbeGrams.kronecker` promises, from the inputs and outputs of modules."""
-    x, y = batch()
+    x, y = random_batch()
     values = [x]
     for module in model:
         values.append(module(values[-1]))
@@ -77,11 +77,11 @@ def problem_with(layers: Mapping[str, LayerKronecker], asked: list[Any] | None =
             asked.append((sharing, kind))
         return layers
 
-    model = in_general_position(network).double()
-    with offline_problem(model, batch(), loss="cross_entropy", params_filter=None) as problem:
+    model = in_general_position(small_network).double()
+    with offline_problem(model, random_batch(), loss="cross_entropy", params_filter=None) as problem:
         problem.grams.kronecker = kronecker
         problem.grams.operations = {
-            name: [Lookup.operation if name[0] == "0" else LINEAR if "weight" in name else BIAS]
+            name: [EMBEDDING if name[0] == "0" else LINEAR if "weight" in name else BIAS]
             for name in problem.objective.parameters
         }
         yield problem
@@ -96,8 +96,8 @@ def records_of(layers: Mapping[str, LayerKronecker], **options: Any) -> dict[str
 
 def dense_matrices(layer: LayerKronecker, members: list[str]) -> tuple[Tensor, Tensor, Tensor]:
     """F, A x G and EKFAC in the order (d_out, d_in [+ 1]) of the factors."""
-    gradients = sample_gradients(in_general_position(network).double(), [batch()], "pair")
-    shapes = {name: p.shape for name, p in network().named_parameters()}
+    gradients = sample_gradients(in_general_position(small_network).double(), [random_batch()], "pair")
+    shapes = {name: p.shape for name, p in small_network().named_parameters()}
     weight = gradients[members[0]].reshape(N, *shapes[members[0]])
     if members[0] == "0.weight":
         weight = weight.mT  # rows of the table are inputs
@@ -124,7 +124,7 @@ def expected_scalars(fisher: Tensor, product: Tensor, ekfac: Tensor) -> dict[str
 
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 def test_records_are_those_of_the_dense_matrices(sharing: Sharing):
-    layers = layers_by_hooks(in_general_position(network).double(), sharing)
+    layers = layers_by_hooks(in_general_position(small_network).double(), sharing)
     records = records_of(layers, sharing=sharing)
     assert set(records) == {None, *LAYERS}
     parts = {name: dense_matrices(layers[members[0]], members) for name, members in LAYERS.items()}
@@ -151,7 +151,7 @@ def test_records_are_those_of_the_dense_matrices(sharing: Sharing):
 
 
 def test_k_eigenvalues_are_kept():
-    layers = layers_by_hooks(in_general_position(network).double(), "expand")
+    layers = layers_by_hooks(in_general_position(small_network).double(), "expand")
     for record in records_of(layers, k=3).values():
         assert {name: len(values) for name, values in record.arrays.items()} == {
             "product_eigenvalues": 3,
@@ -162,7 +162,7 @@ def test_k_eigenvalues_are_kept():
 
 def test_scaling_a_layers_gradients_leaves_its_shape_but_not_its_weight():
     """Cosines and conditions stay; the whole model's cosine becomes that of the layer with all the Fisher."""
-    model = in_general_position(network).double()
+    model = in_general_position(small_network).double()
     plain = records_of(layers_by_hooks(model, "expand"))
     scaled = records_of(layers_by_hooks(model, "expand", {"4": 1e4}))
     for metric in ("kfac_cosine", "relative_error", "ekfac_cosine", "input_condition_number", "output_condition_number"):
@@ -172,7 +172,7 @@ def test_scaling_a_layers_gradients_leaves_its_shape_but_not_its_weight():
 
 
 def test_tags_and_metadata():
-    records = records_of(layers_by_hooks(in_general_position(network).double(), "expand"))
+    records = records_of(layers_by_hooks(in_general_position(small_network).double(), "expand"))
     tags = scalar_tags(records.values())
     m = "kfac_empirical_expand"
     assert {f"curvature/{m}_{x}" for x in ("kfac_cosine", "relative_error", "ekfac_cosine")} <= set(tags)
@@ -203,7 +203,7 @@ def test_tags_and_metadata():
 def test_the_fisher_asked_for_is_the_one_named(options: dict[str, Any], name: str):
     measurement = KFACQuality(**options)
     asked: list[Any] = []
-    with problem_with(layers_by_hooks(in_general_position(network).double(), "expand"), asked) as problem:
+    with problem_with(layers_by_hooks(in_general_position(small_network).double(), "expand"), asked) as problem:
         (first, *_), _ = measurement.measure(problem, None)
     assert first.measurement == measurement.name == name == tag_segment(name)
     ((sharing, kind),) = asked
@@ -214,7 +214,7 @@ def test_the_fisher_asked_for_is_the_one_named(options: dict[str, Any], name: st
 
 
 def test_a_layer_without_gradient_is_nan_and_no_curve():
-    layers = layers_by_hooks(in_general_position(network).double(), "expand", {"4": 0.0})
+    layers = layers_by_hooks(in_general_position(small_network).double(), "expand", {"4": 0.0})
     records = records_of(layers)
     assert math.isnan(records["4"].scalars["kfac_cosine"])
     assert "product_lambda_max" not in records["4"].scalars
@@ -226,7 +226,7 @@ def test_a_layer_without_gradient_is_nan_and_no_curve():
 
 
 def test_a_gradient_that_is_not_finite_is_no_answer():
-    layers = layers_by_hooks(in_general_position(network).double(), "expand")
+    layers = layers_by_hooks(in_general_position(small_network).double(), "expand")
     layers["4.weight"].gram[0, 0] = torch.nan
     with pytest.raises(ProbeError, match=re.escape("`4.weight`")):
         records_of(layers)
@@ -241,7 +241,7 @@ def test_a_model_without_such_layers_is_refused():
     ("name", "block"), [("h.0.attn.weight", "h.0.attn"), ("attn.in_proj_weight", "attn.in_proj_weight"), ("weight", "weight")]
 )
 def test_layers_are_named_by_their_module(name: str, block: str):
-    (first, *_) = layers_by_hooks(in_general_position(network).double(), "expand").values()
+    (first, *_) = layers_by_hooks(in_general_position(small_network).double(), "expand").values()
     layer = replace(first, weight=name, bias=None)
     assert set(records_of({name: layer})) == {None, block}
 

@@ -66,17 +66,19 @@ def elements(layer: LayerKronecker, parameters: Mapping[str, Tensor]) -> list[tu
     return found
 
 
-def whole(layers: list[tuple[LayerKronecker, Tensor]], parameters: Mapping[str, Tensor], names: tuple[str, ...]) -> Tensor:
+def dense_matrix(
+    layers: list[tuple[LayerKronecker, Tensor]], parameters: Mapping[str, Tensor], names: tuple[str, ...]
+) -> Tensor:
     """The dense matrix over `names`, one element after another."""
-    places = {element: p for p, element in enumerate((n, i) for n in names for i in range(parameters[n].numel()))}
-    result = torch.zeros(len(places), len(places), dtype=D)
+    position = {element: p for p, element in enumerate((n, i) for n in names for i in range(parameters[n].numel()))}
+    result = torch.zeros(len(position), len(position), dtype=D)
     for layer, product in layers:
-        index = torch.tensor([places[element] for element in elements(layer, parameters)])
+        index = torch.tensor([position[element] for element in elements(layer, parameters)])
         result[index[:, None], index] = product
     return result
 
 
-def network() -> tuple[list[tuple[LayerKronecker, Tensor]], dict[str, Tensor]]:
+def layers_and_parameters() -> tuple[list[tuple[LayerKronecker, Tensor]], dict[str, Tensor]]:
     """Every layout; in the parameters' order layers are mixed, and two have no factors."""
     layers = [
         layer_of("linear", 3, 5, bias=True),
@@ -101,14 +103,14 @@ def network() -> tuple[list[tuple[LayerKronecker, Tensor]], dict[str, Tensor]]:
 
 
 def built(corrected: bool) -> tuple[KFACOperator, Tensor]:
-    layers, parameters = network()
+    layers, parameters = layers_and_parameters()
     operator = KFACOperator([layer for layer, _ in layers], parameters, corrected=corrected)
     if corrected:
         layers = [(layer, dense_corrected(layer, len(product) // len(layer.factors.G.basis))) for layer, product in layers]
-    return operator, whole(layers, parameters, operator.names)
+    return operator, dense_matrix(layers, parameters, operator.names)
 
 
-def dense(operator: Any) -> Tensor:
+def as_matrix(operator: Any) -> Tensor:
     return operator.matmat(torch.eye(operator.shape[0], dtype=operator.dtype))
 
 
@@ -123,14 +125,14 @@ def test_the_matrix_is_the_dense_one(corrected: bool):
     assert isinstance(operator, Operator)
     assert operator.shape == tuple(matrix.shape)
     assert operator.is_psd
-    assert torch.allclose(dense(operator), matrix, atol=1e-13)
+    assert torch.allclose(as_matrix(operator), matrix, atol=1e-13)
     values = torch.linalg.eigvalsh(matrix)
-    assert torch.allclose(torch.linalg.eigvalsh(dense(operator)), values, atol=1e-12)
+    assert torch.allclose(torch.linalg.eigvalsh(as_matrix(operator)), values, atol=1e-12)
 
 
 def test_uncovered_parameters_are_absent():
     operator, _ = built(False)
-    _, parameters = network()
+    _, parameters = layers_and_parameters()
     assert operator.uncovered == ("norm.weight", "raw")
     assert operator.names == tuple(name for name in parameters if name not in operator.uncovered)
     assert operator.shape[0] == sum(parameters[name].numel() for name in operator.names)
@@ -210,7 +212,7 @@ def test_residuals_tell_a_wrong_basis():
     layer = replace(layer, factors=replace(layer.factors, A=replace(layer.factors.A, basis=bent)))
     operator = KFACOperator([layer], {"w.weight": torch.zeros(3, 4, dtype=D)})
     pairs = operator.eigenpairs(LanczosOptions(k=2, return_eigenvectors=True))
-    true = (dense(operator) @ pairs.eigenvectors - pairs.eigenvectors * pairs.eigenvalues).norm(dim=0)
+    true = (as_matrix(operator) @ pairs.eigenvectors - pairs.eigenvectors * pairs.eigenvalues).norm(dim=0)
     assert torch.allclose(pairs.residuals, true)
     assert not pairs.converged.any()
     assert "did not reach" in pairs.warnings[0]
@@ -232,23 +234,23 @@ def test_a_zero_factor_is_a_zero_block():
     )
     for corrected in (False, True):
         operator = KFACOperator([layer], {"w": torch.ones(3, 4, dtype=D)}, corrected=corrected)
-        assert torch.equal(dense(operator), torch.zeros(12, 12, dtype=D))
+        assert torch.equal(as_matrix(operator), torch.zeros(12, 12, dtype=D))
         pairs = operator.eigenpairs(LanczosOptions(k=3, which="BE", return_eigenvectors=True))
         assert pairs.eigenvalues.tolist() == [0.0, 0.0, 0.0]
         assert torch.allclose(pairs.eigenvectors.T @ pairs.eigenvectors, torch.eye(3, dtype=D), atol=1e-12)
 
 
 def test_a_block_takes_its_layers():
-    layers, parameters = network()
+    layers, parameters = layers_and_parameters()
     block = {name: p for name, p in parameters.items() if name.startswith(("kernel", "norm"))}
     operator = KFACOperator([layer for layer, _ in layers], block)
     assert operator.names == ("kernel.weight", "kernel.bias")
     assert operator.uncovered == ("norm.weight",)
-    assert torch.allclose(dense(operator), whole(layers[3:4], parameters, operator.names), atol=1e-13)
+    assert torch.allclose(as_matrix(operator), dense_matrix(layers[3:4], parameters, operator.names), atol=1e-13)
 
 
 def test_what_cannot_be_measured_is_refused():
-    layers, parameters = network()
+    layers, parameters = layers_and_parameters()
     named = [layer for layer, _ in layers]
     with pytest.raises(RefusedError, match="none of the 1 parameters"):
         KFACOperator(named, {"norm.weight": parameters["norm.weight"]})
@@ -265,11 +267,11 @@ def test_what_cannot_be_measured_is_refused():
 
 
 def test_single_precision_meets_its_own_floor():
-    layers, parameters = network()
+    layers, parameters = layers_and_parameters()
     operator = KFACOperator([layer for layer, _ in layers], {name: p.float() for name, p in parameters.items()})
     exact, _ = built(False)
     assert operator.dtype == torch.float32
-    assert relative_error(dense(operator), dense(exact)) < 1e-6
+    assert relative_error(as_matrix(operator), as_matrix(exact)) < 1e-6
     pairs = operator.eigenpairs(LanczosOptions(k=10, which="BE", tol=1e-5))
     assert pairs.converged.all()
     assert torch.allclose(pairs.eigenvalues, exact.eigenpairs(LanczosOptions(k=10, which="BE")).eigenvalues)

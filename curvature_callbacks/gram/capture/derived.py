@@ -31,7 +31,7 @@ class View:
 
     @property
     def size(self) -> int:
-        """Number of elements."""
+        """Number of elements, the product of `shape`."""
         size = 1
         for length in self.shape:
             size *= length

@@ -86,7 +86,7 @@ class Taps:
             self._unruled.setdefault(name, reason)
 
     def backward(self, total: Tensor, *, again: bool) -> None:
-        """See `Capture.backward`."""
+        """Send the gradient of `total`, 0-d, through the graph and finish what it does not reach; see `Capture.backward`."""
         self._open, self._again = Counter(self._expected), again
         if self._anchors and total.requires_grad:
             torch.autograd.grad(total, self._anchors, allow_unused=True, retain_graph=again)

@@ -1,7 +1,11 @@
 """Rules: which operation makes which use of its parameters.
 
-A rule has the signature of its operation, so that Python binds positional and keyword arguments alike. It returns the taps it
-can vouch for; a tracked parameter left out is spread over the samples or takes the exact fallback row by row.
+A rule has the signature of its operation, after `layout_of` and the operation's output, so that Python binds positional and
+keyword arguments alike. It returns the operands it can vouch for, each with its tap, the weight of a layer before its bias; a
+parameter left out is copied for every sample or takes the exact fallback row by row. The `Operation` in the tap says what K-FAC
+can make of it: nothing, unless it is the weight of a layer (`has_factors`, `transposed`) or a bias (`is_bias`).
+
+To add one, write the function here and its line in `RULES`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +23,7 @@ from curvature_callbacks.gram.capture.norm_rules import NORM_RULES
 from curvature_callbacks.gram.uses.elementwise import BIAS, SCALE, SHIFT, Elementwise
 from curvature_callbacks.gram.uses.operation import Operation
 from curvature_callbacks.gram.uses.sample_axis import Layout, LayoutOf
-from curvature_callbacks.gram.uses.uses import Lookup, OuterProduct, RuleTaps, Tap
+from curvature_callbacks.gram.uses.uses import Lookup, OuterProduct, RuleTaps, Tap, Use
 
 Rule = Callable[..., RuleTaps]
 
@@ -68,16 +72,16 @@ def _matmul(layout_of: LayoutOf, output: Tensor, input: Tensor, other: Tensor) -
 
 @final
 class _Rearranged(Tap):
-    """A matrix product whose output is that of a linear layer with its axes in another order; `rearrange` mends the order."""
+    """A tap of an operation whose output has another shape than the tap expects; `rearrange` mends its gradient."""
 
-    def __init__(self, product: OuterProduct, rearrange: Callable[[Tensor], Tensor]) -> None:
-        self.operation, self.num_samples = product.operation, product.num_samples
-        self._product = product
+    def __init__(self, tap: Tap, rearrange: Callable[[Tensor], Tensor]) -> None:
+        self.operation, self.num_samples = tap.operation, tap.num_samples
+        self._tap = tap
         self._rearrange = rearrange
 
     @override
-    def completed(self, gradient: Tensor) -> OuterProduct:
-        return self._product.completed(self._rearrange(gradient))
+    def completed(self, gradient: Tensor) -> Use:
+        return self._tap.completed(self._rearrange(gradient))
 
 
 def _bilinear(
@@ -184,7 +188,7 @@ def _takes(rule: Rule, num_positional: int, names: frozenset[str]) -> bool:
 
 
 def is_indexing(func: Any) -> bool:
-    """Whether the operation is `tensor[index]`."""
+    """Whether the operation is `tensor[index]`, which picks a part of a parameter."""
     return bool(func is Tensor.__getitem__)
 
 

@@ -63,7 +63,7 @@ class Positions:
     counts: Tensor
 
     def num_live(self) -> Tensor:
-        """(n,) float64, T_i."""
+        """(n,) float64, T_i: positions of each row that have an output gradient."""
         return self.live.sum(1, dtype=torch.float64)
 
     def weighted_inputs(self, sharing: Sharing) -> Tensor:
@@ -125,7 +125,7 @@ def _side_by_side(tensors: Sequence[Tensor], rows: Tensor, device: torch.device)
 
 
 def _step(tensors: Sequence[Tensor], chunk_bytes: int) -> int:
-    """Rows that fit a piece."""
+    """How many rows fit into `chunk_bytes`, at least one."""
     return max(1, chunk_bytes // max(sum(tensor[0].numel() * tensor.element_size() for tensor in tensors), 1))
 
 

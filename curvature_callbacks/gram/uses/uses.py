@@ -6,7 +6,7 @@ completes the tap to a `Use`, which can give the per-sample gradients, all or in
 
 import copy
 from abc import ABC, abstractmethod
-from typing import Self, final
+from typing import Final, Self, final
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from curvature_callbacks.gram.uses.operation import Operation
 from curvature_callbacks.gram.uses.sample_axis import Layout
 
 RuleTaps = list[tuple[Tensor, "Tap"]]  # what a rule returns: operands of its operation, each with the tap it vouches for
+
+
+EMBEDDING: Final = Operation("embedding", has_factors=True, transposed=True)
 
 
 class Tap(ABC):
@@ -154,11 +157,13 @@ class Lookup(Use):
         layout: where the samples are in the indices; or N, with the samples on axis 0.
         indices: (N, ...) indices looked up.
         padding_idx: the index that receives no gradient, if any.
+        operation: what looked the indices up.
     """
 
-    operation = Operation("embedding", has_factors=True, transposed=True)
-
-    def __init__(self, layout: Layout | int, indices: Tensor, padding_idx: int | None) -> None:
+    def __init__(
+        self, layout: Layout | int, indices: Tensor, padding_idx: int | None, *, operation: Operation = EMBEDDING
+    ) -> None:
+        self.operation = operation
         self._layout = layout if isinstance(layout, Layout) else Layout(layout)
         self.num_samples = self._layout.num_samples
         self.indices = self._layout.vectors(indices[..., None])[..., 0]  # (N, T)

@@ -206,7 +206,7 @@ def crossed(m: Any, x: Tensor) -> Tensor:
     return m.layer(x, torch.sin(x)[:, :3, :3], torch.cos(x)[:, :3, :2])[0]
 
 
-def first(m: Any, x: Tensor) -> Tensor:
+def sequence_first(m: Any, x: Tensor) -> Tensor:
     return attend(m, x.transpose(0, 1)).transpose(0, 1)
 
 
@@ -236,12 +236,12 @@ LAYERS = {
     "multihead, packed cross attention": RuleCase(
         body=lambda m, x: m.layer(x[:, :2], x, x)[0], parts=lambda: attention(batch_first=True)
     ),
-    "multihead, positions first": RuleCase(body=first, parts=lambda: attention(batch_first=False)),
+    "multihead, positions first": RuleCase(body=sequence_first, parts=lambda: attention(batch_first=False)),
     "multihead, positions first, bias_kv": RuleCase(
-        body=first, parts=lambda: attention(batch_first=False, add_bias_kv=True), by_row=KEY_VALUE
+        body=sequence_first, parts=lambda: attention(batch_first=False, add_bias_kv=True), by_row=KEY_VALUE
     ),
     "multihead, positions first, as many as rows": RuleCase(
-        body=first, parts=lambda: attention(batch_first=False), shape=(3, 4)
+        body=sequence_first, parts=lambda: attention(batch_first=False), shape=(3, 4)
     ),
     "encoder": RuleCase(body=lambda m, x: m.layer(x), parts=lambda: encoder(True)),
     "encoder, norm first": RuleCase(body=lambda m, x: m.layer(x), parts=lambda: encoder(True, True)),

@@ -53,7 +53,7 @@ def with_ones(data: Data) -> Data:
     return [(torch.cat([a, torch.ones_like(a[..., :1])], -1), b, counts) for a, b, counts in data]
 
 
-def gradients(data: Data) -> Tensor:
+def row_gradients(data: Data) -> Tensor:
     """(S, P) of row-major (d_out, d_in) matrices, one position at a time."""
     found = []
     for a, b, counts in data:
@@ -62,13 +62,13 @@ def gradients(data: Data) -> Tensor:
     return torch.stack(found)
 
 
-def total(data: Data) -> float:
+def normaliser_of(data: Data) -> float:
     return float(sum(counts.sum() for _, _, counts in data))
 
 
-def fisher(data: Data) -> Tensor:
-    g = gradients(data)
-    return dense_fisher(g) * len(g) / total(data)
+def dense_fisher_of(data: Data) -> Tensor:
+    g = row_gradients(data)
+    return dense_fisher(g) * len(g) / normaliser_of(data)
 
 
 def loop_factors(data: Data, sharing: Sharing) -> tuple[Tensor, Tensor]:
@@ -95,10 +95,10 @@ def loop_factors(data: Data, sharing: Sharing) -> tuple[Tensor, Tensor]:
                 A += c * torch.outer(a[i, t], a[i, t])
                 for one in b:
                     G += torch.outer(one[i, t], one[i, t])
-    return A / total(data), G / positions
+    return A / normaliser_of(data), G / positions
 
 
-def dense(factor: Factor) -> Tensor:
+def as_matrix(factor: Factor) -> Tensor:
     assert factor.basis is not None
     basis = factor.basis.double()
     return basis @ torch.diag(factor.eigenvalues) @ basis.T
@@ -113,17 +113,17 @@ def found_of(
     return found
 
 
-def quality(found: KroneckerFactors, data: Data) -> Approximation:
-    g = gradients(data)
-    return approximation(found, g @ g.T, normaliser=total(data))
+def quality_of(found: KroneckerFactors, data: Data) -> Approximation:
+    g = row_gradients(data)
+    return approximation(found, g @ g.T, normaliser=normaliser_of(data))
 
 
 def assert_correct(found: KroneckerFactors, data: Data, sharing: Sharing) -> None:
     """Factors, corrected eigenvalues and quality against dense matrices."""
     A, G = loop_factors(data, sharing)
-    F = fisher(data)
-    assert torch.allclose(dense(found.A), A)
-    assert torch.allclose(dense(found.G), G)
+    F = dense_fisher_of(data)
+    assert torch.allclose(as_matrix(found.A), A)
+    assert torch.allclose(as_matrix(found.G), G)
     assert found.A.basis is not None
     assert found.G.basis is not None
     assert found.corrected is not None
@@ -131,7 +131,7 @@ def assert_correct(found: KroneckerFactors, data: Data, sharing: Sharing) -> Non
     diagonal = torch.stack([u @ F @ u for u in U.T])
     assert torch.allclose(found.corrected.flatten(), diagonal)
     K, E = torch.kron(G, A), U @ torch.diag(diagonal) @ U.T
-    judged = quality(found, data)
+    judged = quality_of(found, data)
     assert judged.kfac_cosine == pytest.approx(float((F * K).sum() / (F.norm() * K.norm())))
     assert judged.kfac_relative_error == pytest.approx(float((F - K).norm() / F.norm()))
     assert judged.ekfac_relative_error == pytest.approx(float((F - E).norm() / F.norm()), abs=1e-7)

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from curvature_callbacks.gram.kronecker.corrected import add_by_gradients, add_by_positions, gradients_are_smaller
 from curvature_callbacks.gram.kronecker.positions import CHUNK_BYTES
-from tests.gram.kronecker.factor_cases import SHARINGS, D, found_of, random_data
-from tests.gram.kronecker.factor_cases import gradients as gradients_by_loops
+from tests.gram.kronecker.factor_cases import SHARINGS, D, found_of, random_data, row_gradients
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)
@@ -22,7 +21,7 @@ def test_squares_are_those_of_the_rotated_gradients(
     data = random_data((size,), passes=2)
     factors = found_of(data, sharing)
     expected = torch.ones(len(factors.G.eigenvalues), len(factors.A.eigenvalues), dtype=D)
-    for g in gradients_by_loops(data).unflatten(1, (3, 4)):
+    for g in row_gradients(data).unflatten(1, (3, 4)):
         expected += (factors.G.basis.T @ g @ factors.A.basis).square()
     (inputs, passes, _) = data[0]
     total = torch.ones_like(expected)

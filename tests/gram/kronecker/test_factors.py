@@ -17,11 +17,11 @@ from tests.gram.kronecker.factor_cases import (
     SHARINGS,
     D,
     Data,
+    as_matrix,
     assert_correct,
-    dense,
-    fisher,
+    dense_fisher_of,
     found_of,
-    quality,
+    quality_of,
     random_data,
     uses_of,
     with_ones,
@@ -74,7 +74,7 @@ def test_inputs_count_once_whatever_the_number_of_passes(sharing: Sharing):
     data[0][1][1][1, 2] = 0.0
     assert_correct(found_of(data, sharing, bias=True), with_ones(data), sharing)
     alone = [(a, [sum(b)], counts) for a, b, counts in data]
-    assert torch.allclose(dense(found_of(data, sharing).A), dense(found_of(alone, sharing).A))
+    assert torch.allclose(as_matrix(found_of(data, sharing).A), as_matrix(found_of(alone, sharing).A))
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)
@@ -84,9 +84,9 @@ def test_draws_of_labels_are_averaged(sharing: Sharing):
     thrice = [(a, b * 3, 3 * counts) for a, b, counts in once]
     one, three = found_of(once, sharing), found_of(thrice, sharing)
     assert_correct(three, thrice, sharing)
-    assert torch.allclose(dense(one.A), dense(three.A))
-    assert torch.allclose(dense(one.G), dense(three.G))
-    assert torch.allclose(fisher(once), fisher(thrice))
+    assert torch.allclose(as_matrix(one.A), as_matrix(three.A))
+    assert torch.allclose(as_matrix(one.G), as_matrix(three.G))
+    assert torch.allclose(dense_fisher_of(once), dense_fisher_of(thrice))
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)
@@ -112,8 +112,8 @@ def test_padding_changes_nothing(sharing: Sharing):
         junk = torch.randn(len(a), 3, a.shape[2], dtype=D, generator=torch.Generator().manual_seed(9))
         padded.append((torch.cat([a, junk], 1), [torch.cat([one, one.new_zeros(len(a), 3, 3)], 1) for one in b], counts))
     one, other = found_of(data, sharing, bias=True), found_of(padded, sharing, bias=True)
-    assert torch.allclose(dense(one.A), dense(other.A))
-    assert torch.allclose(dense(one.G), dense(other.G))
+    assert torch.allclose(as_matrix(one.A), as_matrix(other.A))
+    assert torch.allclose(as_matrix(one.G), as_matrix(other.G))
     assert torch.allclose(one.corrected, other.corrected)
 
 
@@ -121,8 +121,8 @@ def test_expand_and_reduce_agree_for_one_position():
     data = random_data(((5, 1), (3, 1)))
     data[0][1][0][2] = 0.0  # a row without gradient
     one, other = (found_of(data, sharing, bias=True) for sharing in SHARINGS)
-    assert torch.allclose(dense(one.A), dense(other.A))
-    assert torch.allclose(dense(one.G), dense(other.G))
+    assert torch.allclose(as_matrix(one.A), as_matrix(other.A))
+    assert torch.allclose(as_matrix(one.G), as_matrix(other.G))
     assert torch.allclose(one.corrected, other.corrected)
 
 
@@ -130,8 +130,8 @@ def test_expand_and_reduce_agree_for_one_position():
 def test_one_row_with_one_position_is_exact(sharing: Sharing):
     data = random_data(((1, 1),), passes=3)
     found = found_of(data, sharing, bias=True)
-    assert torch.allclose(torch.kron(dense(found.G), dense(found.A)), fisher(with_ones(data)))
-    judged = quality(found, with_ones(data))
+    assert torch.allclose(torch.kron(as_matrix(found.G), as_matrix(found.A)), dense_fisher_of(with_ones(data)))
+    judged = quality_of(found, with_ones(data))
     assert judged.kfac_cosine == pytest.approx(1)
     assert judged.kfac_relative_error < 1e-6
 
@@ -141,9 +141,9 @@ def test_reduce_is_exact_for_one_row_whose_positions_share_a_factor(shared: str)
     (a, (b,), counts) = random_data(((1, 4),))[0]
     b = b + 1.0  # every position has a gradient
     same: Data = [(a[:, :1].expand_as(a), [b], counts) if shared == "inputs" else (a, [b[:, :1].expand_as(b)], counts)]
-    assert quality(found_of(same, "reduce"), same).kfac_relative_error < 1e-6
-    assert quality(found_of(same, "expand"), same).kfac_relative_error > 1e-2
-    assert quality(found_of([(a, [b], counts)], "reduce"), [(a, [b], counts)]).kfac_cosine < 1 - 1e-3
+    assert quality_of(found_of(same, "reduce"), same).kfac_relative_error < 1e-6
+    assert quality_of(found_of(same, "expand"), same).kfac_relative_error > 1e-2
+    assert quality_of(found_of([(a, [b], counts)], "reduce"), [(a, [b], counts)]).kfac_cosine < 1 - 1e-3
 
 
 def test_expand_is_exact_for_independent_positions():
@@ -158,8 +158,8 @@ def test_expand_is_exact_for_independent_positions():
             one[0, t] = direction
             passes.append(one)
     data: Data = [(a, passes, torch.ones(1))]
-    assert quality(found_of(data, "expand"), data).kfac_relative_error < 1e-6
-    assert quality(found_of(data, "reduce"), data).kfac_relative_error > 1e-2
+    assert quality_of(found_of(data, "expand"), data).kfac_relative_error < 1e-6
+    assert quality_of(found_of(data, "reduce"), data).kfac_relative_error > 1e-2
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
@@ -181,8 +181,8 @@ def test_deep_linear_networks_with_squared_loss_are_exact(sharing: Sharing, laye
             oracle.append(torch.cat([g[0], g[1][:, None]], 1).flatten())
     exact = dense_fisher(torch.stack(oracle)) * 2
     found = found_of(data, sharing, bias=True)
-    assert torch.allclose(torch.kron(dense(found.G), dense(found.A)), exact)
-    assert quality(found, with_ones(data)).kfac_cosine == pytest.approx(1)
+    assert torch.allclose(torch.kron(as_matrix(found.G), as_matrix(found.A)), exact)
+    assert quality_of(found, with_ones(data)).kfac_cosine == pytest.approx(1)
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)
@@ -206,8 +206,8 @@ def test_a_microbatch_or_pass_that_does_not_reach_the_weight_adds_zero_gradients
     assert found.corrected is not None
     assert plain.corrected is not None
     assert torch.allclose(found.corrected, plain.corrected * 5 / 10)
-    assert torch.allclose(dense(found.A), dense(plain.A) * 5 / 10)
-    assert torch.allclose(dense(found.G), dense(plain.G))
+    assert torch.allclose(as_matrix(found.A), as_matrix(plain.A) * 5 / 10)
+    assert torch.allclose(as_matrix(found.G), as_matrix(plain.G))
     assert kronecker_factors([missing], bias=False, sharing="expand") is None
 
 

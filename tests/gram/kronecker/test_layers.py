@@ -20,7 +20,7 @@ from tests.reference import dense_fisher, float64_copy, num_targets, row_loss, r
 NAMES = ["mlp", "gpt2", "convnet", "bert_classifier", "reused"]
 
 
-def kronecker(case: Case, sharing: Sharing, kind: FisherType | None = None) -> Mapping[str, LayerKronecker]:
+def layers_of(case: Case, sharing: Sharing, kind: FisherType | None = None) -> Mapping[str, LayerKronecker]:
     with offline_problem(case.model(), case.microbatches(), loss=case.loss, params_filter=None) as problem:
         return problem.grams.kronecker(kind or FisherType(), sharing=sharing)
 
@@ -81,7 +81,7 @@ def by_definition(samples: list[list[tuple[Tensor, Tensor]]], N: int, sharing: S
     return A, sum(torch.outer(b, b) for _, b in used) / len(used)
 
 
-def dense(factor: Factor, size: int = 0) -> Tensor:
+def as_matrix(factor: Factor, size: int = 0) -> Tensor:
     """(d, d); `size` for a diagonal one."""
     basis = torch.eye(size, dtype=torch.float64)[:, factor.axes] if factor.basis is None else factor.basis
     return basis @ torch.diag(factor.eigenvalues) @ basis.T
@@ -91,7 +91,7 @@ def dense(factor: Factor, size: int = 0) -> Tensor:
 @pytest.mark.parametrize("name", NAMES)
 def test_factors_and_quality_of_every_layer(name: str, sharing: Sharing):
     case = CASES[name]
-    found = kronecker(case, sharing)
+    found = layers_of(case, sharing)
     expected = positions_by_hooks(case)
     gradients = sample_gradients(case.model(), case.microbatches(), case.kind)
     N = sum(num_targets(row, case.kind) > 0 for row in rows(case.microbatches()))
@@ -110,8 +110,8 @@ def test_factors_and_quality_of_every_layer(name: str, sharing: Sharing):
         if sharing == "reduce" and ".key." in weight:  # attention does not depend on a shift of all keys: G is rounding
             assert layer.factors.G.eigenvalues.sum() < 1e-12 * fisher.trace()
             continue
-        assert torch.allclose(dense(layer.factors.A, len(A)), A, rtol=0, atol=tol * A.abs().max().item()), weight
-        assert torch.allclose(dense(layer.factors.G), G, rtol=0, atol=tol * G.abs().max().item()), weight
+        assert torch.allclose(as_matrix(layer.factors.A, len(A)), A, rtol=0, atol=tol * A.abs().max().item()), weight
+        assert torch.allclose(as_matrix(layer.factors.G), G, rtol=0, atol=tol * G.abs().max().item()), weight
         judged = approximation(layer.factors, layer.gram, normaliser=layer.normaliser)
         inner = float((fisher * torch.kron(G, A)).sum() / (fisher.norm() * G.norm() * A.norm()))
         assert judged.kfac_cosine == pytest.approx(inner, rel=max(tol, 1e-8)), weight
@@ -120,15 +120,15 @@ def test_factors_and_quality_of_every_layer(name: str, sharing: Sharing):
 
 
 def test_the_layers_are_those_that_have_factors():
-    assert set(kronecker(CASES["convnet"], "expand")) == {"conv1.weight", "layer1.0.conv1.weight", "fc.weight"}
-    gpt2 = kronecker(CASES["gpt2"], "expand")
+    assert set(layers_of(CASES["convnet"], "expand")) == {"conv1.weight", "layer1.0.conv1.weight", "fc.weight"}
+    gpt2 = layers_of(CASES["gpt2"], "expand")
     assert "transformer.wte.weight" not in gpt2
     assert {"transformer.wpe.weight", "transformer.h.1.attn.c_attn.weight"} <= set(gpt2)
     assert gpt2["transformer.h.1.attn.c_attn.weight"].bias == "transformer.h.1.attn.c_attn.bias"
     assert gpt2["transformer.wpe.weight"].bias is None
     assert gpt2["transformer.wpe.weight"].transposed
     assert gpt2["transformer.h.1.attn.c_attn.weight"].transposed
-    assert not kronecker(CASES["mlp"], "expand")["0.weight"].transposed
+    assert not layers_of(CASES["mlp"], "expand")["0.weight"].transposed
 
 
 def exact_gradients(case: Case, names: list[str]) -> tuple[Tensor, int]:
@@ -150,22 +150,22 @@ def exact_gradients(case: Case, names: list[str]) -> tuple[Tensor, int]:
 def test_an_exact_fisher_counts_every_input_once(layer: str):
     case = CASES["mlp"]
     names = [f"{layer}.weight", f"{layer}.bias"]
-    found = kronecker(case, "expand", FisherType(fisher="exact"))[names[0]]
+    found = layers_of(case, "expand", FisherType(fisher="exact"))[names[0]]
     g, N = exact_gradients(case, names)
     fisher = dense_fisher(g) * len(g) / N
     assert found.normaliser == N
     assert torch.allclose(found.gram.norm() / N, fisher.norm())
     basis = torch.kron(found.factors.G.basis, found.factors.A.basis)
     assert torch.allclose(found.factors.corrected.flatten(), torch.stack([u @ fisher @ u for u in basis.T]))
-    plain = kronecker(case, "expand")[names[0]]
-    assert torch.allclose(dense(found.factors.A), dense(plain.factors.A))
+    plain = layers_of(case, "expand")[names[0]]
+    assert torch.allclose(as_matrix(found.factors.A), as_matrix(plain.factors.A))
 
 
 def test_draws_of_a_sampled_fisher_share_their_inputs():
     case = CASES["mlp"]
-    found = kronecker(case, "expand", FisherType(fisher="sampled", num_draws=40))["4.weight"]
-    exact = kronecker(case, "expand", FisherType(fisher="exact"))["4.weight"]
+    found = layers_of(case, "expand", FisherType(fisher="sampled", num_draws=40))["4.weight"]
+    exact = layers_of(case, "expand", FisherType(fisher="exact"))["4.weight"]
     assert found.normaliser == 40 * exact.normaliser
-    assert torch.allclose(dense(found.factors.A), dense(exact.factors.A))
-    difference = dense(found.factors.G) - dense(exact.factors.G)
-    assert difference.norm() < 0.4 * dense(exact.factors.G).norm()
+    assert torch.allclose(as_matrix(found.factors.A), as_matrix(exact.factors.A))
+    difference = as_matrix(found.factors.G) - as_matrix(exact.factors.G)
+    assert difference.norm() < 0.4 * as_matrix(exact.factors.G).norm()

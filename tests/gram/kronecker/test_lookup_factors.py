@@ -10,7 +10,7 @@ from curvature_callbacks.gram.kronecker.factors import kronecker_factors
 from curvature_callbacks.gram.kronecker.positions import MicrobatchUses
 from curvature_callbacks.gram.uses.uses import Lookup
 from curvature_callbacks.model.loss.sharing import Sharing
-from tests.gram.kronecker.factor_cases import SHARINGS, D, Data, dense, fisher, loop_factors, quality
+from tests.gram.kronecker.factor_cases import SHARINGS, D, Data, as_matrix, dense_fisher_of, loop_factors, quality_of
 
 VOCABULARY = 6
 PADDING = 2
@@ -53,13 +53,13 @@ def test_embeddings_are_linear_layers_of_unit_vectors(
     assert torch.allclose(found.A.eigenvalues, A.diagonal()[axes])
     assert set(axes.tolist()) == set(A.diagonal().nonzero()[:, 0].tolist())
     assert sharing == "reduce" or torch.equal(A, torch.diag(A.diagonal()))
-    assert torch.allclose(dense(found.G), G)
-    F, K = fisher(data), torch.kron(G, torch.diag(A.diagonal()))
+    assert torch.allclose(as_matrix(found.G), G)
+    F, K = dense_fisher_of(data), torch.kron(G, torch.diag(A.diagonal()))
     assert found.G.basis is not None
     U = torch.kron(found.G.basis, torch.eye(VOCABULARY, dtype=D)[:, axes])
     assert found.corrected is not None
     assert torch.allclose(found.corrected.flatten(), torch.stack([u @ F @ u for u in U.T]))
-    judged = quality(found, data)
+    judged = quality_of(found, data)
     assert judged.kfac_cosine == pytest.approx(float((F * K).sum() / (F.norm() * K.norm())))
     assert judged.kfac_relative_error == pytest.approx(float((F - K).norm() / F.norm()))
     assert judged.ekfac_relative_error <= judged.kfac_relative_error

@@ -15,7 +15,7 @@ from curvature_callbacks.gram.uses.elementwise import SCALE, Elementwise
 from curvature_callbacks.gram.uses.uses import Dense, Lookup, OuterProduct, Use
 
 
-def draw(*shape: int, seed: int = 0) -> Tensor:
+def random_tensor(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
@@ -36,13 +36,13 @@ def gram_of(
 
 
 def product_use(N: int, T: int, d_in: int, d_out: int, *, transposed: bool = False, seed: int = 0) -> OuterProduct:
-    use = OuterProduct(TRANSPOSED_LINEAR if transposed else LINEAR, N, draw(N, T, d_in, seed=seed))
-    use.complete(draw(N, T, d_out, seed=seed + 1))
+    use = OuterProduct(TRANSPOSED_LINEAR if transposed else LINEAR, N, random_tensor(N, T, d_in, seed=seed))
+    use.complete(random_tensor(N, T, d_out, seed=seed + 1))
     return use
 
 
 def product_gradients(N: int, T: int, d_in: int, d_out: int, *, transposed: bool = False, seed: int = 0) -> Tensor:
-    a, b = draw(N, T, d_in, seed=seed), draw(N, T, d_out, seed=seed + 1)
+    a, b = random_tensor(N, T, d_in, seed=seed), random_tensor(N, T, d_out, seed=seed + 1)
     weights = [sum(torch.outer(b[i, t], a[i, t]) for t in range(T)) for i in range(N)]
     return torch.stack([(weight.T if transposed else weight).flatten() for weight in weights])
 
@@ -63,7 +63,7 @@ def test_both_forms_are_taken_and_agree():
     assert factored is not None
     assert factored_gram(uses, [3], Scratch(), Limits(position_pairs=36)) is not None
     assert factored_gram(uses, [3], Scratch(), fewer) is None
-    placed = [[part(uses[0][0], 0, 30, 20)]]
+    placed = [[part_of(uses[0][0], 0, 30, 20)]]
     assert torch.equal(parameter_gram(placed, [3], Scratch()), factored)
     assert torch.allclose(parameter_gram(placed, [3], Scratch(), limits=fewer), factored)
 
@@ -88,9 +88,9 @@ def test_several_uses_are_added_before_the_product(chunk: int):
     assert torch.allclose(gram_of(uses, [3], (5, 4), chunk=chunk), G @ G.T)
 
 
-def lookup(N: int, T: int, rows: int, d: int, padding: int | None, seed: int = 0) -> tuple[Lookup, Tensor]:
+def lookup_with_gradients(N: int, T: int, rows: int, d: int, padding: int | None, seed: int = 0) -> tuple[Lookup, Tensor]:
     indices = torch.randint(rows, (N, T), generator=torch.Generator().manual_seed(seed))
-    outputs = draw(N, T, d, seed=seed)
+    outputs = random_tensor(N, T, d, seed=seed)
     use = Lookup(N, indices, padding)
     use.complete(outputs)
     G = torch.zeros(N, rows, d, dtype=torch.float64)
@@ -104,14 +104,14 @@ def lookup(N: int, T: int, rows: int, d: int, padding: int | None, seed: int = 0
 @pytest.mark.parametrize("chunk", [1, 1 << 26])
 @pytest.mark.parametrize("padding", [None, 2])
 def test_lookups_scatter(padding: int | None, chunk: int):
-    use, G = lookup(3, 6, 5, 4, padding)
+    use, G = lookup_with_gradients(3, 6, 5, 4, padding)
     assert (use.indices == 2).any()
     assert torch.allclose(gram_of([[use]], [3], (5, 4), chunk=chunk), G @ G.T)
 
 
 @pytest.mark.parametrize("chunk", [1, 1 << 26])
 def test_a_table_tied_to_a_head_adds_both(chunk: int):
-    use, G = lookup(3, 6, 9, 4, None)
+    use, G = lookup_with_gradients(3, 6, 9, 4, None)
     G = G + product_gradients(3, 6, 4, 9, seed=5)
     uses = [[use, product_use(3, 6, 4, 9, seed=5)]]
     assert torch.allclose(gram_of(uses, [3], (9, 4), chunk=chunk), G @ G.T)
@@ -120,7 +120,7 @@ def test_a_table_tied_to_a_head_adds_both(chunk: int):
 
 
 def test_an_elementwise_use_is_reduced_to_the_parameter():
-    factor, gradient = draw(3, 4, 5), draw(3, 4, 5, seed=1)
+    factor, gradient = random_tensor(3, 4, 5), random_tensor(3, 4, 5, seed=1)
     use = Elementwise(SCALE, 3, torch.Size((5,)), lambda: factor).completed(gradient)
     assert torch.allclose(use.slices(1, 4), (factor * gradient).sum(1)[:, 1:4])
 
@@ -132,7 +132,7 @@ def test_a_microbatch_that_does_not_use_the_parameter_gives_zeros():
     assert torch.equal(gram_of([[], []], [2, 3], (4, 3)), torch.zeros(5, 5, dtype=torch.float64))
 
 
-def part(use: Use, start: int, rows: int, columns: int, *, transposed: bool = False) -> Placed:
+def part_of(use: Use, start: int, rows: int, columns: int, *, transposed: bool = False) -> Placed:
     """The use of a matrix within a parameter, or of the transpose of one."""
     shape, layout = (rows, columns), ((rows, 1), (columns, rows)) if transposed else ((rows * columns, 1),)
     return Placed(View("weight", start, layout, shape, False), use)
@@ -142,7 +142,7 @@ def test_uses_of_parts_that_lie_apart_do_not_mix():
     """The experts of a fused weight: each sample's gradient is one vector with a piece for each part."""
     first, second = product_gradients(3, 2, 4, 5), product_gradients(3, 4, 4, 2, seed=20)
     G = torch.cat([first, second], 1)
-    passes = [[part(product_use(3, 4, 4, 2, seed=20), 20, 2, 4), part(product_use(3, 2, 4, 5), 0, 5, 4)]]
+    passes = [[part_of(product_use(3, 4, 4, 2, seed=20), 20, 2, 4), part_of(product_use(3, 2, 4, 5), 0, 5, 4)]]
     found = parameter_gram(passes, [3], Scratch())
     assert torch.allclose(found, G @ G.T)
 
@@ -151,16 +151,19 @@ def test_uses_of_parts_that_overlap_are_added_where_they_do():
     G = torch.zeros(3, 8, 4, dtype=torch.float64)
     G[:, :5] += product_gradients(3, 2, 4, 5).view(3, 5, 4)
     G[:, 3:] += product_gradients(3, 4, 4, 5, seed=20).view(3, 5, 4)
-    passes = [[part(product_use(3, 2, 4, 5), 0, 5, 4), part(product_use(3, 4, 4, 5, seed=20), 12, 5, 4)]]
+    passes = [[part_of(product_use(3, 2, 4, 5), 0, 5, 4), part_of(product_use(3, 4, 4, 5, seed=20), 12, 5, 4)]]
     found = parameter_gram(passes, [3], Scratch())
     assert torch.allclose(found, G.flatten(1) @ G.flatten(1).T)
 
 
 def test_overlaps_that_cannot_be_written_out_have_no_gram():
-    passes = [[part(product_use(3, 2, 4, 5), 0, 5, 4), part(product_use(3, 4, 4, 5, seed=20), 12, 5, 4)]]
+    passes = [[part_of(product_use(3, 2, 4, 5), 0, 5, 4), part_of(product_use(3, 4, 4, 5, seed=20), 12, 5, 4)]]
     assert parameter_gram(passes, [3], Scratch(), limits=Limits(overlap_bytes=3 * 32 * 8 - 1)) is None
     assert parameter_gram(passes, [3], Scratch(), limits=Limits(overlap_bytes=3 * 32 * 8)) is not None
-    mixed = [part(product_use(3, 2, 4, 5), 0, 5, 4, transposed=True), part(product_use(3, 4, 4, 5, seed=20), 12, 5, 4)]
+    mixed = [
+        part_of(product_use(3, 2, 4, 5), 0, 5, 4, transposed=True),
+        part_of(product_use(3, 4, 4, 5, seed=20), 12, 5, 4),
+    ]
     assert parameter_gram([mixed], [3], Scratch()) is None
 
 
@@ -172,7 +175,7 @@ def test_chosen_slices_are_those_of_the_gradient_scaled_up(form: str, chunk: int
     G = product_gradients(*shape)
     uses: list[Use] = [product_use(*shape)]
     if form in ("lookup", "tied"):
-        use, looked_up = lookup(4, 6, 9, 4, 2)
+        use, looked_up = lookup_with_gradients(4, 6, 9, 4, 2)
         uses, G = ([use], looked_up) if form == "lookup" else ([use, *uses], G + looked_up)
     if form == "dense":
         uses = [Dense(SCALE, G.view(4, 9, 4))]
