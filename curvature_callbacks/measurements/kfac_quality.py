@@ -26,7 +26,7 @@ class KFACQuality:
     """How well Kronecker factors stand for the Fisher, layer by layer, by inner products that need nothing P x P.
 
     F is a layer's Fisher block, `(1/Z) sum_s g_s g_s'` over the pseudo-samples of the chosen type; a layer is a weight with its
-    bias. `K = A x G` from inputs and output gradients (`gram.kronecker` has the formulas), `E = U diag(c) U'` EKFAC, the best
+    bias. `K = A x G` from inputs and output gradients (formulas: `gram.kronecker.factors`), `E = U diag(c) U'` EKFAC, the best
     matrix with K's eigenvectors. `<m>` is the measurement's name, `kfac_<fisher>[_token]_<sharing>`.
 
     | tag | meaning | range | high (low) means |

@@ -45,6 +45,11 @@ class MicrobatchUses:
     counts: Tensor
 
 
+def normaliser_of(microbatches: Sequence[MicrobatchUses]) -> float:
+    """Z of the Fisher `(1/Z) sum_s g_s g_s'`: the pseudo-samples of all rows."""
+    return sum(batch.counts.sum().item() for batch in microbatches)
+
+
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Positions:

@@ -49,12 +49,9 @@ def parameter_gram(
     parts = regions(passes, limits)
     if parts is None:
         return None
-    first = parts[0]
-    if chosen is not None and len(parts) == 1 and first.is_parameter:
-        restricted = [[use.restricted(chosen) for use in uses] for uses in first.uses]
-        part = Region(restricted, len(chosen), first.slice_size, True)
-        return _region_gram(part, sizes, scratch, limits) * (first.num_slices / len(chosen))
-    total = _region_gram(first, sizes, scratch, limits)
+    if chosen is not None and len(parts) == 1 and parts[0].is_parameter:
+        return _region_gram(parts[0].restricted(chosen), sizes, scratch, limits) * (parts[0].num_slices / len(chosen))
+    total = _region_gram(parts[0], sizes, scratch, limits)
     for region in parts[1:]:
         total = total + _region_gram(region, sizes, scratch, limits)
     return total
@@ -111,8 +108,7 @@ def _on_present_slices(region: Region) -> Region:
     lookups = [[use for use in uses if isinstance(use, Lookup)] for uses in region.uses]
     present: Tensor = torch.unique(torch.cat([use.present() for uses in lookups for use in uses]))
     present = present[present >= 0]
-    uses = [[use.restricted(present) for use in uses] for uses in lookups]
-    return Region(uses, len(present), region.slice_size, region.is_parameter)
+    return region.restricted(present)
 
 
 def _gradient(uses: Sequence[Sequence[Use]]) -> Tensor:

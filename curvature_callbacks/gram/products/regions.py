@@ -32,6 +32,11 @@ class Region:
     slice_size: int
     is_parameter: bool
 
+    def restricted(self, chosen: Tensor) -> "Region":
+        """The slices `chosen` (sorted indices) of the part."""
+        uses = [[use.restricted(chosen) for use in of_pass] for of_pass in self.uses]
+        return Region(uses, len(chosen), self.slice_size, self.is_parameter)
+
 
 def regions(passes: Sequence[Sequence[Placed]], limits: Limits = LIMITS) -> list[Region] | None:
     """The uses of one parameter by region, so that its Gram is the sum of theirs; None where overlaps are too large.
