@@ -1,4 +1,4 @@
-"""Where the gradients of a spectrum come from: a probe, or the user."""
+"""Spectra of per-sample gradients that the user computed."""
 
 from collections.abc import Mapping, Sequence
 
@@ -32,8 +32,19 @@ def spectra_of_gradients(
             "`precomputed_gradients` are what they are: leave `fisher`, `sample_unit`, `num_draws`, `num_targets`, "
             "`max_params_per_block` and `memory_budget` at their defaults."
         )
+    sizes = _measured_sizes(model, gradients, params_filter)
+    first = gradients[0][next(iter(sizes))] if sizes else torch.zeros(0)
+    blocks = group_blocks(model, list(sizes), structure) if sizes else {}
+    with deterministic_algorithms(first.device, enabled=options.deterministic):
+        given = _as_samples(gradients, blocks, sizes, first.dtype)
+        precomputed = {"fisher": "precomputed", "sample_unit": "precomputed", "dtype": dtype_name(first.dtype)}
+        return fisher_spectra(given, options, settings_of(options) | precomputed)
+
+
+def _measured_sizes(model: nn.Module, gradients: PerSampleGradients, params_filter: ParamsFilter | None) -> dict[str, int]:
+    """Number of elements of each trainable parameter that every sample has a gradient of."""
     trainable = {
-        name: parameter
+        name: parameter.numel()
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and (params_filter is None or params_filter(name, parameter))
     }
@@ -44,23 +55,18 @@ def spectra_of_gradients(
         )
     for number, sample in enumerate(gradients):
         for name in names:
-            if name not in sample or sample[name].numel() != trainable[name].numel():
+            if name not in sample or sample[name].numel() != trainable[name]:
                 raise ConfigurationError(
                     f"`precomputed_gradients` must give every sample the same parameters in their sizes: sample {number} does "
                     f"not for `{name}`."
                 )
-    first = gradients[0][names[0]] if names else torch.zeros(0)
-    blocks = group_blocks(model, names, structure) if names else {}
-    with deterministic_algorithms(first.device, enabled=options.deterministic):
-        given = _as_samples(gradients, blocks, {name: trainable[name].numel() for name in names}, first.dtype)
-        precomputed = {"fisher": "precomputed", "sample_unit": "precomputed", "dtype": dtype_name(first.dtype)}
-        return fisher_spectra(given, options, settings_of(options) | precomputed)
+    return {name: trainable[name] for name in names}
 
 
 def _as_samples(
     gradients: PerSampleGradients, blocks: Mapping[str, Sequence[str]], sizes: Mapping[str, int], dtype: torch.dtype
 ) -> BlockGrams:
-    """Every gradient a row of one target."""
+    """Grams of the gradients, each taken as that of a row with one target."""
     N = len(gradients)
     return BlockGrams(
         grams={block: _gram_of(gradients, members) for block, members in blocks.items()},

@@ -115,7 +115,7 @@ class FisherSpectrum:
         )
 
     def init(self, problem: Problem) -> tuple[str, ...]:
-        """The parameters whose failed certificate has been reported: none. What it proved is kept by the monitor's problems."""
+        """The parameters whose failed certificate has been reported: none yet."""
         return ()
 
     def measure(self, problem: Problem, state: tuple[str, ...]) -> tuple[list[Record], tuple[str, ...]]:
@@ -126,7 +126,7 @@ class FisherSpectrum:
         failed = [name for name in spectra.failed_certificates if name not in state]
         if failed:
             _logger.warning("%s: %s This is said once.", self.name, warning_of(failed))
-        return [self._whole(problem, spectra), *self._blocks(problem, spectra)], (*state, *failed)
+        return [self._model_record(problem, spectra), *self._block_records(problem, spectra)], (*state, *failed)
 
     def _check_clipping(self, norm: float) -> None:
         if not norm > 0:
@@ -136,7 +136,7 @@ class FisherSpectrum:
                 "`max_sample_grad_norm` clips gradients of labels, and an exact Fisher has none: use 'sampled'."
             )
 
-    def _whole(self, problem: Problem, spectra: FisherSpectra) -> Record:
+    def _model_record(self, problem: Problem, spectra: FisherSpectra) -> Record:
         parts = {"full": spectra.full, "block_diagonal": spectra.block_diagonal}
         clipped = {"num_clipped": float(spectra.metadata["num_clipped"])} if self.max_sample_grad_norm is not None else {}
         return Record(
@@ -154,7 +154,7 @@ class FisherSpectrum:
             metadata={**spectra.metadata, "damping": self.damping},
         )
 
-    def _blocks(self, problem: Problem, spectra: FisherSpectra) -> list[Record]:
+    def _block_records(self, problem: Problem, spectra: FisherSpectra) -> list[Record]:
         return [
             Record(
                 step=problem.step,

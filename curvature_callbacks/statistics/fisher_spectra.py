@@ -42,7 +42,7 @@ class SpectrumOptions(Protocol):
 
     @property
     def fisher_type(self) -> FisherType:
-        """Which Fisher: its normaliser."""
+        """Which Fisher, and so by what the sum of outer products is divided."""
         ...
 
     @property
@@ -57,7 +57,7 @@ class SpectrumOptions(Protocol):
 
     @property
     def eigensolve_device(self) -> EigensolveDevice:
-        """Where the eigensolves run."""
+        """Where the eigensolves run; `auto` is where the Grams are."""
         ...
 
 
@@ -91,32 +91,32 @@ class WeightedGradients(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the gradients were computed in."""
+        """The dtype that the gradients were computed in."""
         ...
 
     @property
     def failed_certificates(self) -> tuple[str, ...]:
-        """See `FisherSpectra`."""
+        """Parameters whose fast Gram was proven wrong; see `FisherSpectra`."""
         ...
 
 
 def fisher_spectra(gradients: WeightedGradients, options: SpectrumOptions, metadata: Mapping[str, Any]) -> FisherSpectra:
     """Spectra over the rows with a valid target and finite gradients only; empty ones of fewer than two gradients."""
     usable = _usable_rows(gradients)
-    kept = usable[gradients.samples.cpu()].nonzero()[:, 0]
+    indices = usable[gradients.samples.cpu()].nonzero()[:, 0]
     metadata = {
         **metadata,
         "num_samples_requested": len(usable),
         "num_samples": int(usable.sum()),
-        "num_gradients": len(kept),
+        "num_gradients": len(indices),
         "num_targets": int(gradients.num_targets.cpu()[usable].sum()),
     }
     failed = gradients.failed_certificates
-    if len(kept) < 2:
+    if len(indices) < 2:
         empty = spectrum_of_gram(torch.zeros(0, 0), num_params=0, dtype=gradients.dtype)
         return FisherSpectra(blocks={}, full=empty, block_diagonal=empty, metadata=metadata, failed_certificates=failed)
-    grams = {block: K[kept.to(K.device)][:, kept.to(K.device)] for block, K in gradients.grams.items()}
-    weights = gradients.weights.cpu()[kept]
+    grams = {block: K[indices.to(K.device)][:, indices.to(K.device)] for block, K in gradients.grams.items()}
+    weights = gradients.weights.cpu()[indices]
     if options.max_sample_grad_norm is not None:
         grams, metadata["num_clipped"] = _clipped(grams, weights, options.max_sample_grad_norm)
     solve = partial(
@@ -124,7 +124,7 @@ def fisher_spectra(gradients: WeightedGradients, options: SpectrumOptions, metad
         dtype=gradients.dtype,
         normaliser=options.fisher_type.normaliser(gradients.num_targets.cpu()[usable]),
         weights=weights,
-        samples=gradients.samples.cpu()[kept],
+        samples=gradients.samples.cpu()[indices],
         center=options.center_gradients,
         device=None if options.eigensolve_device == "auto" else torch.device(options.eigensolve_device),
     )
