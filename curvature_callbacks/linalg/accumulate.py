@@ -14,13 +14,13 @@ _CHUNK: Final = 1 << 12  # columns on a CPU: the trace of a 1.3 M weight's Gram 
 
 _BASIS_CHUNK: Final = 1 << 14  # columns of a basis on a CPU: a third faster than 4 k; a Gram's trace adds up more such sums
 
-_ROW_CHUNKS: Final = 1 << 6  # of a dot product at a time: their products stay in the cache
+_CHUNKS_AT_ONCE: Final = 1 << 6  # of a dot product: their products stay in the cache
 
-_ROWS: Final = 32  # least rows of a block of a Gram: below that products mostly lose more speed than symmetry saves ...
+_LEAST_TILE: Final = 32  # vectors of a tile of a Gram: below that products mostly lose more speed than symmetry saves ...
 
-_FEW_ROWS: Final = ((16, 4), (64, 16))  # ... but on a CPU, with fewer rows than the first, blocks of the second save 7 to 30 %
+_SMALL_TILES: Final = ((16, 4), (64, 16))  # ... but on a CPU, of fewer vectors than the first, the second save 7 to 30 %
 
-_LEAST_MIRRORED: Final = 1 << 24  # multiplications of a Gram from which on mirrored blocks pay for their copies
+_LEAST_MIRRORED: Final = 1 << 24  # multiplications of a Gram from which on mirrored tiles pay for their copies
 
 _ACCELERATOR_CHUNK: Final = 1 << 22  # accelerators sum in trees; few launches matter more there (not measured)
 
@@ -28,12 +28,13 @@ _ACCELERATOR_CHUNK: Final = 1 << 22  # accelerators sum in trees; few launches m
 def dot(x: Tensor, y: Tensor) -> Tensor:
     """`x . y` for vectors of equal length, as a 0-d float64 tensor on their device.
 
-    Chunks as the rows of a matrix: a sixth of the time of a product for each (670 k entries), half at 4.5 M.
+    All chunks in one matrix: a sixth of the time of a product for each (670 k entries), half at 4.5 M.
     """
-    step, whole = _step(x), len(x) // _step(x) * _step(x)
-    total = (x[whole:] @ y[whole:]).to(torch.float64)
-    for start in range(0, whole, _ROW_CHUNKS * step):
-        part = slice(start, min(start + _ROW_CHUNKS * step, whole))
+    step = _step(x)
+    stop = len(x) // step * step  # of the chunks that are full
+    total = (x[stop:] @ y[stop:]).to(torch.float64)
+    for start in range(0, stop, _CHUNKS_AT_ONCE * step):
+        part = slice(start, min(start + _CHUNKS_AT_ONCE * step, stop))
         total += torch.linalg.vecdot(x[part].view(-1, step), y[part].view(-1, step)).sum(dtype=torch.float64)
     return total
 
@@ -43,35 +44,35 @@ def norm(x: Tensor) -> Tensor:
     return dot(x, x).sqrt()
 
 
-def gram(rows: Tensor) -> Tensor:
-    """`rows @ rows.T` for `rows` (N, P), as an (N, N) float64 tensor on their device.
+def gram(vectors: Tensor) -> Tensor:
+    """`vectors @ vectors.T` for `vectors` (N, P), as an (N, N) float64 tensor on their device.
 
-    One batched product over the chunks (0.6 to 0.9 of the time of a loop on a CPU); for many rows block row by block row, the
-    blocks below the diagonal mirrored.
+    One batched product over the chunks (0.6 to 0.9 of the time of a loop on a CPU); for many vectors tile by tile, the
+    tiles below the diagonal mirrored.
     """
-    N, P = rows.shape
-    step = _step(rows)
+    N, P = vectors.shape
+    step = _step(vectors)
     if step >= P:
-        return _product(rows).to(torch.float64)
+        return _product(vectors).to(torch.float64)
     num_chunks = P // step
-    total = torch.zeros(N, N, dtype=torch.float64, device=rows.device)
-    chunks = rows[:, : num_chunks * step].reshape(N, num_chunks, step).transpose(0, 1)
+    total = torch.zeros(N, N, dtype=torch.float64, device=vectors.device)
+    chunks = vectors[:, : num_chunks * step].reshape(N, num_chunks, step).transpose(0, 1)
     _add_products(total, chunks)
     if P % step:
-        total += _product(rows[:, num_chunks * step :])
+        total += _product(vectors[:, num_chunks * step :])
     return total
 
 
-def _product(rows: Tensor) -> Tensor:
-    """`rows @ rows.T` in their dtype."""
-    N, P = rows.shape
+def _product(vectors: Tensor) -> Tensor:
+    """`vectors @ vectors.T` for `vectors` (N, P), in their dtype."""
+    N, P = vectors.shape
     if N * N * P < _LEAST_MIRRORED:
-        return rows @ rows.T
-    result = rows.new_empty(N, N)
-    height = _height(rows)
+        return vectors @ vectors.T
+    result = vectors.new_empty(N, N)
+    height = _height(vectors)
     for start in range(0, N, height):
         stop = min(start + height, N)
-        torch.mm(rows[start:stop], rows[start:].T, out=result[start:stop, start:])
+        torch.mm(vectors[start:stop], vectors[start:].T, out=result[start:stop, start:])
         result[stop:, start:stop] = result[start:stop, stop:].T
     return result
 
@@ -82,17 +83,17 @@ def _add_products(total: Tensor, chunks: Tensor) -> None:
     height = _height(chunks[0])
     for start in range(0, N, height):
         stop = min(start + height, N)
-        block = torch.bmm(chunks[:, start:stop], chunks[:, start:].mT).sum(0, dtype=torch.float64)
-        total[start:stop, start:] += block
+        tiles = torch.bmm(chunks[:, start:stop], chunks[:, start:].mT).sum(0, dtype=torch.float64)
+        total[start:stop, start:] += tiles
         if stop < N:
-            total[stop:, start:stop] += block[:, stop - start :].T
+            total[stop:, start:stop] += tiles[:, stop - start :].T
 
 
-def _height(rows: Tensor) -> int:
-    """Rows of a block of their Gram."""
-    N = len(rows)
-    few = [height for below, height in _FEW_ROWS if below > N and rows.device.type == "cpu"]
-    return few[0] if few else max(_ROWS, N // 4)
+def _height(vectors: Tensor) -> int:
+    """How many of the `vectors` (N, P) a tile of their Gram takes."""
+    N = len(vectors)
+    few = [height for below, height in _SMALL_TILES if below > N and vectors.device.type == "cpu"]
+    return few[0] if few else max(_LEAST_TILE, N // 4)
 
 
 def coefficients(basis: Tensor, x: Tensor) -> Tensor:

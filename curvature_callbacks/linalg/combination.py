@@ -6,6 +6,7 @@ from typing import final
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.linalg.operator import Operator
@@ -13,7 +14,7 @@ from curvature_callbacks.space import Space
 
 
 @final
-class LinearCombination:
+class LinearCombination(Operator):
     """`sum_i c_i A_i + shift I` as an operator: differences of curvatures, means, damping.
 
     Its use is a matrix of one's own for `TopEigenpairs` and `compute_spectrum`, made of those of a `Problem`. So what the
@@ -63,27 +64,28 @@ class LinearCombination:
         self._shift = shift
 
     @property
+    @override
     def shape(self) -> tuple[int, int]:
-        """`(P, P)`."""
         return self._parts[0][1].shape
 
     @property
+    @override
     def dtype(self) -> torch.dtype:
-        """Dtype of every part."""
         return self._parts[0][1].dtype
 
     @property
+    @override
     def device(self) -> torch.device:
-        """Device of every part."""
         return self._parts[0][1].device
 
     @property
+    @override
     def is_psd(self) -> bool:
-        """Whether every part is, and no weight and no shift is negative: a difference may be, but nothing says so."""
+        # A difference may be semi-definite as well, but nothing says so.
         return self._shift >= 0 and all(weight >= 0 and operator.is_psd for weight, operator in self._parts)
 
+    @override
     def matmat(self, V: Tensor) -> Tensor:
-        """`sum_i c_i A_i V + shift V` for `V` (P, K)."""
         total = self._shift * V
         for weight, operator in self._parts:
             total.add_(operator.matmat(V), alpha=weight)

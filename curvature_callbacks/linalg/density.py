@@ -1,4 +1,4 @@
-"""Density: what stochastic Lanczos quadrature says about a whole spectrum."""
+"""Density: what stochastic Lanczos quadrature says about all eigenvalues of an operator."""
 
 from dataclasses import dataclass
 from typing import Final, final
@@ -11,7 +11,7 @@ ESTIMATES: Final = ("trace", "frobenius_norm", "negative_mass", "negative_fracti
 @final
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Density:
-    """Estimates over the whole spectrum, each with its standard error over the probes (jackknife).
+    """Estimates over all eigenvalues, each with its standard error over the probes (jackknife).
 
     A standard error is the statistical one; the bias of few steps comes on top (negative mass: at most 0.011 at 40 steps).
 
@@ -58,10 +58,10 @@ class Density:
 
     def metrics(self) -> dict[str, float]:
         """Scalars to log, each with `_standard_error`; the negative ones, as `slq_...`, for indefinite operators only."""
-        found = {}
+        scalars = {}
         for name in ESTIMATES:
             if not (self.is_psd and name.startswith("negative")):
                 tag = f"slq_{name}" if name.startswith("negative") else name
-                found[tag] = getattr(self, name)
-                found[f"{tag}_standard_error"] = getattr(self, f"{name}_standard_error")
-        return found
+                scalars[tag] = getattr(self, name)
+                scalars[f"{tag}_standard_error"] = getattr(self, f"{name}_standard_error")
+        return scalars

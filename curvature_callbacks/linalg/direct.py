@@ -31,7 +31,7 @@ class DirectSearch(Protocol):
 
     @property
     def num_matvecs(self) -> int:
-        """Products spent so far."""
+        """Products with the operator spent so far."""
         ...
 
     def solve(self, ends: Wanted, tol: float) -> tuple[Tensor, Tensor, Tensor]:

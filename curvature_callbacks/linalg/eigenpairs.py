@@ -91,8 +91,8 @@ class Eigenpairs:
         assert self.eigenvectors is not None, "asked of a run that keeps its eigenvectors"
         sizes = self.eigenvalues.abs().clamp_min(self.tol * self.lambda_abs_max)
         weights = 1 / torch.where(sizes > 0, sizes, 1.0)
-        found: Tensor = self.eigenvectors @ (weights / weights.max()).to(self.eigenvectors)
-        return found
+        start: Tensor = self.eigenvectors @ (weights / weights.max()).to(self.eigenvectors)
+        return start
 
     @property
     def _has_upper_end(self) -> bool:

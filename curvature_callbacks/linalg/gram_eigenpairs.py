@@ -95,8 +95,8 @@ class _GramSearch:
         return torch.stack(values), vectors, torch.stack(residuals)
 
     def _value(self, index: int) -> Tensor:
-        """Eigenvalue `index`, 0-d float64."""
-        square: Tensor = self.squares[index : index + 1].sum()  # empty beyond the rank
+        """Eigenvalue `index` of A, 0-d float64; zero beyond the rank."""
+        square: Tensor = self.squares[index : index + 1].sum()  # of none beyond the rank
         return square / self._operator.normaliser
 
     def _pair(self, index: int, value: Tensor, before: Tensor, tol: float) -> tuple[Tensor, Tensor]:

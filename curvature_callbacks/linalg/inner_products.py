@@ -14,7 +14,7 @@ class HasDevice(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Device of its vectors."""
+        """Device that its vectors are on."""
         ...
 
 
@@ -35,7 +35,7 @@ class InnerProducts:
         self.reads_are_free: bool = getattr(self._space, "reads_are_free", self._device.type == "cpu")
 
     def dot(self, x: Tensor, y: Tensor) -> Tensor:
-        """`x . y`, 0-d."""
+        """`x . y` over all processes, as a 0-d tensor."""
         return self._space.total(accumulate.dot(x, y))
 
     def total(self, partial: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ class InnerProducts:
         return self._space.total(partial)
 
     def norm(self, x: Tensor) -> Tensor:
-        """Euclidean norm, 0-d."""
+        """Euclidean norm over all processes, as a 0-d tensor."""
         return self.dot(x, x).sqrt()
 
     def coefficients(self, basis: Tensor, x: Tensor) -> Tensor:

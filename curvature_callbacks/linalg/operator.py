@@ -4,6 +4,7 @@ from typing import Protocol, final, runtime_checkable
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 
 @runtime_checkable
@@ -12,7 +13,7 @@ class Operator(Protocol):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """`(P, P)`."""
+        """`(P, P)`, P the length of the vectors that it takes here."""
         ...
 
     @property
@@ -45,7 +46,7 @@ class JacobianOperator(Operator, Protocol):
 
     @property
     def num_outputs(self) -> int:
-        """S, the rows of J."""
+        """S, the number of outputs that J differentiates."""
         ...
 
     def jvp(self, v: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ class JacobianOperator(Operator, Protocol):
 
 
 @final
-class MatrixOperator:
+class MatrixOperator(Operator):
     """A symmetric matrix as an operator. Cost of one product: `P^2` multiplications.
 
     Args:
@@ -77,23 +78,28 @@ class MatrixOperator:
         if matrix.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"`matrix` must be float32 or float64, got {matrix.dtype}: convert it first.")
         self._matrix = matrix
-        self.is_psd = is_psd
+        self._is_psd = is_psd
 
     @property
+    @override
     def shape(self) -> tuple[int, int]:
-        """`(P, P)`."""
         return self._matrix.shape[0], self._matrix.shape[1]
 
     @property
+    @override
     def dtype(self) -> torch.dtype:
-        """Dtype of the matrix."""
         return self._matrix.dtype
 
     @property
+    @override
     def device(self) -> torch.device:
-        """Device of the matrix."""
         return self._matrix.device
 
+    @property
+    @override
+    def is_psd(self) -> bool:
+        return self._is_psd
+
+    @override
     def matmat(self, V: Tensor) -> Tensor:
-        """`matrix @ V` for `V` (P, K)."""
         return self._matrix @ V

@@ -3,14 +3,14 @@
 import math
 import time
 from dataclasses import dataclass
-from typing import Any, Final, final
+from typing import Final, final
 
 import torch
 from torch import Tensor
 
 from curvature_callbacks.errors import ConfigurationError, check_positive
 from curvature_callbacks.linalg.accumulate import subtract_combination
-from curvature_callbacks.linalg.density import ESTIMATES, Density
+from curvature_callbacks.linalg.density import Density
 from curvature_callbacks.linalg.eigenpairs import NOISE, Eigenpairs
 from curvature_callbacks.linalg.inner_products import InnerProducts
 from curvature_callbacks.linalg.lanczos.krylov import Krylov
@@ -70,31 +70,15 @@ def spectral_density(
         >>> import torch
         >>> from curvature_callbacks.linalg.operator import MatrixOperator
         >>> A = MatrixOperator(3 * torch.eye(50, dtype=torch.float64))
-        >>> found = spectral_density(A, num_probes=2, num_steps=5)
-        >>> round(found.trace, 6), found.num_steps
+        >>> density = spectral_density(A, num_probes=2, num_steps=5)
+        >>> round(density.trace, 6), density.num_steps
         (150.0, 1)
     """
     _check(operator, num_probes, num_steps, num_grid, deflate)
     start = time.perf_counter()
     sampler = _Sampler(operator, num_steps, seed, deflate)
     rules = [sampler.rule() for _ in range(num_probes)]
-    scale = max(rule.nodes.abs().max().item() for rule in rules)
-    grid, width = _grid(rules, num_grid, scale)
-    densities = torch.stack([rule.density(grid, width) for rule in rules])  # (probes, n)
-    return Density(
-        grid=grid,
-        density=densities.mean(0),
-        density_standard_error=densities.std(0) / math.sqrt(num_probes),
-        width=width,
-        **_sums(rules, scale, sampler.dimension, torch.finfo(operator.dtype).eps),
-        lambda_abs_max=scale,
-        num_matvecs=sampler.num_matvecs,
-        num_probes=num_probes,
-        num_steps=sampler.longest,
-        num_deflated=sampler.num_deflated,
-        is_psd=operator.is_psd,
-        seconds=time.perf_counter() - start,
-    )
+    return _density(rules, sampler, operator, num_grid=num_grid, start=start)
 
 
 @final
@@ -136,7 +120,7 @@ class _Sampler:
         self.longest = 0
 
     def rule(self) -> _Rule:
-        """Of the next probe, with the deflated eigenvalues."""
+        """The Gauss rule of the next probe, with the deflated eigenvalues as exact nodes."""
         exact = torch.full_like(self._values, 1 / self.dimension)
         if self._num_steps == 0:
             return _Rule(self._values, exact)
@@ -186,7 +170,7 @@ class _Complement:
         self.is_psd = operator.is_psd
 
     def matmat(self, V: Tensor) -> Tensor:
-        """Column by column."""
+        """`A V` for `V` (P, K) orthogonal to the deflated eigenvectors, one column after the other."""
         product = self._operator.matmat(V).T.contiguous()  # (K, P)
         for v, image in zip(V.T, product, strict=True):
             if self._centre is None:
@@ -207,6 +191,38 @@ def _deflated(operator: Operator, pairs: Eigenpairs | None) -> tuple[Tensor, Ten
     return known.contiguous(), pairs.eigenvalues.cpu().double()[chosen]
 
 
+def _density(rules: list[_Rule], sampler: _Sampler, operator: Operator, *, num_grid: int, start: float) -> Density:
+    """What the probes' rules say together; the clock read `start` before the first of them."""
+    scale = max(rule.nodes.abs().max().item() for rule in rules)
+    grid, width = _grid(rules, num_grid, scale)
+    densities = torch.stack([rule.density(grid, width) for rule in rules])  # (probes, n)
+    estimates, errors = _estimates_with_errors(rules, scale, sampler.dimension, torch.finfo(operator.dtype).eps)
+    trace, frobenius_norm, negative_mass, negative_fraction, effective_rank = zip(estimates, errors, strict=True)
+    return Density(
+        grid=grid,
+        density=densities.mean(0),
+        density_standard_error=densities.std(0) / math.sqrt(len(rules)),
+        width=width,
+        trace=trace[0],
+        trace_standard_error=trace[1],
+        frobenius_norm=frobenius_norm[0],
+        frobenius_norm_standard_error=frobenius_norm[1],
+        negative_mass=negative_mass[0],
+        negative_mass_standard_error=negative_mass[1],
+        negative_fraction=negative_fraction[0],
+        negative_fraction_standard_error=negative_fraction[1],
+        effective_rank=effective_rank[0],
+        effective_rank_standard_error=effective_rank[1],
+        lambda_abs_max=scale,
+        num_matvecs=sampler.num_matvecs,
+        num_probes=len(rules),
+        num_steps=sampler.longest,
+        num_deflated=sampler.num_deflated,
+        is_psd=operator.is_psd,
+        seconds=time.perf_counter() - start,
+    )
+
+
 def _grid(rules: list[_Rule], num_grid: int, scale: float) -> tuple[Tensor, float]:
     """Points (n,) over all nodes and a margin, and the width of a Gaussian."""
     low, high = (float(pick(float(pick(rule.nodes.tolist())) for rule in rules)) for pick in (min, max))
@@ -218,20 +234,25 @@ def _grid(rules: list[_Rule], num_grid: int, scale: float) -> tuple[Tensor, floa
     return grid, _POINTS_PER_WIDTH * spacing
 
 
-def _sums(rules: list[_Rule], scale: float, P: int, eps: float) -> dict[str, Any]:
-    """The estimates and their standard errors by name. Leaving one probe out tells the spread of a ratio as of a mean."""
+def _estimates_with_errors(rules: list[_Rule], scale: float, P: int, eps: float) -> tuple[list[float], list[float]]:
+    """The estimates (5), as `_estimates` orders them, and their standard errors.
+
+    By the jackknife: leaving one probe out tells the spread of a ratio as well as that of a mean.
+    """
     unit = scale if scale > 0 else 1.0
     moments = torch.stack([rule.moments(unit, eps) for rule in rules])  # (n, 6)
     n = len(rules)
-    whole = _estimates(moments.mean(0), unit, P)
+    estimates = _estimates(moments.mean(0), unit, P)
     others = _estimates((moments.sum(0) - moments) / (n - 1), unit, P)  # (n, 5)
     errors = ((n - 1) * others.var(0, correction=0)).sqrt()
-    found = dict(zip(ESTIMATES, whole.tolist(), strict=True))
-    return found | {f"{name}_standard_error": error for name, error in zip(ESTIMATES, errors.tolist(), strict=True)}
+    return estimates.tolist(), errors.tolist()
 
 
 def _estimates(moments: Tensor, unit: float, P: int) -> Tensor:
-    """(..., 5) in the order of `ESTIMATES` from moments (..., 6). Entropy: `log S - sum |x| log |x| / S`, `S = sum |x|`."""
+    """(..., 5) trace, Frobenius norm, negative mass, negative fraction and effective rank, from moments (..., 6).
+
+    The entropy that the rank is the exponential of is `log S - sum |x| log |x| / S` with `S = sum |x|`.
+    """
     mean, square, size, negative, below, logarithm = moments.unbind(-1)
     divisor = torch.where(size > 0, size, 1.0)
     rank = P * size * (-logarithm / divisor).exp()

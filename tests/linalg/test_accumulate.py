@@ -11,29 +11,29 @@ def draw(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_sums_over_chunks_are_whole_sums(size: int):
-    rows = draw(3, size)
-    assert torch.allclose(gram(rows), rows @ rows.T)
-    assert torch.allclose(dot(rows[0], rows[1]), rows[0] @ rows[1])
-    assert torch.allclose(norm(rows[2]), rows[2].norm())
-    assert torch.allclose(coefficients(rows[:2], rows[2]), rows[:2] @ rows[2])
+def test_sums_over_chunks_are_sums_over_all(size: int):
+    vectors = draw(3, size)
+    assert torch.allclose(gram(vectors), vectors @ vectors.T)
+    assert torch.allclose(dot(vectors[0], vectors[1]), vectors[0] @ vectors[1])
+    assert torch.allclose(norm(vectors[2]), vectors[2].norm())
+    assert torch.allclose(coefficients(vectors[:2], vectors[2]), vectors[:2] @ vectors[2])
 
 
-@pytest.mark.parametrize("num_rows", [1, 4, 5, 8, 11, 15, 16, 17, 31, 63, 64, 65, 130])
+@pytest.mark.parametrize("num_vectors", [1, 4, 5, 8, 11, 15, 16, 17, 31, 63, 64, 65, 130])
 @pytest.mark.parametrize("size", [0, 700, 9000])
-def test_blocks_below_the_diagonal_are_those_above(num_rows: int, size: int):
-    rows = draw(num_rows, size)
-    found = gram(rows)
-    assert torch.allclose(found, rows @ rows.T, atol=1e-9)
-    assert torch.equal(found, found.T) or torch.allclose(found, found.T, rtol=1e-14, atol=1e-12)
+def test_tiles_below_the_diagonal_are_those_above(num_vectors: int, size: int):
+    vectors = draw(num_vectors, size)
+    K = gram(vectors)
+    assert torch.allclose(K, vectors @ vectors.T, atol=1e-9)
+    assert torch.equal(K, K.T) or torch.allclose(K, K.T, rtol=1e-14, atol=1e-12)
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_subtract_combination_is_in_place_and_complete(size: int):
-    rows, weights = draw(3, size), torch.tensor([0.5, -2.0], dtype=torch.float64)
-    expected = rows[2] - weights @ rows[:2]
-    subtract_combination(rows[2], rows[:2], weights)
-    assert torch.allclose(rows[2], expected)
+    vectors, weights = draw(3, size), torch.tensor([0.5, -2.0], dtype=torch.float64)
+    expected = vectors[2] - weights @ vectors[:2]
+    subtract_combination(vectors[2], vectors[:2], weights)
+    assert torch.allclose(vectors[2], expected)
 
 
 def test_float32_sums_over_many_parameters_keep_seven_digits():

@@ -1,4 +1,4 @@
-"""Vectors in shards: the same eigenpairs as with whole ones."""
+"""Vectors in shards: the same eigenpairs as where one process holds all of them."""
 
 import threading
 import time
@@ -85,11 +85,11 @@ def on_both(A: Tensor, work: Callable[[int, Shard], Any]) -> list[Any]:
 
 def test_inner_products_add_up_over_the_shards():
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(4, 90, generator=generator, dtype=torch.float64)
-    whole = InnerProducts(MatrixOperator(torch.eye(90, dtype=torch.float64)))
+    vectors = torch.randn(4, 90, generator=generator, dtype=torch.float64)
+    alone = InnerProducts(MatrixOperator(torch.eye(90, dtype=torch.float64)))
 
     def work(rank: int, shard: Shard) -> dict[str, Any]:
-        products, part = InnerProducts(shard), rows[:, PARTS[rank]].contiguous()
+        products, part = InnerProducts(shard), vectors[:, PARTS[rank]].contiguous()
         return {
             "dot": products.dot(part[0], part[1]),
             "norm": products.norm(part[2]),
@@ -98,24 +98,24 @@ def test_inner_products_add_up_over_the_shards():
             "dimension": products.dimension(part.shape[1]),
             "anywhere": (products.anywhere(rank == 1), products.anywhere(False)),
             "average": products.average(10.0 * rank),
-            "whole": products.assembled(part[0]),
-            "own": products.part(rows[0]),
+            "assembled": products.assembled(part[0]),
+            "part": products.part(vectors[0]),
             "random": torch.randn(5, generator=products.random(3)),
         }
 
     first, second = on_both(torch.eye(90, dtype=torch.float64), work)
-    assert first["dimension"] == second["dimension"] == whole.dimension(rows.shape[1]) == 90
+    assert first["dimension"] == second["dimension"] == alone.dimension(vectors.shape[1]) == 90
     assert first["anywhere"] == second["anywhere"] == (True, False)
     assert first["average"] == second["average"] == 5.0
-    assert torch.equal(first["whole"], rows[0])
-    assert torch.equal(second["whole"], rows[0])
-    assert torch.equal(torch.cat([first["own"], second["own"]]), rows[0])
+    assert torch.equal(first["assembled"], vectors[0])
+    assert torch.equal(second["assembled"], vectors[0])
+    assert torch.equal(torch.cat([first["part"], second["part"]]), vectors[0])
     assert not torch.equal(first["random"], second["random"]), "parts of a random vector must not repeat"
     expected = {
-        "dot": whole.dot(rows[0], rows[1]),
-        "norm": whole.norm(rows[2]),
-        "coefficients": whole.coefficients(rows, rows[3]),
-        "gram": whole.gram(rows),
+        "dot": alone.dot(vectors[0], vectors[1]),
+        "norm": alone.norm(vectors[2]),
+        "coefficients": alone.coefficients(vectors, vectors[3]),
+        "gram": alone.gram(vectors),
     }
     for name, value in expected.items():
         assert torch.equal(first[name], second[name])
@@ -123,7 +123,7 @@ def test_inner_products_add_up_over_the_shards():
 
 
 @pytest.mark.parametrize("mode", ["full", "partial", "selective", "off", "thick_restart", "auto"])
-def test_shards_give_the_pairs_of_the_whole(mode: str):
+def test_shards_give_the_pairs_of_one_process(mode: str):
     A = symmetric(VALUES)
     options: dict[str, Any] = {"k": 6, "which": "BE", "tol": 1e-6, "reorth_mode": mode, "max_matvecs": 89}
 
@@ -131,12 +131,12 @@ def test_shards_give_the_pairs_of_the_whole(mode: str):
         return lanczos(shard, **options, seed=rank, return_eigenvectors=True, true_residuals=True)
 
     first, second = on_both(A, work)
-    whole = lanczos(Counted(A), **options)
-    assert whole.converged.all()
+    alone = lanczos(Counted(A), **options)
+    assert alone.converged.all()
     assert torch.equal(first.eigenvalues, second.eigenvalues)
     assert torch.equal(first.residuals, second.residuals)
     assert first.converged.all()
-    assert torch.allclose(first.eigenvalues, whole.eigenvalues, rtol=1e-8)
+    assert torch.allclose(first.eigenvalues, alone.eigenvalues, rtol=1e-8)
     assert torch.allclose(first.eigenvalues, wanted_values(VALUES, 6, "BE"), rtol=1e-8)
     vectors = torch.cat([first.eigenvectors, second.eigenvectors])
     assert (A @ vectors - vectors * first.eigenvalues).norm(dim=0).max() <= 1e-4
@@ -187,12 +187,12 @@ def test_shards_with_different_memory_choose_the_same_mode():
     assert torch.allclose(first.eigenvalues, wanted_values(VALUES, 4, "LA"))
 
 
-def test_true_residuals_are_over_whole_vectors():
+def test_true_residuals_are_over_all_shards():
     A = symmetric(VALUES)
     asked = {"k": 4, "max_matvecs": 12, "tol": 1e-12}
     first, _ = on_both(A, lambda rank, shard: lanczos(shard, **asked, seed=rank, true_residuals=True))
-    whole = lanczos(Counted(A), **asked, return_eigenvectors=True, true_residuals=True)
-    assert torch.allclose(whole.residuals, true_errors(A, whole), rtol=1e-9)
+    alone = lanczos(Counted(A), **asked, return_eigenvectors=True, true_residuals=True)
+    assert torch.allclose(alone.residuals, true_errors(A, alone), rtol=1e-9)
     assert first.residuals.shape == (4,)
     nearest = (first.eigenvalues[:, None] - VALUES).abs().min(1).values
     assert (nearest <= first.residuals * (1 + 1e-9)).all()

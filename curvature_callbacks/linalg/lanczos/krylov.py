@@ -100,7 +100,7 @@ class Krylov:
 
     @property
     def finished(self) -> bool:
-        """Whether the basis is full."""
+        """Whether the basis has no room for another step."""
         return self.size == self.capacity
 
     @property
@@ -110,7 +110,7 @@ class Krylov:
 
     @property
     def eps(self) -> float:
-        """Machine epsilon of the basis."""
+        """Machine epsilon of the basis's dtype."""
         return float(torch.finfo(self.basis.dtype).eps)
 
     def step(self) -> None:

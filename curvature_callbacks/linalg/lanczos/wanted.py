@@ -20,7 +20,7 @@ class Wanted:
 
     @property
     def count(self) -> int:
-        """How many."""
+        """How many eigenvalues are wanted in all."""
         return self.upper + self.lower
 
     def at_most(self, n: int) -> "Wanted":
