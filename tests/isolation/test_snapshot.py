@@ -167,13 +167,13 @@ def test_a_set_keeps_its_order_where_its_copy_has_another() -> None:
     assert list(container) == [first, second]
 
 
-@pytest.mark.parametrize("kind", [list, set, deque, dict.fromkeys])
-def test_refilling_compares_identities(kind: Any) -> None:
+@pytest.mark.parametrize("make", [list, set, deque, dict.fromkeys])
+def test_refilling_compares_identities(make: Any) -> None:
     first, second = torch.zeros(2), torch.zeros(2)
-    container = kind([first])
+    container = make([first])
     refill(container, container.copy())
     assert next(iter(container)) is first
-    refill(container, kind([second]))
+    refill(container, make([second]))
     assert next(iter(container)) is second
     assert len(container) == 1
 

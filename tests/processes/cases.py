@@ -56,12 +56,12 @@ def _small(title: str, wrap: Callable[..., Any]) -> Case:
     return Case(title=title, train=small, arguments=(wrap,), steps=_LOOP, names=names)
 
 
-def _lightning(title: str, kind: str) -> Case:
-    return Case(title=title, train=frameworks.lightning, arguments=(kind,), steps=_FRAMEWORK)
+def _lightning(title: str, strategy: str) -> Case:
+    return Case(title=title, train=frameworks.lightning, arguments=(strategy,), steps=_FRAMEWORK)
 
 
-def _transformers(title: str, kind: str, steps: tuple[int, ...] = _FRAMEWORK) -> Case:
-    return Case(title=title, train=frameworks.transformers, arguments=(kind,), steps=steps)
+def _transformers(title: str, setting: str, steps: tuple[int, ...] = _FRAMEWORK) -> Case:
+    return Case(title=title, train=frameworks.transformers, arguments=(setting,), steps=steps)
 
 
 CASES: dict[str, Case] = {

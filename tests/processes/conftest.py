@@ -6,14 +6,14 @@ from tests.processes.ranks import Ranks
 
 
 @pytest.fixture(scope="session")
-def two() -> Iterator[Ranks]:
+def two_processes() -> Iterator[Ranks]:
     ranks = Ranks(2)
     yield ranks
     ranks.close()
 
 
 @pytest.fixture(scope="session")
-def four() -> Iterator[Ranks]:
+def four_processes() -> Iterator[Ranks]:
     ranks = Ranks(4)
     yield ranks
     ranks.close()

@@ -77,40 +77,40 @@ def lightning(strategy: str, probed: bool, directory: str, size: int) -> tuple[d
     return _left(module, trainer.optimizers, logger.training), list(callback.history)
 
 
-def transformers(kind: str, probed: bool, directory: str, size: int) -> tuple[dict[str, Any], list[Record]]:
+def transformers(setting: str, probed: bool, directory: str, size: int) -> tuple[dict[str, Any], list[Record]]:
     seed_everything()
     AcceleratorState._reset_state(reset_partial_state=True)  # or the wrapping of the run before stays
     os.environ.pop("ACCELERATE_USE_FSDP", None)
     callback = TransformersCallback(**SMALL)
     more: dict[str, Any] = {}
-    if kind == "accumulation":
+    if setting == "accumulation":
         more = {"gradient_accumulation_steps": 2}
     trainer = Trainer(
         model=language_model(n_layer=2),
         args=training_arguments(Path(directory), per_device_train_batch_size=2, **more),
-        train_dataset=Stream(Sentences()) if kind == "stream" else Sentences(),
+        train_dataset=Stream(Sentences()) if setting == "stream" else Sentences(),
         callbacks=[callback] if probed else [],
     )
-    if kind == "fsdp2":
+    if setting == "fsdp2":
         _shard(trainer)
     trainer.train()
-    assert (kind == "fsdp2") == all(isinstance(value, DTensor) for value in trainer.model.parameters())
+    assert (setting == "fsdp2") == all(isinstance(value, DTensor) for value in trainer.model.parameters())
     assert trainer.optimizer is not None
     return _left(trainer.model, [trainer.optimizer], training_rows(trainer.state.log_history)), list(callback.history)
 
 
-def resumed_lightning(directory: str, kind: str) -> list[Record]:
+def resumed_lightning(directory: str, way: str) -> list[Record]:
     """Seven steps, or the last four of them from a checkpoint."""
     seed_everything()
 
     def fit(steps: int, callback: LightningCallback, checkpoint: str | None) -> None:
         trainer = lightning_trainer(directory, [callback], strategy=DDPStrategy(), devices=2, max_steps=steps)
         trainer.fit(Quiet(), loader(Rows(), shuffle=False), ckpt_path=checkpoint)
-        if checkpoint is None and kind == "cut":
+        if checkpoint is None and way == "cut":
             trainer.save_checkpoint(f"{directory}/at_three.ckpt")
 
     callback = LightningCallback(**SMALL)
-    if kind == "whole":
+    if way == "at once":
         fit(7, callback, None)
     else:
         fit(3, LightningCallback(**SMALL), None)
@@ -118,7 +118,7 @@ def resumed_lightning(directory: str, kind: str) -> list[Record]:
     return list(callback.history)
 
 
-def resumed_transformers(directory: str, kind: str) -> list[Record]:
+def resumed_transformers(directory: str, way: str) -> list[Record]:
     """Seven steps, or the last four of them from a checkpoint."""
     AcceleratorState._reset_state(reset_partial_state=True)
     os.environ.pop("ACCELERATE_USE_FSDP", None)
@@ -131,7 +131,7 @@ def resumed_transformers(directory: str, kind: str) -> list[Record]:
         trainer.train(resume_from_checkpoint=checkpoint)
 
     callback = TransformersCallback(**SMALL)
-    if kind == "whole":
+    if way == "at once":
         train(7, callback, None)
     else:
         train(3, TransformersCallback(**SMALL), None)

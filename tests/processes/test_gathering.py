@@ -68,14 +68,14 @@ def measured_in_parts() -> list[Record]:
 
 
 @pytest.mark.slow
-def test_two_processes_measure_what_one_does_with_the_whole_model(two: Ranks) -> None:
-    assert_same_numbers(two)
+def test_two_processes_measure_what_one_does_with_the_whole_model(two_processes: Ranks) -> None:
+    assert_same_numbers(two_processes)
 
 
 @pytest.mark.slow
-def test_three_shards_of_every_parameter_and_an_empty_one(four: Ranks) -> None:
+def test_three_shards_of_every_parameter_and_an_empty_one(four_processes: Ranks) -> None:
     """Biases of two rows over four processes leave some of them without a part."""
-    for found in four(products, "hessian", tiny):
+    for found in four_processes(products, "hessian", tiny):
         assert found["error"] <= 1e-12
 
 
@@ -134,9 +134,11 @@ def measured_labelled(labels_are: str, measure: list[Any], shared: bool) -> list
     [FisherSpectrum(), pytest.param(TopEigenpairs(k=1, which="LA", tol=1e-5, max_matvecs=80), marks=pytest.mark.slow)],
     ids=["gram", "hessian"],
 )
-def test_the_models_own_loss_of_labels_that_tell_one_process_less(labels_are: str, measurement: Any, two: Ranks) -> None:
+def test_the_models_own_loss_of_labels_that_tell_one_process_less(
+    labels_are: str, measurement: Any, two_processes: Ranks
+) -> None:
     expected = {(record.measurement, record.block): record for record in measured_labelled(labels_are, [measurement], False)}
-    for records in two(measured_labelled, labels_are, [measurement], True):
+    for records in two_processes(measured_labelled, labels_are, [measurement], True):
         assert_close(records, expected)
 
 
@@ -151,8 +153,8 @@ def with_a_row_that_is_not_finite() -> list[str]:
         return [str(record.error) for record in monitor.step(0) if record.failed]
 
 
-def test_a_row_of_one_process_that_is_not_finite_fails_on_both(two: Ranks) -> None:
-    for found in two(with_a_row_that_is_not_finite):
+def test_a_row_of_one_process_that_is_not_finite_fails_on_both(two_processes: Ranks) -> None:
+    for found in two_processes(with_a_row_that_is_not_finite):
         assert found == ["ProbeError: process 1: the loss of this probe is nan"]
 
 
@@ -183,9 +185,9 @@ def measured_by_position(shared: bool) -> list[Record]:
         return CurvatureMonitor(model, probes=own, loss="cross_entropy", measure=measure).step(0)
 
 
-def test_rows_of_other_lengths_on_other_processes(two: Ranks) -> None:
+def test_rows_of_other_lengths_on_other_processes(two_processes: Ranks) -> None:
     expected = {(record.measurement, record.block): record for record in measured_by_position(False)}
-    for records in two(measured_by_position, True):
+    for records in two_processes(measured_by_position, True):
         assert_close(records, expected)
 
 
@@ -221,12 +223,12 @@ def products(operator: str, build: Callable[[], nn.Module]) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("operator", ["hessian", "ggn", "empirical_fisher"])
-def test_a_product_is_the_part_of_that_over_all_rows(operator: str, two: Ranks) -> None:
-    found = two(products, operator, tiny)
+def test_a_product_is_the_part_of_that_over_all_rows(operator: str, two_processes: Ranks) -> None:
+    found = two_processes(products, operator, tiny)
     assert max(one["error"] for one in found) <= 1e-12
     assert sum(one["held"] for one in found) == sum(value.numel() for value in tiny().parameters())
     assert max(one["held"] for one in found) < sum(value.numel() for value in tiny().parameters())
 
 
-def test_differences_need_no_whole_parameter_either(two: Ranks) -> None:
-    assert max(one["error"] for one in two(products, "finite_difference_hessian", tiny)) <= 1e-5
+def test_differences_need_no_whole_parameter_either(two_processes: Ranks) -> None:
+    assert max(one["error"] for one in two_processes(products, "finite_difference_hessian", tiny)) <= 1e-5

@@ -87,8 +87,8 @@ def most_gathered(measurement: Any) -> int:
     ],
     ids=["gram", "hessian", "ggn"],
 )
-def test_no_more_than_a_few_layers_are_gathered_at_a_time(measurement: Any, two: Ranks) -> None:
-    for most in two(most_gathered, measurement):
+def test_no_more_than_a_few_layers_are_gathered_at_a_time(measurement: Any, two_processes: Ranks) -> None:
+    for most in two_processes(most_gathered, measurement):
         assert 72 <= most <= 3 * 72
 
 
@@ -201,8 +201,8 @@ def errors_of(name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", IMPOSSIBLE)
-def test_what_cannot_be_done_is_said_on_all_processes(name: str, two: Ranks) -> None:
-    for errors in two(errors_of, name):
+def test_what_cannot_be_done_is_said_on_all_processes(name: str, two_processes: Ranks) -> None:
+    for errors in two_processes(errors_of, name):
         assert len(errors) == len(IMPOSSIBLE[name].messages)
         for message, error in zip(IMPOSSIBLE[name].messages, errors, strict=True):
             assert message in error
@@ -222,7 +222,7 @@ def graphs_kept() -> list[int]:
         return [operator.num_kept, len(problem.objective._on_use.storages)]
 
 
-def test_processes_keep_the_same_graphs_and_forget_what_they_gathered(two: Ranks) -> None:
-    for kept, noted in two(graphs_kept):
+def test_processes_keep_the_same_graphs_and_forget_what_they_gathered(two_processes: Ranks) -> None:
+    for kept, noted in two_processes(graphs_kept):
         assert kept == 0, "one process had no room"
         assert noted <= 40

@@ -102,20 +102,20 @@ BLOCK = ("transformer.h.0.attn.c_attn.weight", "transformer.ln_f.weight")
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, IN_FLOAT32), (torch.float32, ALL_IN_FLOAT32)], ids=["float64", "float32"]
 )
-def test_a_block_over_two_processes(operator: str, dtype: torch.dtype, tolerance: float, two: Ranks) -> None:
-    assert_dense(two, operator, dtype, tolerance, BLOCK)
+def test_a_block_over_two_processes(operator: str, dtype: torch.dtype, tolerance: float, two_processes: Ranks) -> None:
+    assert_dense(two_processes, operator, dtype, tolerance, BLOCK)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("operator", ["hessian", "ggn", "empirical_fisher"])
-def test_all_parameters_over_two_processes(operator: str, two: Ranks) -> None:
-    assert_dense(two, operator, torch.float64, IN_FLOAT32, None)
+def test_all_parameters_over_two_processes(operator: str, two_processes: Ranks) -> None:
+    assert_dense(two_processes, operator, torch.float64, IN_FLOAT32, None)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("operator", ["hessian", "ggn", "empirical_fisher"])
-def test_a_block_over_four_processes(operator: str, four: Ranks) -> None:
-    assert_dense(four, operator, torch.float64, IN_FLOAT32, BLOCK)
+def test_a_block_over_four_processes(operator: str, four_processes: Ranks) -> None:
+    assert_dense(four_processes, operator, torch.float64, IN_FLOAT32, BLOCK)
 
 
 def assert_dense(ranks: Ranks, operator: str, dtype: torch.dtype, tolerance: float, names: tuple[str, ...] | None) -> None:
@@ -123,9 +123,6 @@ def assert_dense(ranks: Ranks, operator: str, dtype: torch.dtype, tolerance: flo
     first, *others = ranks(dense, operator, dtype, names)
     assert all(torch.equal(first, other) for other in others), "the same bits on all"
     assert (first - expected).abs().max() <= tolerance * expected.abs().max()
-
-
-# ---------------------------------------------------------------------------------------------------- what is built on them
 
 
 def eigenpairs_from_the_gram() -> tuple[list[float], list[float]]:
@@ -138,9 +135,9 @@ def eigenpairs_from_the_gram() -> tuple[list[float], list[float]]:
         return pairs.eigenvalues.tolist(), pairs.residuals.tolist()
 
 
-def test_eigenpairs_from_the_gram_of_all_rows(two: Ranks) -> None:
+def test_eigenpairs_from_the_gram_of_all_rows(two_processes: Ranks) -> None:
     expected = torch.linalg.eigvalsh(reference("empirical_fisher", 2, None)).flip(0)[:4]
-    for values, residuals in two(eigenpairs_from_the_gram):
+    for values, residuals in two_processes(eigenpairs_from_the_gram):
         assert torch.allclose(torch.tensor(values, dtype=torch.float64), expected, rtol=IN_FLOAT32)
         assert max(residuals) <= IN_FLOAT32 * expected[0]
 
@@ -155,8 +152,8 @@ def sampled() -> tuple[Tensor, Tensor]:
         return matrix, torch.stack([*grams.values()]).sum(0)
 
 
-def test_labels_are_drawn_for_every_process_and_alike_for_operator_and_gram(two: Ranks) -> None:
-    for matrix, gram in two(sampled):
+def test_labels_are_drawn_for_every_process_and_alike_for_operator_and_gram(two_processes: Ranks) -> None:
+    for matrix, gram in two_processes(sampled):
         count = sum(map(sum, ROWS[:2]))
         values, expected = torch.linalg.eigvalsh(matrix).flip(0)[:count], torch.linalg.eigvalsh(gram).flip(0) / count
         assert torch.allclose(values, expected, rtol=1e-9, atol=1e-12 * expected[0].item())
@@ -170,9 +167,9 @@ def density() -> tuple[float, float, int]:
 
 
 @pytest.mark.slow
-def test_density_and_what_a_process_holds_of_a_basis(two: Ranks) -> None:
+def test_density_and_what_a_process_holds_of_a_basis(two_processes: Ranks) -> None:
     H = reference("hessian", 2, None)
-    for trace, error, held in two(density):
+    for trace, error, held in two_processes(density):
         assert abs(trace - H.trace()) <= 4 * error
         assert held <= -(-len(H) // 2)
 
@@ -186,9 +183,9 @@ def inner_products() -> tuple[float, float]:
         return products.dot(part, part).item(), torch.equal(products.assembled(part), vector)
 
 
-def test_a_vector_lies_in_parts_that_make_it_up(two: Ranks) -> None:
+def test_a_vector_lies_in_parts_that_make_it_up(two_processes: Ranks) -> None:
     size = sum(value.numel() for value in language_model(torch.float64).parameters())
-    for squared, is_whole in two(inner_products):
+    for squared, is_whole in two_processes(inner_products):
         assert squared == (size - 1) * size * (2 * size - 1) / 6
         assert is_whole
 
@@ -203,9 +200,9 @@ def pairs_of_differences() -> tuple[list[float], float, float]:
         return pairs.eigenvalues.tolist(), checked.error, pairs.product_error
 
 
-def test_differences_over_two_processes_say_how_coarse_they_are(two: Ranks) -> None:
+def test_differences_over_two_processes_say_how_coarse_they_are(two_processes: Ranks) -> None:
     values = torch.linalg.eigvalsh(reference("hessian", 2, BLOCK)).flip(0)
-    first, second = two(pairs_of_differences)
+    first, second = two_processes(pairs_of_differences)
     assert first == second, "the same bits on all"
     eigenvalues, checked, along_the_ends = first
     assert eigenvalues == pytest.approx(torch.cat([values[:2], values[-2:]]).tolist(), abs=1e-3 * values[0].item())

@@ -22,23 +22,20 @@ SMOKE = ("loop_ddp", "loop_fsdp2")
 
 
 @pytest.mark.parametrize("name", [pytest.param("loop_ddp", marks=pytest.mark.slow), "loop_fsdp2"])
-def test_training_of_two_processes_is_bit_identical(name: str, two: Ranks, tmp_path: Path) -> None:
-    assert_same_bits(CASES[name], two, tmp_path)
+def test_training_of_two_processes_is_bit_identical(name: str, two_processes: Ranks, tmp_path: Path) -> None:
+    assert_same_bits(CASES[name], two_processes, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CASES if name not in SMOKE])
-def test_every_configuration_of_two_processes_is_bit_identical(name: str, two: Ranks, tmp_path: Path) -> None:
-    assert_same_bits(CASES[name], two, tmp_path)
+def test_every_configuration_of_two_processes_is_bit_identical(name: str, two_processes: Ranks, tmp_path: Path) -> None:
+    assert_same_bits(CASES[name], two_processes, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_every_configuration_of_four_processes_is_bit_identical(name: str, four: Ranks, tmp_path: Path) -> None:
-    assert_same_bits(CASES[name], four, tmp_path)
-
-
-# ------------------------------------------------------------------------------------- the numbers are those of all rows
+def test_every_configuration_of_four_processes_is_bit_identical(name: str, four_processes: Ranks, tmp_path: Path) -> None:
+    assert_same_bits(CASES[name], four_processes, tmp_path)
 
 
 def union(size: int) -> list[Any]:
@@ -66,14 +63,14 @@ def measured_here(wrap: str, size: int) -> list[Record]:
 
 
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
-def test_two_processes_measure_what_one_does_on_all_rows(wrap: str, two: Ranks) -> None:
-    assert_same_numbers(two, wrap)
+def test_two_processes_measure_what_one_does_on_all_rows(wrap: str, two_processes: Ranks) -> None:
+    assert_same_numbers(two_processes, wrap)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
-def test_four_processes_measure_what_one_does_on_all_rows(wrap: str, four: Ranks) -> None:
-    assert_same_numbers(four, wrap)
+def test_four_processes_measure_what_one_does_on_all_rows(wrap: str, four_processes: Ranks) -> None:
+    assert_same_numbers(four_processes, wrap)
 
 
 def assert_same_numbers(ranks: Ranks, wrap: str) -> None:
@@ -105,9 +102,9 @@ def measured_with_own_statistics(shared: bool) -> list[Record]:
     return records
 
 
-def test_running_statistics_are_those_of_the_first_process(two: Ranks) -> None:
+def test_running_statistics_are_those_of_the_first_process(two_processes: Ranks) -> None:
     expected = [record.scalars["trace"] for record in measured_with_own_statistics(False) if record.block is not None]
-    for records in two(measured_with_own_statistics, True):
+    for records in two_processes(measured_with_own_statistics, True):
         assert [record.scalars["trace"] for record in records if record.block is not None] == pytest.approx(expected, rel=1e-5)
 
 
@@ -126,8 +123,8 @@ def edge_after_validation(validates: bool) -> list[float]:
     return [record.scalars["ratio"], record.scalars["learning_rate"], record.metadata["num_params"]]
 
 
-def test_validation_before_a_probe_changes_nothing(two: Ranks) -> None:
-    plain, validated = two(edge_after_validation, False)[0], two(edge_after_validation, True)[0]
+def test_validation_before_a_probe_changes_nothing(two_processes: Ranks) -> None:
+    plain, validated = two_processes(edge_after_validation, False)[0], two_processes(edge_after_validation, True)[0]
     assert validated == pytest.approx(plain, rel=1e-5)
     assert plain[2] == sum(parameter.numel() for parameter in training.Net().parameters())
 
@@ -135,31 +132,31 @@ def test_validation_before_a_probe_changes_nothing(two: Ranks) -> None:
 class Shifted(nn.Module):
     """Adds a buffer to its inputs."""
 
-    def __init__(self, kind: str, value: float) -> None:
+    def __init__(self, buffer: str, value: float) -> None:
         super().__init__()
         self.head = nn.Linear(6, 3)
         shift = torch.full((6,), value)
-        if kind == "made in inference mode":
+        if buffer == "made in inference mode":
             with torch.inference_mode():
                 shift = torch.full((6,), value)
-        elif kind == "expanded":
+        elif buffer == "expanded":
             shift = torch.tensor([value]).expand(6)
-        elif kind in ("int16", "float8_e4m3fn"):
-            shift = shift.to(getattr(torch, kind))
+        elif buffer in ("int16", "float8_e4m3fn"):
+            shift = shift.to(getattr(torch, buffer))
         self.register_buffer("shift", shift)
         self.register_buffer("last", torch.ones(2))  # one more to send after it
-        if kind == "sparse":
+        if buffer == "sparse":
             self.register_buffer("graph", torch.eye(3).to_sparse())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(x + self.shift.to(x.dtype))
 
 
-def measured_with_a_buffer(kind: str, shared: bool) -> tuple[list[float], bool]:
+def measured_with_a_buffer(buffer: str, shared: bool) -> tuple[list[float], bool]:
     """Traces of a model whose buffer differs by process, or (alone) is that of the first; whether it is there as before."""
     world = current_world()
     torch.manual_seed(0)
-    model = Shifted(kind, 1.0 + world.rank)
+    model = Shifted(buffer, 1.0 + world.rank)
     shift, batches = model.shift, union(2)
     own = [batches[world.rank]] if shared else batches
     records = CurvatureMonitor(model, probes=own, loss="cross_entropy", measure=[FisherSpectrum()]).step(0)
@@ -167,11 +164,11 @@ def measured_with_a_buffer(kind: str, shared: bool) -> tuple[list[float], bool]:
     return [record.scalars["trace"] for record in records if record.block is not None], unchanged
 
 
-@pytest.mark.parametrize("kind", ["made in inference mode", "expanded", "int16", "float8_e4m3fn", "sparse"])
-def test_buffers_that_cannot_be_written_to_or_sent_as_they_are(kind: str, two: Ranks) -> None:
-    expected, _ = measured_with_a_buffer(kind, False)
+@pytest.mark.parametrize("buffer", ["made in inference mode", "expanded", "int16", "float8_e4m3fn", "sparse"])
+def test_buffers_that_cannot_be_written_to_or_sent_as_they_are(buffer: str, two_processes: Ranks) -> None:
+    expected, _ = measured_with_a_buffer(buffer, False)
     assert expected
-    for traces, unchanged in two(measured_with_a_buffer, kind, True):
+    for traces, unchanged in two_processes(measured_with_a_buffer, buffer, True):
         assert traces == pytest.approx(expected, rel=1e-5)
         assert unchanged
 
@@ -194,16 +191,18 @@ def with_labels_on_one_process_only(shared: bool) -> list[list[float]]:
     x, y = torch.randn(6, 3, 4, generator=generator), torch.randint(5, (6, 3), generator=generator)
     y[3:] = -100
     own = [(x[:3], y[:3]), (x[3:], y[3:])]
-    measure = [TopEigenpairs(operator=kind, k=3, tol=1e-6, max_matvecs=60) for kind in ("hessian", "ggn", "empirical_fisher")]
+    measure = [
+        TopEigenpairs(operator=operator, k=3, tol=1e-6, max_matvecs=60) for operator in ("hessian", "ggn", "empirical_fisher")
+    ]
     probes = [own[current_world().rank]] if shared else own
     records = CurvatureMonitor(model, probes=probes, loss="cross_entropy", measure=measure).step(0)
     assert not [record.error for record in records if record.failed]
     return [record.arrays["eigenvalues"] for record in records if record.arrays]
 
 
-def test_a_process_without_a_valid_label_counts_for_nothing(two: Ranks) -> None:
+def test_a_process_without_a_valid_label_counts_for_nothing(two_processes: Ranks) -> None:
     expected = torch.tensor(with_labels_on_one_process_only(False))
-    for found in two(with_labels_on_one_process_only, True):
+    for found in two_processes(with_labels_on_one_process_only, True):
         assert torch.allclose(torch.tensor(found), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -225,8 +224,8 @@ def with_a_scalar() -> list[str | None]:
     return [record.error for record in monitor.step(0)]
 
 
-def test_a_parameter_of_no_axis(two: Ranks) -> None:
-    for errors in two(with_a_scalar):
+def test_a_parameter_of_no_axis(two_processes: Ranks) -> None:
+    for errors in two_processes(with_a_scalar):
         assert len(errors) >= 4
         assert not any(errors)
 
@@ -240,29 +239,26 @@ def offloaded() -> str:
     return ""
 
 
-def test_offloaded_parameters_are_refused(two: Ranks) -> None:
-    assert all("`CPUOffloadPolicy`" in message for message in two(offloaded))
+def test_offloaded_parameters_are_refused(two_processes: Ranks) -> None:
+    assert all("`CPUOffloadPolicy`" in message for message in two_processes(offloaded))
 
 
-# ---------------------------------------------------------------------------------------------------- what is refused
-
-
-def refused(kind: str) -> str:
+def refused(sharding: str) -> str:
     """The message of the refusal."""
     model: nn.Module = training.Net()
-    if kind == "FSDP1":
+    if sharding == "FSDP1":
         from torch.distributed.fsdp import FullyShardedDataParallel
 
         model = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
-    elif kind == "tensor parallel":
+    elif sharding == "tensor parallel":
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
         mesh = init_device_mesh("cpu", (current_world().size,))
         model = parallelize_module(model, mesh, {"first": ColwiseParallel()})
-    elif kind == "ZeRO-3":
+    elif sharding == "ZeRO-3":
         model.first.weight.ds_id = 0  # how DeepSpeed marks a parameter that it has partitioned
-    elif kind == "other models":
+    elif sharding == "other models":
         with torch.no_grad():
             model.first.weight += current_world().rank
     monitor = CurvatureMonitor(model, probes=union(1), loss="cross_entropy")
@@ -273,15 +269,15 @@ def refused(kind: str) -> str:
     return ""
 
 
-@pytest.mark.parametrize("kind", ["FSDP1", "tensor parallel", "ZeRO-3"])
-def test_other_ways_of_sharding_are_refused_with_what_is_supported(kind: str, two: Ranks) -> None:
-    for message in two(refused, kind):
-        assert kind.split()[0].lower() in message.lower()
+@pytest.mark.parametrize("sharding", ["FSDP1", "tensor parallel", "ZeRO-3"])
+def test_other_ways_of_sharding_are_refused_with_what_is_supported(sharding: str, two_processes: Ranks) -> None:
+    for message in two_processes(refused, sharding):
+        assert sharding.split()[0].lower() in message.lower()
         assert "DDP and FSDP2" in message
 
 
-def test_processes_that_train_different_models_are_told_so(two: Ranks) -> None:
-    for message in two(refused, "other models"):
+def test_processes_that_train_different_models_are_told_so(two_processes: Ranks) -> None:
+    for message in two_processes(refused, "other models"):
         assert "processes 0 and 1 train different models" in message
         assert "`first.weight`" in message
 
@@ -298,22 +294,21 @@ def shards_in_a_probe() -> tuple[list[int], list[int]]:
     return before, inside
 
 
-def test_sharding_hooks_do_not_run_inside_a_probe(two: Ranks) -> None:
-    for before, inside in two(shards_in_a_probe):
+def test_sharding_hooks_do_not_run_inside_a_probe(two_processes: Ranks) -> None:
+    for before, inside in two_processes(shards_in_a_probe):
         assert sum(before) > 0
         assert sum(inside) == 0
-
-
-# ------------------------------------------------------------------------------------------------------------- resuming
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("framework", "steps"), [("lightning", [3, 6]), ("transformers", [6])])
 def test_a_resumed_run_of_two_processes_measures_as_the_uninterrupted_one(
-    framework: str, steps: list[int], two: Ranks, tmp_path: Path
+    framework: str, steps: list[int], two_processes: Ranks, tmp_path: Path
 ) -> None:
-    whole, resumed = (two(getattr(frameworks, f"resumed_{framework}"), str(tmp_path / kind), kind) for kind in ("whole", "cut"))
-    for alone, again in zip(whole, resumed, strict=True):
+    at_once, resumed = (
+        two_processes(getattr(frameworks, f"resumed_{framework}"), str(tmp_path / way), way) for way in ("at once", "cut")
+    )
+    for alone, again in zip(at_once, resumed, strict=True):
         assert [record.step for record in again if record.measurement == "probe"] == steps
         later = [record for record in alone if record.step in steps]
         assert [(one.measurement, one.block) for one in later] == [(one.measurement, one.block) for one in again]
@@ -347,8 +342,8 @@ def resumed(tensors: tuple[bool, bool], fits: bool) -> list[Record]:
 
 
 @pytest.mark.parametrize("fits", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_vectors_that_one_process_has_not_are_those_of_none(fits: bool, two: Ranks) -> None:
-    some, none = two(resumed, (True, False), fits), two(resumed, (False, False), fits)
+def test_vectors_that_one_process_has_not_are_those_of_none(fits: bool, two_processes: Ranks) -> None:
+    some, none = two_processes(resumed, (True, False), fits), two_processes(resumed, (False, False), fits)
     for records, cold in zip(some, none, strict=True):
         assert not [record.error for record in records if record.failed]
         assert [one.num_matvecs for one in records] == [one.num_matvecs for one in cold]
@@ -377,8 +372,8 @@ def drift_after_a_checkpoint() -> list[float | None]:
     return found
 
 
-def test_the_kernel_of_a_checkpoint_is_of_the_rows_of_all(two: Ranks) -> None:
-    first, second = two(drift_after_a_checkpoint)
+def test_the_kernel_of_a_checkpoint_is_of_the_rows_of_all(two_processes: Ranks) -> None:
+    first, second = two_processes(drift_after_a_checkpoint)
     assert first == second
     before, after = first
     assert before is not None

@@ -15,9 +15,6 @@ from tests.processes.ranks import Ranks
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64]
 
 
-# --------------------------------------------------------------------------------------------------- computing together
-
-
 def computed(length: int, dtype: torch.dtype) -> dict[str, Any]:
     """Every exchange of vectors of that length; entry i of process r's own is `10 r + i`."""
     world = current_world()
@@ -41,16 +38,16 @@ def computed(length: int, dtype: torch.dtype) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("length", [1, 7])
-def test_two_processes(length: int, two: Ranks) -> None:
+def test_two_processes(length: int, two_processes: Ranks) -> None:
     for dtype in DTYPES:
-        assert_computed(two(computed, length, dtype), length, dtype)
+        assert_computed(two_processes(computed, length, dtype), length, dtype)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 2, 4, 9])
-def test_four_processes(length: int, four: Ranks) -> None:
+def test_four_processes(length: int, four_processes: Ranks) -> None:
     for dtype in DTYPES:
-        assert_computed(four(computed, length, dtype), length, dtype)
+        assert_computed(four_processes(computed, length, dtype), length, dtype)
 
 
 def assert_computed(found: list[dict[str, Any]], length: int, dtype: torch.dtype) -> None:
@@ -86,8 +83,6 @@ def test_one_process_keeps_the_same_contract() -> None:
     assert (SINGLE.anywhere(True), SINGLE.average(2.0), SINGLE.seed(3)) == (True, 2.0, 3)
     assert current_world() is SINGLE
 
-
-# ------------------------------------------------------------------------------------------------------ failing together
 
 FAILURES: dict[str, tuple[BaseException, type[Exception]]] = {
     "configuration": (ConfigurationError("of the user's"), ConfigurationError),
@@ -136,18 +131,18 @@ def act(world: Any, failure: str, waiting: str) -> None:
 
 @pytest.mark.parametrize("waiting", WAITING)
 @pytest.mark.parametrize("nested", [False, True], ids=["", "nested"])
-def test_a_failure_is_everybodys_wherever_the_others_wait(waiting: str, nested: bool, two: Ranks) -> None:
-    for kind, message, total in two(failing, "memory", waiting, nested):
-        assert kind == "OutOfMemoryError"
+def test_a_failure_is_everybodys_wherever_the_others_wait(waiting: str, nested: bool, two_processes: Ranks) -> None:
+    for raised, message, total in two_processes(failing, "memory", waiting, nested):
+        assert raised == "OutOfMemoryError"
         assert message == "process 1: CUDA out of memory"
         assert total == 2.0, "the next exchange works"
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-def test_a_failure_is_of_the_same_kind_on_all(failure: str, two: Ranks) -> None:
+def test_a_failure_is_of_the_same_kind_on_all(failure: str, two_processes: Ranks) -> None:
     error, expected = FAILURES[failure]
-    for kind, message, total in two(failing, failure, "total", False):
-        assert kind == expected.__name__
+    for raised, message, total in two_processes(failing, failure, "total", False):
+        assert raised == expected.__name__
         assert message.startswith("process 1: ")
         assert str(error) in message
         assert total == 2.0
@@ -161,8 +156,8 @@ def failing_everywhere() -> str:
         return str(error)
 
 
-def test_what_all_say_is_said_once(two: Ranks) -> None:
-    assert two(failing_everywhere) == ["no derivative"] * 2
+def test_what_all_say_is_said_once(two_processes: Ranks) -> None:
+    assert two_processes(failing_everywhere) == ["no derivative"] * 2
 
 
 def interrupted() -> tuple[str, float]:
@@ -177,19 +172,19 @@ def interrupted() -> tuple[str, float]:
     return "", 0.0
 
 
-def test_an_interrupt_stops_its_process_and_leaves_the_others_to_go_on(two: Ranks) -> None:
-    assert two(interrupted) == [("KeyboardInterrupt", 2.0), ("ProbeError", 2.0)]
+def test_an_interrupt_stops_its_process_and_leaves_the_others_to_go_on(two_processes: Ranks) -> None:
+    assert two_processes(interrupted) == [("KeyboardInterrupt", 2.0), ("ProbeError", 2.0)]
 
 
-def apart(kind: str) -> tuple[str, float]:
+def apart(difference: str) -> tuple[str, float]:
     world = current_world()
     try:
         with world.together():
-            if kind == "shapes":
+            if difference == "shapes":
                 world.total(torch.ones(2 + world.rank))
-            elif kind == "labels":
+            elif difference == "labels":
                 world.total(torch.ones(2), label=str(world.rank))
-            elif kind == "exchanges":
+            elif difference == "exchanges":
                 world.total(torch.ones(2)) if world.rank else world.gathered(1)
             elif world.rank == 0:
                 world.total(torch.ones(2))
@@ -198,8 +193,8 @@ def apart(kind: str) -> tuple[str, float]:
     return "", 0.0
 
 
-@pytest.mark.parametrize("kind", ["shapes", "labels", "exchanges", "one leaves"])
-def test_processes_about_to_do_different_things_are_told_so(kind: str, two: Ranks) -> None:
-    for message, total in two(apart, kind):
+@pytest.mark.parametrize("difference", ["shapes", "labels", "exchanges", "one leaves"])
+def test_processes_about_to_do_different_things_are_told_so(difference: str, two_processes: Ranks) -> None:
+    for message, total in two_processes(apart, difference):
         assert "different paths" in message
         assert total == 2.0

@@ -62,7 +62,7 @@ def hsdp(model: Net) -> nn.Module:
 
 
 def fsdp2_in_bf16(model: Net) -> nn.Module:
-    model.norm = nn.LayerNorm(8)  # the other kind has no bf16 on a CPU
+    model.norm = nn.LayerNorm(8)  # that of batches has no bf16 on a CPU
     return fsdp2(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
 
 
