@@ -1,5 +1,6 @@
 """Rows without a finite gradient in a layout that is not proved yet, and what else a probe may meet only once."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,11 +11,15 @@ from curvature_callbacks.compute.kfac_coverage import compute_kfac_coverage
 from curvature_callbacks.errors import ProbeError
 from curvature_callbacks.gram.memory import GramMemory
 from curvature_callbacks.gram.result import BlockGrams
+from curvature_callbacks.gram.uses.uses import OuterProduct
 from curvature_callbacks.isolation.model import isolated
 from curvature_callbacks.model.loss.fisher_type import FisherType
 from curvature_callbacks.problem.memory import ProbeMemory
 from curvature_callbacks.problem.problem import Problem
 from tests.cases import CASES, in_general_position, mlp
+from tests.gram.capture.rule_cases import RuleCase, assert_exact
+from tests.gram.gram_cases import parameter_grams
+from tests.reference import sample_gradients
 
 
 def grams(model: nn.Module, batch: Any, kind: FisherType, loss: Any, **options: Any) -> BlockGrams:
@@ -77,6 +82,44 @@ def test_gradients_whose_products_overflow_fail_the_probe_and_nothing_after_it()
         assert memory.grams.refused == {}
         scale[0] = 1.0
         assert Problem(model, [(x.float(), x)], loss=loss, memory=memory).grams().fallback == {}
+
+
+def test_a_batch_that_overflows_goes_row_by_row_at_this_probe_only(monkeypatch: pytest.MonkeyPatch):
+    """Gradients of single rows are finite, the rule's product of all rows is not."""
+    model, microbatches, memory = CASES["mlp"].model(), CASES["mlp"].microbatches((4,)), GramMemory()
+    with monkeypatch.context() as patch:
+        original = OuterProduct.factors
+        patch.setattr(OuterProduct, "factors", lambda self: tuple(factor * torch.inf for factor in original(self)))
+        found = parameter_grams(model, microbatches, memory)
+    assert set(found.fallback.values()) == {"not finite in the batch"}
+    assert set(found.fallback) == set(dict(model.named_parameters()))
+    assert found.failed_certificates == ()
+    assert_exact(found, sample_gradients(model, microbatches, "pair"), model, 1e-10)
+    assert memory.refused == {}
+    assert parameter_grams(model, microbatches, memory).fallback == {}
+
+
+def reversed_inside(m: Any, x: Tensor) -> Tensor:
+    return m.inner(x.flip(0)).flip(0)
+
+
+def test_a_bad_row_and_a_wrong_sample_axis_are_both_met():
+    """Rows left out, read sequence-first, then row by row: the finite rows are exact, the others unknown."""
+    case, memory = (
+        RuleCase(body=lambda m, x: m.inner(x.flip(0)).flip(0), parts=lambda: {"inner": nn.Linear(4, 3)}),
+        GramMemory(),
+    )
+    model, ((x, y),) = case.model(stem=True), case.microbatches((4,))
+    x[1] = torch.nan
+    kept = torch.tensor([0, 2, 3])
+    found = parameter_grams(model, [(x, y)], memory)
+    assert set(found.fallback) == set(found.failed_certificates) == {"inner.weight", "inner.bias"}
+    assert memory.positions_first == {"inner.weight", "inner.bias"}
+    for K in found.grams.values():
+        assert K[1].isnan().all()
+        assert K[:, 1].isnan().all()
+    rows = replace(found, grams={block: K[kept][:, kept] for block, K in found.grams.items()})
+    assert_exact(rows, sample_gradients(model, [(x[kept], y[kept])], "pair"), model, 1e-10)
 
 
 def test_coverage_is_the_same_after_a_gram_that_went_row_by_row():
