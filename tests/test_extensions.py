@@ -1,6 +1,6 @@
 """What a user adds without touching the package: a measurement, a sink, a schedule, by classes of their own.
 
-An operator of one's own is in tests/problem.
+An operator of one's own: tests/problem/test_users_operator.py.
 """
 
 from collections.abc import Sequence

@@ -73,8 +73,8 @@ def test_snippet(snippet: str, in_run_directory: Path, capsys: pytest.CaptureFix
 def test_tags_are_those_of_the_docstrings() -> None:
     lightning = pytest.importorskip("curvature_callbacks.lightning")
     eigenvalues = (TopEigenpairs, SpectralDensity, EdgeRatio)
-    kinds = (FisherSpectrum, *eigenvalues, KFACCoverage, KFACQuality, GradientNoise, lightning.CurvatureCallback)
-    documented = "".join(kind.__doc__ or "" for kind in kinds)
+    classes = (FisherSpectrum, *eigenvalues, KFACCoverage, KFACQuality, GradientNoise, lightning.CurvatureCallback)
+    documented = "".join(cls.__doc__ or "" for cls in classes)
     table = re.search(r"## Tags\n(.*?)\n## ", README, flags=re.DOTALL)
     assert table is not None
     of_prose = {"curvature/errors", "curvature/hessian_<metric>"}  # a text, and what the per-block tags stand in for

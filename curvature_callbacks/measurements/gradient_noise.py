@@ -217,6 +217,7 @@ def _model_record(
         scalars={**_defined(values), **averaged, **statistics.norm_quantiles(), **counts},
         headline=_HEADLINE,
         arrays={"norms": statistics.norms.tolist()},
+        charts={},
         metadata={**metadata, "absent": {name: reasons[name] for name, value in values.items() if value is None}},
     )
 

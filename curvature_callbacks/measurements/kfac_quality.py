@@ -119,6 +119,7 @@ class KFACQuality:
                 "product_eigenvalues": outer_pairs(layer.factors, self.k).eigenvalues.tolist(),
                 "corrected_eigenvalues": outer_pairs(layer.factors, self.k, corrected=True).eigenvalues.tolist(),
             },
+            charts={},  # the largest few are no spectrum
         )
 
     def _model_wide(
@@ -138,6 +139,7 @@ class KFACQuality:
             scalars=scalars,
             headline=_HEADLINE,
             arrays=arrays,
+            charts={},
             metadata=self._metadata(problem, layers),
         )
 

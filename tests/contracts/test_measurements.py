@@ -84,6 +84,13 @@ class TestMeasurement:
             assert all(type(value) is float for values in record.arrays.values() for value in values)
             assert Record.from_json(record.to_json()).to_json() == record.to_json()
 
+    def test_what_is_drawn_is_said(self, measurement: Any) -> None:
+        for record in measured(measurement)[0]:
+            assert record.block is None or record.curves is not None
+            assert not record.arrays or record.charts is not None
+            assert set(record.curves or ()) <= set(record.scalars)
+            assert set(record.charts or ()) <= set(record.arrays)
+
     def test_eigenvalues_descend(self, measurement: Any) -> None:
         for record in measured(measurement)[0]:
             for name, values in record.arrays.items():

@@ -10,6 +10,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from curvature_callbacks import JSONLinesSink, MemorySink, Record, Sink
+from curvature_callbacks.sinks.loggers import LOGGERS
 from curvature_callbacks.sinks.tensorboard import TensorBoardSink
 
 
@@ -31,6 +32,7 @@ def record(**changes: Any) -> Record:
 
 
 WILD = {"condition_number": math.inf, "lambda_max": math.nan, "trace": -math.inf, "effective_rank": -1.0, "rank": math.nan}
+SPECTRUM = {"a": [2.0, 1.0]}
 PROBES: dict[str, list[Record]] = {
     "none": [],
     "empty": [record()],
@@ -38,6 +40,11 @@ PROBES: dict[str, list[Record]] = {
     "non-finite": [record(block="b", scalars=WILD, arrays={"eigenvalues": [math.nan, -math.inf]}), record(scalars=WILD)],
     "infinite spectrum": [record(arrays={"eigenvalues": [math.inf, 1.0]}), record(arrays={"eigenvalues": [math.inf] * 2})],
     "zeros": [record(block="b", scalars=dict.fromkeys(WILD, 0.0), arrays={"eigenvalues": [0.0, 0.0]})],
+    "charts": [record(block="b", scalars={"x": 1.0}, curves=("x", "absent"), arrays=SPECTRUM, charts={"a": "histogram"})],
+    "charts without arrays": [
+        record(charts={"a": "histogram", "b": "density"}),
+        record(arrays=SPECTRUM, charts={"a": "density"}),
+    ],
     "one eigenvalue": [record(block="b", scalars={"trace": 1.0}, arrays={"eigenvalues": [1.0]})],
     "empty spectrum": [record(block="b", arrays={"eigenvalues": []})],
     "extremes": [record(block="b", scalars={"trace": 5e-324, "lambda_max": 1e308}, arrays={"eigenvalues": [1e308, 5e-324]})],
@@ -47,6 +54,11 @@ PROBES: dict[str, list[Record]] = {
     "metadata": [record(metadata={"uncovered": {"a.b": "why"}, "list": [1, None], "error": math.inf})],
     "several steps": [record(step=1, scalars={"x": 1.0}), record(step=1, block="c", scalars={"trace": 1.0})],
 }
+
+
+def test_the_sink_of_every_logger_is_here(tmp_path: Path) -> None:
+    made = {type(make()) for make in sinks(tmp_path).values()}
+    assert {logger.sink for logger in LOGGERS.values()} <= made
 
 
 class TestSink:
