@@ -52,11 +52,11 @@ class KFACCoverage:
 
     @property
     def name(self) -> str:
-        """`kfac_coverage`."""
+        """`kfac_coverage`, how its tags begin."""
         return "kfac_coverage"
 
     def init(self, problem: Problem) -> None:
-        """No state."""
+        """None: nothing is carried from probe to probe."""
 
     def measure(self, problem: Problem, state: None) -> tuple[list[Record], None]:
         """One record for the whole model."""

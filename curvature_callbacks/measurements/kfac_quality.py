@@ -77,12 +77,12 @@ class KFACQuality:
 
     @property
     def name(self) -> str:
-        """`kfac_<fisher>[_token]_<sharing>`."""
+        """`kfac_<fisher>[_token]_<sharing>`, how its tags begin."""
         unit = "_token" if self.sample_unit == "token" else ""
         return f"kfac_{self.fisher}{unit}_{self.sharing}"
 
     def init(self, problem: Problem) -> None:
-        """No state."""
+        """None: nothing is carried from probe to probe."""
 
     def measure(self, problem: Problem, state: None) -> tuple[list[Record], None]:
         """One record for the whole model and one a layer."""
