@@ -156,13 +156,15 @@ def view_of(name: str, tensor: Tensor, parameter: Tensor) -> View | None:
 
 
 def in_memory_order(view: View, tap: Tap, value: Tensor) -> tuple[View, Tap]:
-    """View and tap, a transposed matrix turned round so that all uses of a matrix list its elements in one order."""
-    if isinstance(tap, OuterProduct) and value.ndim == 2 and value.stride(0) == 1 and value.stride(1) == value.shape[0]:
-        rows, columns = value.shape
-        if rows > 1 and columns > 1:
-            turned = View(view.name, view.start, ((rows * columns, 1),), (columns, rows), view.is_parameter)
-            return turned, tap.transposed()
-    return view, tap
+    """View and tap, a transposed part turned round so that all uses of it list its elements in one order.
+
+    The parameter itself stays as it is, however its own memory is laid out: its slices are counted along its first axis.
+    """
+    by_columns = value.ndim == 2 and value.stride(0) == 1 and value.stride(1) == value.shape[0] and min(value.shape) > 1
+    if view.is_parameter or not isinstance(tap, OuterProduct) or not by_columns:
+        return view, tap
+    rows, columns = value.shape
+    return View(view.name, view.start, ((rows * columns, 1),), (columns, rows), False), tap.transposed()
 
 
 def leaf_names(graph: Tensor, leaves: Mapping[str, Tensor]) -> list[str]:
