@@ -57,7 +57,7 @@ def factor_of_matrix(matrix: Tensor, *, dtype: torch.dtype) -> Factor:
     Cost: one d x d symmetric eigensolve in float64.
     """
     if not matrix.isfinite().all():
-        return _unknown(len(matrix), matrix.to(dtype))
+        return _nan_factor(len(matrix), matrix.to(dtype))
     values, vectors = torch.linalg.eigh(matrix.to(torch.float64))
     kept = _kept(values)
     return Factor(eigenvalues=values[kept].flip(0), basis=vectors[:, kept].flip(1).to(dtype))
@@ -80,7 +80,7 @@ def factor_of_vectors(vectors: Tensor, *, scale: float, chunk: int = 1 << 12) ->
     for part in torch.split(vectors, chunk, dim=1):
         gram.addmm_(part.double(), part.double().T)
     if not gram.isfinite().all():
-        return _unknown(vectors.shape[1], vectors)
+        return _nan_factor(vectors.shape[1], vectors)
     values, combinations = torch.linalg.eigh(gram)
     kept = _kept(values)
     values, combinations = values[kept].flip(0), combinations[:, kept].flip(1)
@@ -140,7 +140,7 @@ class LayerKronecker:
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
 
-def _unknown(size: int, like: Tensor) -> Factor:
+def _nan_factor(size: int, like: Tensor) -> Factor:
     nan = torch.full((1,), torch.nan, dtype=torch.float64, device=like.device)
     return Factor(eigenvalues=nan, basis=nan.to(like.dtype).expand(size, 1))
 

@@ -76,7 +76,7 @@ def uncovered_parameters(problem: Problem) -> dict[str, str]:
 
     Cost: see `ProbeGrams.operations`.
     """
-    reasons = {name: _obstacle(name, problem.grams.operations) for name in problem.objective.parameters}
+    reasons = {name: _coverage_obstacle(name, problem.grams.operations) for name in problem.objective.parameters}
     return {name: reason for name, reason in reasons.items() if reason}
 
 
@@ -96,7 +96,7 @@ def coverage_of(problem: Problem) -> KFACCoverageReport:
     )
 
 
-def _obstacle(name: str, operations: Mapping[str, list[Operation]]) -> str | None:
+def _coverage_obstacle(name: str, operations: Mapping[str, list[Operation]]) -> str | None:
     """Why a parameter is in no layer with Kronecker factors, or None where it is in one."""
     used = operations.get(name, [])
     if not is_layer_bias(used):

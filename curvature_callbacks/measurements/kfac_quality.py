@@ -113,7 +113,7 @@ class KFACQuality:
             step=problem.step,
             measurement=self.name,
             block=name,
-            scalars={**_scalars(quality), "fisher_norm": quality.fisher_squared**0.5, **prefixed},
+            scalars={**_quality_scalars(quality), "fisher_norm": quality.fisher_squared**0.5, **prefixed},
             curves=_CURVES,
             arrays={
                 "product_eigenvalues": outer_pairs(layer.factors, self.k).eigenvalues.tolist(),
@@ -129,7 +129,7 @@ class KFACQuality:
             key: sorted((value for record in records for value in record.arrays[key]), reverse=True)[: self.k]
             for key in records[0].arrays
         }
-        scalars = _scalars(quality)
+        scalars = _quality_scalars(quality)
         if arrays["product_eigenvalues"]:
             scalars["product_lambda_max"] = arrays["product_eigenvalues"][0]
             scalars["product_trace"] = sum(record.scalars.get("product_trace", 0.0) for record in records)
@@ -168,7 +168,7 @@ def _quality(layer: LayerKronecker) -> Approximation:
     return approximation(layer.factors, layer.gram, normaliser=layer.normaliser)
 
 
-def _scalars(quality: Approximation) -> dict[str, float]:
+def _quality_scalars(quality: Approximation) -> dict[str, float]:
     return {
         "kfac_cosine": quality.kfac_cosine,
         "relative_error": quality.kfac_relative_error,

@@ -54,7 +54,7 @@ class KFACOperator:
 
     def __init__(self, layers: Iterable[LayerKronecker], parameters: Mapping[str, Tensor], *, corrected: bool = False) -> None:
         chosen = [layer for layer in layers if any(name in parameters for name in layer.members)]
-        _check(chosen, parameters)
+        _check_layers(chosen, parameters)
         covered = {name for layer in chosen for name in layer.members}
         self.names = tuple(name for name in parameters if name in covered)
         self.uncovered = tuple(name for name in parameters if name not in covered)
@@ -219,7 +219,7 @@ class _KroneckerSearch:
         return v
 
 
-def _check(layers: list[LayerKronecker], parameters: Mapping[str, Tensor]) -> None:
+def _check_layers(layers: list[LayerKronecker], parameters: Mapping[str, Tensor]) -> None:
     if not layers:
         raise RefusedError(
             f"none of the {len(parameters)} parameters is in a layer with Kronecker factors: measure others, or ask for "

@@ -34,23 +34,23 @@ class Approximation:
     @property
     def kfac_cosine(self) -> float:
         """`<F, K> / (|F| |K|)`, 0..1."""
-        return _ratio(self.inner, math.sqrt(self.fisher_squared) * math.sqrt(self.kfac_squared))
+        return _quotient(self.inner, math.sqrt(self.fisher_squared) * math.sqrt(self.kfac_squared))
 
     @property
     def kfac_relative_error(self) -> float:
         """`|F - K| / |F|`, 0 upwards."""
-        squared = _ratio(self.fisher_squared - 2 * self.inner + self.kfac_squared, self.fisher_squared)
+        squared = _quotient(self.fisher_squared - 2 * self.inner + self.kfac_squared, self.fisher_squared)
         return math.sqrt(max(squared, 0.0))  # nan stays nan
 
     @property
     def ekfac_cosine(self) -> float:
         """`<F, E> / (|F| |E|) = |E| / |F|`, 0..1."""
-        return _ratio(self.ekfac_squared, math.sqrt(self.fisher_squared) * math.sqrt(self.ekfac_squared))
+        return _quotient(self.ekfac_squared, math.sqrt(self.fisher_squared) * math.sqrt(self.ekfac_squared))
 
     @property
     def ekfac_relative_error(self) -> float:
         """`|F - E| / |F|`, 0..1."""
-        squared = _ratio(self.fisher_squared - self.ekfac_squared, self.fisher_squared)
+        squared = _quotient(self.fisher_squared - self.ekfac_squared, self.fisher_squared)
         return math.sqrt(max(squared, 0.0))  # nan stays nan
 
 
@@ -110,7 +110,7 @@ def kronecker_metrics(factors: KroneckerFactors, *, rank_cut: float) -> dict[str
     }
 
 
-def _ratio(numerator: float, denominator: float) -> float:
+def _quotient(numerator: float, denominator: float) -> float:
     return numerator / denominator if denominator > 0 else math.nan
 
 

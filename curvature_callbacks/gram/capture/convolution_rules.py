@@ -14,7 +14,7 @@ from curvature_callbacks.gram.uses.sample_axis import Layout, LayoutOf
 from curvature_callbacks.gram.uses.uses import RuleTaps
 
 
-def _convolution(n: int) -> Callable[..., RuleTaps]:
+def _convolution_rule(n: int) -> Callable[..., RuleTaps]:
     """The rule of the `n`-dimensional convolution."""
 
     layer = Operation(f"conv{n}d", has_factors=True)
@@ -68,7 +68,7 @@ def _same_padding(geometry: Geometry) -> list[int]:
 
 
 CONVOLUTION_RULES: Final = {
-    F.conv1d: _convolution(1),
-    F.conv2d: _convolution(2),
-    F.conv3d: _convolution(3),
+    F.conv1d: _convolution_rule(1),
+    F.conv2d: _convolution_rule(2),
+    F.conv3d: _convolution_rule(3),
 }

@@ -15,7 +15,7 @@ from curvature_callbacks.gram.uses.uses import RuleTaps
 from curvature_callbacks.library_internals.tensors import layer_norm_statistics
 
 
-def _layer_norm(
+def _layer_norm_rule(
     layout_of: LayoutOf,
     output: Tensor,
     input: Tensor,
@@ -37,7 +37,7 @@ def _normalised(input: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
     return (input - mean).mul_(scale)
 
 
-def _rms_norm(
+def _rms_norm_rule(
     layout_of: LayoutOf,
     output: Tensor,
     input: Tensor,
@@ -48,7 +48,7 @@ def _rms_norm(
     return _affine(layout_of, output, weight, None, partial(F.rms_norm, input, normalized_shape, None, eps), None)
 
 
-def _group_norm(
+def _group_norm_rule(
     layout_of: LayoutOf,
     output: Tensor,
     input: Tensor,
@@ -62,7 +62,7 @@ def _group_norm(
     return _affine(layout_of, output, weight, bias, normalised, input.ndim - 2)
 
 
-def _batch_norm(
+def _batch_norm_rule(
     layout_of: LayoutOf,
     output: Tensor,
     input: Tensor,
@@ -84,7 +84,7 @@ def _batch_norm(
     return _affine(layout_of, output, weight, bias, normalised, input.ndim - 2)
 
 
-def _instance_norm(
+def _instance_norm_rule(
     layout_of: LayoutOf,
     output: Tensor,
     input: Tensor,
@@ -125,12 +125,12 @@ def _affine(
 
 
 NORM_RULES: Final[dict[Any, Callable[..., RuleTaps]]] = {
-    F.layer_norm: _layer_norm,
-    torch.layer_norm: _layer_norm,
-    F.rms_norm: _rms_norm,
-    torch.rms_norm: _rms_norm,
-    F.group_norm: _group_norm,
-    torch.group_norm: _group_norm,
-    F.batch_norm: _batch_norm,
-    F.instance_norm: _instance_norm,
+    F.layer_norm: _layer_norm_rule,
+    torch.layer_norm: _layer_norm_rule,
+    F.rms_norm: _rms_norm_rule,
+    torch.rms_norm: _rms_norm_rule,
+    F.group_norm: _group_norm_rule,
+    torch.group_norm: _group_norm_rule,
+    F.batch_norm: _batch_norm_rule,
+    F.instance_norm: _instance_norm_rule,
 }

@@ -34,7 +34,7 @@ _FROM_THE_LEFT: Final = Operation("matmul")
 _BILINEAR: Final = Operation("bilinear")
 
 
-def _linear(layout_of: LayoutOf, output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> RuleTaps:
+def _linear_rule(layout_of: LayoutOf, output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> RuleTaps:
     layout = layout_of(output)
     if layout is None or (input.ndim == 1 and layout.num_samples > 1):
         return []
@@ -42,7 +42,7 @@ def _linear(layout_of: LayoutOf, output: Tensor, input: Tensor, weight: Tensor, 
     return taps + _biases(layout, bias)
 
 
-def _addmm(
+def _addmm_rule(
     layout_of: LayoutOf, output: Tensor, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: Any = 1, alpha: Any = 1
 ) -> RuleTaps:
     """Hugging Face's Conv1D: `bias + x @ weight` with weight (d_in, d_out)."""
@@ -53,7 +53,7 @@ def _addmm(
     return taps + _biases(layout, input)
 
 
-def _matmul(layout_of: LayoutOf, output: Tensor, input: Tensor, other: Tensor) -> RuleTaps:
+def _matmul_rule(layout_of: LayoutOf, output: Tensor, input: Tensor, other: Tensor) -> RuleTaps:
     """`x @ parameter` with a vector or matrix; `matrix @ x` with a batch of matrices, the sample before their axes."""
     layout = layout_of(output)
     if layout is None or output.ndim == 0:
@@ -84,7 +84,7 @@ class _Rearranged(Tap):
         return self._tap.completed(self._rearrange(gradient))
 
 
-def _bilinear(
+def _bilinear_rule(
     layout_of: LayoutOf, output: Tensor, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> RuleTaps:
     layout = layout_of(output)
@@ -99,7 +99,7 @@ def _biases(layout: Layout, bias: Tensor | None) -> RuleTaps:
     return [] if bias is None else [(bias, Elementwise(BIAS, layout, bias.shape))]
 
 
-def _embedding(
+def _embedding_rule(
     layout_of: LayoutOf,
     output: Tensor,
     input: Tensor,
@@ -117,7 +117,7 @@ def _embedding(
     return [(weight, Lookup(layout, input, padding))]
 
 
-def _multiply(layout_of: LayoutOf, output: Tensor, input: Any, other: Any) -> RuleTaps:
+def _multiply_rule(layout_of: LayoutOf, output: Tensor, input: Any, other: Any) -> RuleTaps:
     """`weight * x` in either order: the scale of every Hugging Face RMSNorm, LayerScale."""
     layout = layout_of(output)
     return [
@@ -127,7 +127,7 @@ def _multiply(layout_of: LayoutOf, output: Tensor, input: Any, other: Any) -> Ru
     ]
 
 
-def _add(layout_of: LayoutOf, output: Tensor, input: Any, other: Any, *, alpha: Any = 1) -> RuleTaps:
+def _add_rule(layout_of: LayoutOf, output: Tensor, input: Any, other: Any, *, alpha: Any = 1) -> RuleTaps:
     """`x + parameter` in either order: position embeddings, biases kept outside their layer."""
     layout = layout_of(output)
     return [
@@ -137,7 +137,7 @@ def _add(layout_of: LayoutOf, output: Tensor, input: Any, other: Any, *, alpha: 
     ]
 
 
-def _prelu(layout_of: LayoutOf, output: Tensor, input: Tensor, weight: Tensor) -> RuleTaps:
+def _prelu_rule(layout_of: LayoutOf, output: Tensor, input: Tensor, weight: Tensor) -> RuleTaps:
     layout = layout_of(output)
     if layout is None:
         return []
@@ -156,16 +156,16 @@ def _leaves_samples_apart(layout: Layout, output: Tensor, parameter: Any) -> boo
 
 
 RULES: Final[dict[Any, Rule]] = {
-    F.linear: _linear,
-    torch.addmm: _addmm,
-    F.embedding: _embedding,
-    F.bilinear: _bilinear,
-    F.prelu: _prelu,
+    F.linear: _linear_rule,
+    torch.addmm: _addmm_rule,
+    F.embedding: _embedding_rule,
+    F.bilinear: _bilinear_rule,
+    F.prelu: _prelu_rule,
     **CONVOLUTION_RULES,
     **NORM_RULES,
-    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm), _matmul),
-    **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _multiply),
-    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__), _add),
+    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm), _matmul_rule),
+    **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _multiply_rule),
+    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__), _add_rule),
 }
 
 _IN_PLACE: Final = frozenset(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "pow", "matmul"))

@@ -108,11 +108,11 @@ def pieces(
         inputs = [extract(use)[0] for use in reached[0]]
         outputs = [[extract(use)[1] for use in uses] for uses in reached]
         rows = batch.counts.nonzero()[:, 0]
-        for part in torch.split(rows, _step([*inputs, *chain(*outputs)], chunk_bytes)):
-            yield _piece(inputs, outputs, part, batch.counts, bias, device)
+        for part in torch.split(rows, _rows_at_a_time([*inputs, *chain(*outputs)], chunk_bytes)):
+            yield _positions(inputs, outputs, part, batch.counts, bias, device)
 
 
-def _piece(
+def _positions(
     inputs: list[Tensor], outputs: list[list[Tensor]], rows: Tensor, counts: Tensor, bias: bool, device: torch.device
 ) -> Positions:
     a = _side_by_side(inputs, rows, device)
@@ -129,7 +129,7 @@ def _side_by_side(tensors: Sequence[Tensor], rows: Tensor, device: torch.device)
     return torch.cat([tensor[rows.to(tensor.device)] for tensor in tensors], 1).to(device)
 
 
-def _step(tensors: Sequence[Tensor], chunk_bytes: int) -> int:
+def _rows_at_a_time(tensors: Sequence[Tensor], chunk_bytes: int) -> int:
     """How many rows fit into `chunk_bytes`, at least one."""
     return max(1, chunk_bytes // max(sum(tensor[0].numel() * tensor.element_size() for tensor in tensors), 1))
 

@@ -6,7 +6,7 @@ from typing import TypeGuard
 from torch import Tensor
 from torch.nn.functional import pad
 
-from curvature_callbacks.gram.products.limits import LIMITS, Limits
+from curvature_callbacks.gram.products.limits import PRODUCT_LIMITS, ProductLimits
 from curvature_callbacks.gram.products.pixel_pairs import pair_gram, pairs_are_cheaper
 from curvature_callbacks.gram.products.scratch import Scratch
 from curvature_callbacks.gram.uses.convolution import Convolution
@@ -16,7 +16,7 @@ _Factors = tuple[list[Tensor], list[Tensor]]
 
 
 def factored_gram(
-    uses: Sequence[Sequence[Use]], sizes: Sequence[int], scratch: Scratch, limits: Limits = LIMITS
+    uses: Sequence[Sequence[Use]], sizes: Sequence[int], scratch: Scratch, limits: ProductLimits = PRODUCT_LIMITS
 ) -> Tensor | None:
     """`K_ij = sum_{t,s} (a_it . a_js)(b_it . b_js)`, (S, S) float64, where that is cheaper than gradients; else None.
 
@@ -56,14 +56,16 @@ def _cheap_factors(
     rest = iter(products)
     pairs = [next(rest).factors() if used else _nothing(size, d1, d2, left) for used, size in zip(uses, sizes, strict=True)]
     T = max(left.shape[1] for left, _ in pairs)
-    return None if most_pairs < (N * T) ** 2 else ([_padded(a, T) for a, _ in pairs], [_padded(b, T) for _, b in pairs])
+    if most_pairs < (N * T) ** 2:
+        return None
+    return [_with_positions(a, T) for a, _ in pairs], [_with_positions(b, T) for _, b in pairs]
 
 
 def _nothing(size: int, d1: int, d2: int, example: Tensor) -> tuple[Tensor, Tensor]:
     return example.new_zeros(size, 1, d1), example.new_zeros(size, 1, d2)
 
 
-def _padded(factor: Tensor, T: int) -> Tensor:
+def _with_positions(factor: Tensor, T: int) -> Tensor:
     """With `T` positions: zero ones add nothing."""
     missing = T - factor.shape[1]
     return pad(factor, (0, 0, 0, missing)) if missing else factor

@@ -6,7 +6,7 @@ from typing import Final, final
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class ProductLimits:
     """Budgets of the Gram of one parameter. All give the same numbers but for rounding.
 
     Attributes:
@@ -30,4 +30,4 @@ class Limits:
     fewest_samples: int = 16
 
 
-LIMITS: Final = Limits()
+PRODUCT_LIMITS: Final = ProductLimits()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from curvature_callbacks.gram.capture.derived import Placed
 from curvature_callbacks.gram.products.factored import factored_gram
-from curvature_callbacks.gram.products.limits import LIMITS, Limits
+from curvature_callbacks.gram.products.limits import PRODUCT_LIMITS, ProductLimits
 from curvature_callbacks.gram.products.regions import Region, regions
 from curvature_callbacks.gram.products.scratch import Scratch
 from curvature_callbacks.gram.uses.convolution import Convolution
@@ -22,7 +22,7 @@ def parameter_gram(
     scratch: Scratch,
     *,
     chosen: Tensor | None = None,
-    limits: Limits = LIMITS,
+    limits: ProductLimits = PRODUCT_LIMITS,
 ) -> Tensor | None:
     """`K_ij = g_i . g_j` over all passes, (S, S) float64, S the samples of all of them; None where it takes too much memory.
 
@@ -57,7 +57,7 @@ def parameter_gram(
     return total
 
 
-def _region_gram(region: Region, sizes: Sequence[int], scratch: Scratch, limits: Limits) -> Tensor:
+def _region_gram(region: Region, sizes: Sequence[int], scratch: Scratch, limits: ProductLimits) -> Tensor:
     factored = factored_gram(region.uses, sizes, scratch, limits)
     if factored is not None:
         return factored
@@ -69,7 +69,7 @@ def _region_gram(region: Region, sizes: Sequence[int], scratch: Scratch, limits:
     return _materialised(region, sizes, scratch, limits)
 
 
-def _materialised(region: Region, sizes: Sequence[int], scratch: Scratch, limits: Limits) -> Tensor:
+def _materialised(region: Region, sizes: Sequence[int], scratch: Scratch, limits: ProductLimits) -> Tensor:
     N, size, example = sum(sizes), region.slice_size, _gradient(region.uses)
     total = torch.zeros(N, N, dtype=torch.float64, device=example.device)
     slice_bytes = N * max(size, 1) * example.element_size()
@@ -83,7 +83,7 @@ def _materialised(region: Region, sizes: Sequence[int], scratch: Scratch, limits
     return total
 
 
-def _slices_at_a_time(region: Region, slice_bytes: int, limits: Limits, *, on_cpu: bool) -> int:
+def _slices_at_a_time(region: Region, slice_bytes: int, limits: ProductLimits, *, on_cpu: bool) -> int:
     """Slices of the parameter in equal pieces of about the best size; `slice_bytes`: of one slice of all samples' gradients."""
     slow = any(isinstance(use, Convolution) and not use.is_product for uses in region.uses for use in uses)
     count = (limits.convolution_bytes if slow else limits.chunk_bytes) // slice_bytes

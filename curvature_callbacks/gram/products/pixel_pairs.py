@@ -8,18 +8,18 @@ from typing import Final, final
 import torch
 from torch import Tensor
 
-from curvature_callbacks.gram.products.limits import LIMITS, Limits
+from curvature_callbacks.gram.products.limits import PRODUCT_LIMITS, ProductLimits
 from curvature_callbacks.gram.uses.convolution import Convolution, Geometry
 
 _SHIFT_COST: Final = 20  # operations of a matrix product that take as long as adding up one shifted pair (a CPU thread)
 
 
-def pairs_are_cheaper(uses: Sequence[Convolution], limits: Limits = LIMITS) -> bool:
+def pairs_are_cheaper(uses: Sequence[Convolution], limits: ProductLimits = PRODUCT_LIMITS) -> bool:
     """Whether `pair_gram` can take these uses, with less work than by way of per-sample gradients."""
     return all(use.has_own_images and _shape(use) == _shape(uses[0]) for use in uses) and _cheaper(uses, limits.pixel_bytes)
 
 
-def pair_gram(uses: Sequence[Convolution], limits: Limits = LIMITS) -> Tensor:
+def pair_gram(uses: Sequence[Convolution], limits: ProductLimits = PRODUCT_LIMITS) -> Tensor:
     """`K_ij = sum_{t,s} (b_it . b_js) sum_o x_{i,t+o} . x_{j,s+o}`, (S, S) float64.
 
     b are output gradients, x input pixels, t and s output positions, o the offsets of the kernel: products of pixels are
@@ -59,7 +59,7 @@ def _positions_first(images: Tensor) -> Tensor:
 class _Pairs:
     """Products of pixels for tiles of the Gram, some samples high; what is below the diagonal is mirrored."""
 
-    def __init__(self, uses: Sequence[Convolution], limits: Limits) -> None:
+    def __init__(self, uses: Sequence[Convolution], limits: ProductLimits) -> None:
         self._limits = limits
         self._pixels = torch.cat([_positions_first(use.inputs) for use in uses], 1)
         self._outputs = torch.cat([_positions_first(use.output_gradients) for use in uses], 1)

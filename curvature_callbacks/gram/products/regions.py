@@ -8,7 +8,7 @@ from typing import Final, final
 from torch import Tensor
 
 from curvature_callbacks.gram.capture.derived import Placed, View
-from curvature_callbacks.gram.products.limits import LIMITS, Limits
+from curvature_callbacks.gram.products.limits import PRODUCT_LIMITS, ProductLimits
 from curvature_callbacks.gram.uses.operation import Operation
 from curvature_callbacks.gram.uses.uses import Dense, Use
 
@@ -38,25 +38,25 @@ class Region:
         return Region(uses, len(chosen), self.slice_size, self.is_parameter)
 
 
-def regions(passes: Sequence[Sequence[Placed]], limits: Limits = LIMITS) -> list[Region] | None:
+def regions(passes: Sequence[Sequence[Placed]], limits: ProductLimits = PRODUCT_LIMITS) -> list[Region] | None:
     """The uses of one parameter by region, so that its Gram is the sum of theirs; None where overlaps are too large.
 
     Views that are equal belong together (tied weights, shared modules), views apart do not mix (the experts of a fused
     tensor). Overlapping ones that list elements in the parameter's own order are written out.
     """
-    views = {_key(placed.view): placed.view for uses in passes for placed in uses}
+    views = {_elements(placed.view): placed.view for uses in passes for placed in uses}
     if not _disjoint(list(views.values())):
         return _written_out(passes, list(views.values()), limits)
     return [_region(passes, key, view) for key, view in views.items()]
 
 
-def _key(view: View) -> tuple[object, ...]:
+def _elements(view: View) -> tuple[object, ...]:
     return view.start, view.layout, view.shape[:1]
 
 
 def _region(passes: Sequence[Sequence[Placed]], key: tuple[object, ...], view: View) -> Region:
     num_slices = view.shape[0] if view.shape else 1
-    uses = [[placed.use for placed in of_pass if _key(placed.view) == key] for of_pass in passes]
+    uses = [[placed.use for placed in of_pass if _elements(placed.view) == key] for of_pass in passes]
     return Region(uses, num_slices, view.size // max(num_slices, 1), view.is_parameter)
 
 
@@ -65,15 +65,15 @@ def _disjoint(views: Sequence[View]) -> bool:
     return all(stop <= start for (_, stop), (start, _) in pairwise(ends))
 
 
-def _written_out(passes: Sequence[Sequence[Placed]], views: Sequence[View], limits: Limits) -> list[Region] | None:
+def _written_out(passes: Sequence[Sequence[Placed]], views: Sequence[View], limits: ProductLimits) -> list[Region] | None:
     start, stop = min(view.start for view in views), max(view.start + view.size for view in views)
     samples = sum(uses[0].use.num_samples for uses in passes if uses)
     if any(len(view.layout) > 1 for view in views) or samples * (stop - start) * 8 > limits.overlap_bytes:
         return None
-    return [Region([_dense(uses, start, stop) for uses in passes], stop - start, 1, False)]
+    return [Region([_gradients_of(uses, start, stop) for uses in passes], stop - start, 1, False)]
 
 
-def _dense(uses: Sequence[Placed], start: int, stop: int) -> list[Use]:
+def _gradients_of(uses: Sequence[Placed], start: int, stop: int) -> list[Use]:
     """The per-sample gradients of the elements `start:stop`, from all uses of one pass."""
     total: Tensor | None = None
     for placed in uses:

@@ -8,7 +8,7 @@ from curvature_callbacks import compute_fisher_spectrum
 from curvature_callbacks.gram.capture.derived import Placed, View
 from curvature_callbacks.gram.capture.rules import LINEAR, TRANSPOSED_LINEAR
 from curvature_callbacks.gram.products.factored import factored_gram
-from curvature_callbacks.gram.products.limits import LIMITS, Limits
+from curvature_callbacks.gram.products.limits import PRODUCT_LIMITS, ProductLimits
 from curvature_callbacks.gram.products.parameter_gram import parameter_gram
 from curvature_callbacks.gram.products.scratch import Scratch
 from curvature_callbacks.gram.uses.elementwise import SCALE, Elementwise
@@ -25,12 +25,12 @@ def gram_of(
     shape: tuple[int, ...],
     *,
     chosen: Tensor | None = None,
-    chunk: int = LIMITS.chunk_bytes,
+    chunk: int = PRODUCT_LIMITS.chunk_bytes,
 ) -> Tensor:
     """Of uses of the parameter itself."""
     view = View("weight", 0, ((torch.Size(shape).numel(), 1),), shape, True)
     placed = [[Placed(view, use) for use in uses] for uses in passes]
-    found = parameter_gram(placed, sizes, Scratch(), chosen=chosen, limits=Limits(chunk_bytes=chunk))
+    found = parameter_gram(placed, sizes, Scratch(), chosen=chosen, limits=ProductLimits(chunk_bytes=chunk))
     assert found is not None
     return found
 
@@ -58,10 +58,10 @@ def test_one_product(shape: tuple[int, int, int, int], transposed: bool):
 
 
 def test_both_forms_are_taken_and_agree():
-    uses, fewer = [[product_use(3, 2, 20, 30)]], Limits(position_pairs=35)
+    uses, fewer = [[product_use(3, 2, 20, 30)]], ProductLimits(position_pairs=35)
     factored = factored_gram(uses, [3], Scratch())
     assert factored is not None
-    assert factored_gram(uses, [3], Scratch(), Limits(position_pairs=36)) is not None
+    assert factored_gram(uses, [3], Scratch(), ProductLimits(position_pairs=36)) is not None
     assert factored_gram(uses, [3], Scratch(), fewer) is None
     placed = [[part_of(uses[0][0], 0, 30, 20)]]
     assert torch.equal(parameter_gram(placed, [3], Scratch()), factored)
@@ -158,8 +158,8 @@ def test_uses_of_parts_that_overlap_are_added_where_they_do():
 
 def test_overlaps_that_cannot_be_written_out_have_no_gram():
     passes = [[part_of(product_use(3, 2, 4, 5), 0, 5, 4), part_of(product_use(3, 4, 4, 5, seed=20), 12, 5, 4)]]
-    assert parameter_gram(passes, [3], Scratch(), limits=Limits(overlap_bytes=3 * 32 * 8 - 1)) is None
-    assert parameter_gram(passes, [3], Scratch(), limits=Limits(overlap_bytes=3 * 32 * 8)) is not None
+    assert parameter_gram(passes, [3], Scratch(), limits=ProductLimits(overlap_bytes=3 * 32 * 8 - 1)) is None
+    assert parameter_gram(passes, [3], Scratch(), limits=ProductLimits(overlap_bytes=3 * 32 * 8)) is not None
     mixed = [
         part_of(product_use(3, 2, 4, 5), 0, 5, 4, transposed=True),
         part_of(product_use(3, 4, 4, 5, seed=20), 12, 5, 4),

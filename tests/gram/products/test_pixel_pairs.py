@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from curvature_callbacks.gram.capture.derived import Placed, View
 from curvature_callbacks.gram.products.factored import factored_gram
-from curvature_callbacks.gram.products.limits import LIMITS, Limits
+from curvature_callbacks.gram.products.limits import PRODUCT_LIMITS, ProductLimits
 from curvature_callbacks.gram.products.parameter_gram import parameter_gram
 from curvature_callbacks.gram.products.pixel_pairs import pair_gram, pairs_are_cheaper
 from curvature_callbacks.gram.products.scratch import Scratch
@@ -69,11 +69,11 @@ def test_every_geometry(size: tuple[int, ...], options: dict[str, int]):
     assert torch.allclose(found, G @ G.T, rtol=1e-12, atol=1e-9)
 
 
-@pytest.mark.parametrize("pixel_bytes", [LIMITS.pixel_bytes, 37 * 16 * 8 * 3], ids=["by quarters", "three samples"])
+@pytest.mark.parametrize("pixel_bytes", [PRODUCT_LIMITS.pixel_bytes, 37 * 16 * 8 * 3], ids=["by quarters", "three samples"])
 def test_tiles_of_samples_are_mirrored(pixel_bytes: int):
     use = drawn(37, (2, 2), geometry())
     G = written_out(use)
-    found = pair_gram([use], Limits(pixel_bytes=pixel_bytes, fewest_samples=4))
+    found = pair_gram([use], ProductLimits(pixel_bytes=pixel_bytes, fewest_samples=4))
     assert torch.equal(found[12:, :3], found[:3, 12:].T)
     assert torch.allclose(found, G @ G.T)
 
@@ -99,14 +99,14 @@ def test_cheaper_only_for_many_channels_on_few_positions():
 
 def test_memory_bounds_the_form():
     use = drawn(4, (2, 2), geometry())
-    assert pairs_are_cheaper([use], Limits(pixel_bytes=4 * 16 * 8))
-    assert not pairs_are_cheaper([use], Limits(pixel_bytes=4 * 16 * 8 - 1))
+    assert pairs_are_cheaper([use], ProductLimits(pixel_bytes=4 * 16 * 8))
+    assert not pairs_are_cheaper([use], ProductLimits(pixel_bytes=4 * 16 * 8 - 1))
 
 
 def test_memory_counts_a_grid_of_outputs_larger_than_that_of_pixels():
     use = drawn(4, (2,), geometry(1, padding=2), channels=(90, 80))  # four outputs
-    assert pairs_are_cheaper([use], Limits(pixel_bytes=4 * 16 * 8))
-    assert not pairs_are_cheaper([use], Limits(pixel_bytes=4 * 16 * 8 - 1))
+    assert pairs_are_cheaper([use], ProductLimits(pixel_bytes=4 * 16 * 8))
+    assert not pairs_are_cheaper([use], ProductLimits(pixel_bytes=4 * 16 * 8 - 1))
 
 
 @pytest.mark.parametrize(
