@@ -15,6 +15,7 @@ from curvature_callbacks.model.blocks import BlockStructure
 from curvature_callbacks.model.loss.resolve import Loss
 from curvature_callbacks.model.objective import ParamsFilter
 from curvature_callbacks.probes import Draw, Probes, stable_seed
+from curvature_callbacks.processes.group import current_world
 from curvature_callbacks.record import Record
 from curvature_callbacks.run.fingerprint import DESCRIPTION, warn_of_change
 from curvature_callbacks.run.monitor import CurvatureMonitor
@@ -262,7 +263,7 @@ class CurvatureCallback(TrainerCallback):
     def _loss(self, args: TrainingArguments) -> Loss:
         """The loss to measure, after saying so where training minimises something else than the model's own."""
         if self._follows_trainer:
-            return loss_of(self._trainer)
+            return loss_of(self._trainer, current_world())
         reasons = departures(args, self._trainer)
         if reasons and self._settings.loss_fn is None:
             _logger.warning(

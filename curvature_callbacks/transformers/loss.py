@@ -22,7 +22,7 @@ from curvature_callbacks.isolation.snapshot import put_back, undisturbed
 from curvature_callbacks.model.loss.own import OwnLoss
 from curvature_callbacks.model.loss.resolve import Loss
 from curvature_callbacks.model.loss.sample_losses import IGNORED, SampleLosses, cross_entropies, shifted_cross_entropies
-from curvature_callbacks.processes.group import current_world
+from curvature_callbacks.processes.world import World
 
 _LIBRARIES: Final = frozenset({"transformers", "accelerate", "datasets"})
 _SHARED: Final = (nn.Module, Optimizer, LRScheduler, Dataset)  # which a loss does not change, and large
@@ -44,11 +44,15 @@ def departures(args: TrainingArguments, trainer: Trainer | None) -> list[str]:
     return [name for name, present in reasons.items() if present]
 
 
-def loss_of(trainer: Trainer | None) -> Loss:
+def loss_of(trainer: Trainer | None, world: World) -> Loss:
     """The loss of `loss_fn="trainer"`.
 
     None, the model's own, where `trainer` minimises that; the smoothed cross-entropy, target by target, where it smooths
     labels and does nothing else; what its `compute_loss` returns in all other cases, with `num_items_in_batch` left None.
+
+    Args:
+        trainer: None where it was not found.
+        world: the processes that train.
 
     Raises:
         ConfigurationError: there is no Trainer, or an overridden `compute_loss` in a run of several processes.
@@ -57,18 +61,18 @@ def loss_of(trainer: Trainer | None) -> Loss:
         raise ConfigurationError(
             "`loss_fn`='trainer' needs the Trainer, which was not found: call `callback.attach(trainer)` before training."
         )
-    if _is_overridden(trainer) and current_world().size > 1:
+    if _is_overridden(trainer) and world.size > 1:
         raise ConfigurationError(
             "`loss_fn`='trainer' with an overridden `compute_loss` must run in a single process, got "
-            f"{current_world().size}: it may gather over them, and probes of different ranks need not evaluate it equally "
+            f"{world.size}: it may gather over them, and probes of different ranks need not evaluate it equally "
             "often. Pass a function `(model, batch) -> scalar mean or (N,) losses`."
         )
     if _is_overridden(trainer) or trainer.compute_loss_func is not None:
-        return _ComputedLoss(trainer)
+        return _ComputedLoss(trainer, world)
     if trainer.label_smoother is None:
         return None
     is_known = type(trainer.label_smoother) is LabelSmoother and trainer.label_smoother.ignore_index == IGNORED
-    return _SmoothedLoss(trainer.label_smoother.epsilon) if is_known else _ComputedLoss(trainer)
+    return _SmoothedLoss(trainer.label_smoother.epsilon) if is_known else _ComputedLoss(trainer, world)
 
 
 @final
@@ -153,8 +157,9 @@ class _ComputedLoss:
     the first time, batches whose rows have different numbers of labels are evaluated row by row as well.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer, world: World) -> None:
         self._trainer = trainer
+        self._world = world
         self._compute_loss = trainer.compute_loss
         self._count: _Count | None = None
         self._is_settled = False
@@ -180,15 +185,14 @@ class _ComputedLoss:
 
     def _settle(self, count: str | None) -> None:
         """Agree on the name of a count; all processes call it once, at their first batch, and one that knows is enough."""
-        world = current_world()
-        names = {name for name in world.gathered(count) if name is not None}
+        names = {name for name in self._world.gathered(count) if name is not None}
         if len(names) > 1:
             raise ConfigurationError(
                 f"processes find that the Trainer's loss is a mean over different things ({', '.join(sorted(names))}): pass a "
                 "function `(model, batch) -> scalar mean or (N,) losses`."
             )
         self._count = _COUNTS[names.pop()] if names else None
-        self._is_settled = self._count is not None or world.size > 1
+        self._is_settled = self._count is not None or self._world.size > 1
 
     def _matching_count(self, model: nn.Module, batch: Mapping[str, Any], loss: Tensor) -> str | None:
         """The name of the only count by which losses of single rows average to `loss`; None where they do not differ."""

@@ -11,7 +11,7 @@ from torch import nn
 from curvature_callbacks import FisherSpectrum, GradientNoise, Record, TopEigenpairs
 from curvature_callbacks.lightning.callback import CurvatureCallback as LightningCallback
 from curvature_callbacks.transformers.callback import CurvatureCallback as TransformersCallback
-from tests.lightning.test_callback import SaveAt
+from tests.lightning.callback_cases import SaveAt
 from tests.lightning_runs import LIGHTNING_WARNINGS, Net, lightning_trainer
 from tests.training_cases import callback_options, cheap, loader, probed_steps, reports, seed_everything
 from tests.transformers_runs import transformers_run
