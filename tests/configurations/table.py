@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tests.configurations import lightning_cases, model_cases, transformers_cases
+from tests.configurations import lightning_cases, lightning_sessions, model_cases, transformers_cases, transformers_sessions
 from tests.processes import cases as process_cases
 from tests.processes.ranks import Ranks
 
@@ -37,8 +37,9 @@ def main(path: Path) -> None:
     packages = ("torch", "lightning", "transformers", "accelerate", "peft")
     lines = [INTRODUCTION.format(versions=", ".join(f"{name} {version(name)}" for name in packages))]
     training = ("configuration", "training is the same bits", "measured")
-    for title, module in (("Lightning", lightning_cases), ("Hugging Face Trainer", transformers_cases)):
-        lines += table(title, training, [outcome(module.assert_same_bits, case) for case in module.CASES.values()])
+    lightning = [outcome(lightning_sessions.assert_same_bits, case) for case in lightning_cases.CASES.values()]
+    transformers = [outcome(transformers_sessions.assert_same_bits, case) for case in transformers_cases.CASES.values()]
+    lines += table("Lightning", training, lightning) + table("Hugging Face Trainer", training, transformers)
     for size in (2, 4):
         ranks = Ranks(size)
         found = [

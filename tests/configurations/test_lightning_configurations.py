@@ -12,7 +12,9 @@ import curvature_callbacks.lightning
 from curvature_callbacks import ConfigurationError, probes
 from curvature_callbacks.isolation import model as isolation
 from curvature_callbacks.lightning import loss as training_step
-from tests.configurations.lightning_cases import CASES, IN_YAML, Session, assert_same_bits, command_line, written
+from tests.configurations.lightning_cases import CASES
+from tests.configurations.lightning_fits import IN_YAML, command_line, written
+from tests.configurations.lightning_sessions import Session, assert_same_bits
 from tests.lightning_runs import LIGHTNING_WARNINGS
 from tests.training_cases import wide
 

@@ -21,15 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from curvature_callbacks import FisherSpectrum, Measurement, TopEigenpairs
 from tests.configurations.model_cases import CASES, NAMES, ModelCase, check, first_probe
 from tests.heads import Batch, outputs_and_labels
-from tests.reference import (
-    IGNORED,
-    fisher_eigenvalues,
-    float64_copy,
-    mean_loss,
-    relative_error,
-    sample_gradients,
-    stacked,
-)
+from tests.reference import IGNORED, fisher_eigenvalues, float64_copy, mean_loss, relative_error, sample_gradients, stacked
 
 TOLERANCE = 2e-4  # of float32 numbers; Hugging Face's norms, rotary embeddings and losses are float32 in the oracle too
 TIGHT: dict[str, Any] = {"k": 1, "which": "LA", "tol": 1e-4, "max_matvecs": 80}

@@ -10,7 +10,8 @@ import pytest
 
 from curvature_callbacks import ConfigurationError, probes
 from curvature_callbacks.isolation import model as isolation
-from tests.configurations.transformers_cases import CASES, assert_same_bits
+from tests.configurations.transformers_cases import CASES
+from tests.configurations.transformers_sessions import assert_same_bits
 from tests.training_cases import wide
 
 

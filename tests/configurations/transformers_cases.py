@@ -1,439 +1,64 @@
 """Every configuration of the Hugging Face Trainer in which training must be the same bits with and without the callback."""
 
 import dataclasses
-import random
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from peft import LoraConfig, get_peft_model
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
-from torch.utils.data import Dataset, IterableDataset
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    DataCollatorForLanguageModeling,
-    PreTrainedTokenizerFast,
-    ResNetConfig,
-    ResNetForImageClassification,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
+from transformers import TrainingArguments
+
+from curvature_callbacks import AtSteps, LossSpike
+from tests.configurations.transformers_parts import (
+    Augmented,
+    ExhaustedTrainer,
+    Images,
+    OneShot,
+    PenalisedTrainer,
+    Ragged,
+    ScalingTrainer,
+    Texts,
+    Unpadded,
+    adapted_model,
+    bfloat16_model,
+    checkpointed_model,
+    collected,
+    collecting_focal,
+    half_frozen,
+    half_model,
+    image_classifier,
+    mask_filler,
+    masking_collator,
+    padded,
+    partly_compiled_model,
+    penalties,
+    scalars,
+    several_evaluations,
+    stepped,
 )
-
-from curvature_callbacks import AtSteps, LossSpike, Measurement
-from curvature_callbacks.transformers.callback import CurvatureCallback
-from tests.training_cases import (
-    Run,
-    Stream,
-    assert_probed,
-    assert_same_training,
-    callback_options,
-    cheap,
-    global_generators,
-    seed_everything,
-)
-from tests.transformers_runs import VOCABULARY, MaskingCollator, Sentences, language_model, training_arguments, training_rows
-
-
-@dataclass(frozen=True)
-class Case:
-    """One configuration.
-
-    Attributes:
-        title: for a table of documentation.
-        changes: of `TrainingArguments`.
-        model, data, collator: make a fresh one each.
-        trainer: the class.
-        arguments: more keyword arguments of the Trainer, made afresh.
-        callback: options of the callback.
-        steps: at which a probe must have succeeded.
-        has_likelihood: whether the loss measured has one, so that `wide()` can be measured too.
-        times: how often `train()` is called.
-        interrupted: the step after which training stops and goes on from its checkpoint in a new Trainer.
-        observed: what else a user could see change, of a Trainer after training.
-        tolerated: beginning of a warning that this configuration gives without a callback too.
-        is_slow: whether it takes seconds rather than tenths of one.
-    """
-
-    title: str
-    changes: Mapping[str, Any] = field(default_factory=dict)
-    model: Callable[[], nn.Module] = language_model
-    data: Callable[[], Any] = Sentences
-    collator: Callable[[], Any] | None = None
-    trainer: type[Trainer] = Trainer
-    arguments: Callable[[], dict[str, Any]] = dict
-    callback: Mapping[str, Any] = field(default_factory=dict)
-    steps: Sequence[int] = (0, 2, 4)
-    has_likelihood: bool = True
-    times: int = 1
-    interrupted: int | None = None
-    observed: Callable[[Trainer], Any] = lambda trainer: None
-    tolerated: str | None = None
-    is_slow: bool = False
-
-
-def assert_same_bits(case: Case, directory: Any, measure: Sequence[Measurement] | None = None) -> None:
-    """Train with and without the callback; raise an `AssertionError` where anything differs or was not measured."""
-    measurements = cheap() if measure is None else list(measure)
-    with warnings.catch_warnings():
-        if case.tolerated:
-            warnings.filterwarnings("ignore", message=case.tolerated)
-        plain = run(case, Path(directory) / "plain")
-        probing = CurvatureCallback(**callback_options(measure=measurements, **case.callback))
-        probed = run(case, Path(directory) / "probed", probing)
-        assert_same_training(plain, probed)
-        assert_probed(probing.history, case.steps, {"probe", *(one.name for one in measurements)})
-        if case.interrupted is not None:
-            whole = run(dataclasses.replace(case, interrupted=None), Path(directory) / "whole")
-            whole.logged, plain.logged = without_summary(whole.logged), without_summary(plain.logged)
-            assert_same_training(whole, plain)
-
-
-def run(case: Case, directory: Path, callback: CurvatureCallback | None = None) -> Run:
-    """Train as `case` says and take down everything that must not depend on the callback."""
-    seed_everything()
-    callbacks: list[TrainerCallback] = [callback] if callback else []
-    resumed = None
-    if case.interrupted is not None:
-        first = trainer_of(case, directory, [*callbacks, StopAfter(case.interrupted)], save_steps=case.interrupted)
-        first.train()
-        resumed = str(directory / f"checkpoint-{case.interrupted}")
-        seed_everything(2)  # what the generators hold now must come from the checkpoint
-    trainer = trainer_of(case, directory, callbacks)
-    for _ in range(case.times):
-        trainer.train(resume_from_checkpoint=resumed)
-    assert trainer.optimizer is not None
-    assert trainer.model is not None
-    scaler = trainer.accelerator.scaler
-    return Run(
-        state=dict(trainer.model.state_dict()) | {"training": [child.training for child in trainer.model.modules()]},
-        optimizers=[trainer.optimizer.state_dict(), scaler and scaler.state_dict()],
-        logged=[training_rows(trainer.state.log_history), case.observed(trainer)],
-        generators=[*global_generators(), *own_generators(trainer)],
-        records=list(callback.history) if callback else [],
-    )
-
-
-def trainer_of(case: Case, directory: Path, callbacks: list[TrainerCallback], **changes: Any) -> Trainer:
-    saving = {"save_strategy": "steps"} if changes else {}
-    return case.trainer(
-        model=case.model(),
-        args=training_arguments(directory, **(dict(case.changes) | saving | changes)),
-        train_dataset=case.data(),
-        data_collator=case.collator() if case.collator else None,
-        callbacks=callbacks,
-        **case.arguments(),
-    )
-
-
-def own_generators(trainer: Trainer) -> list[Any]:
-    """States of the generators that collator, data set or Trainer hold."""
-    held = [value for owner in (trainer.data_collator, trainer.train_dataset, trainer) for value in vars_of(owner)]
-    torches = [value.get_state() for value in held if isinstance(value, torch.Generator)]
-    numpys = [value.bit_generator.state for value in held if isinstance(value, np.random.Generator)]
-    return [*torches, *numpys, *(value.getstate() for value in held if isinstance(value, random.Random))]
-
-
-def vars_of(owner: Any) -> list[Any]:
-    return list(getattr(owner, "__dict__", {}).values())
-
-
-def without_summary(logged: list[Any]) -> list[Any]:
-    """The row at the end averages over the steps since training was started or resumed; a checkpoint sorts the keys."""
-    rows, observed = logged
-    return [[dict(sorted(row.items())) for row in rows if "train_loss" not in row], observed]
-
-
-class StopAfter(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self._step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop = state.global_step >= self._step
-
-
-# ------------------------------------------------------------------------------------------------------------------ data
-
-
-class Unpadded(Sentences):
-    """Every row has as many labels, so that a mean over tokens is one over rows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.labels = self.tokens.clone()
-
-
-class Ragged(Sentences):
-    """Rows of three to six tokens, and how long they are."""
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        length = 3 + index % 4
-        return {"input_ids": self.tokens[index, :length], "labels": self.labels[index, :length]}
-
-
-def padded(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Rows filled up to the longest."""
-    filling = {"input_ids": 0, "labels": -100}
-    return {
-        name: nn.utils.rnn.pad_sequence([row[name] for row in rows], batch_first=True, padding_value=filling[name])
-        for name in rows[0]
-    }
-
-
-class Augmented(Sentences):
-    """Tokens replaced at random, from every global generator and one of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.generator = torch.Generator().manual_seed(9)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        row = super().__getitem__(index)
-        noise = torch.rand(6) + torch.rand(6, generator=self.generator) + np.random.rand() + random.random()
-        return row | {"input_ids": row["input_ids"].masked_fill(noise > 2.5, 0)}
-
-
-class OneShot(IterableDataset[Any]):
-    """A stream that goes by once: rows drawn as they are asked for, from a generator of its own."""
-
-    def __init__(self, num_rows: int = 200) -> None:
-        self.generator = torch.Generator().manual_seed(4)
-        self.rows = self._stream(num_rows)
-
-    def _stream(self, num_rows: int) -> Iterator[dict[str, Tensor]]:
-        for _ in range(num_rows):
-            tokens = torch.randint(1, VOCABULARY, (6,), generator=self.generator)
-            yield {"input_ids": tokens, "labels": tokens}
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return self.rows
-
-
-class Texts(Dataset[Any]):
-    """Token rows as a tokenizer gives them."""
-
-    def __init__(self) -> None:
-        self.tokens = Sentences().tokens
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        return {"input_ids": self.tokens[index].tolist()}
-
-
-class Images(Dataset[Any]):
-    """Squares of noise in three classes."""
-
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.pixels = torch.randn(24, 1, 16, 16, generator=generator)
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"pixel_values": self.pixels[index], "labels": index % 3}
-
-
-def masking_collator() -> DataCollatorForLanguageModeling:
-    """Transformers' own, which keeps a generator."""
-    special = {"pad_token": "0", "mask_token": "1", "unk_token": "2"}
-    words = Tokenizer(WordLevel({str(i): i for i in range(VOCABULARY)}, unk_token="2"))
-    return DataCollatorForLanguageModeling(
-        PreTrainedTokenizerFast(tokenizer_object=words, **special), mlm_probability=0.5, seed=5
-    )
-
-
-def mask_filler() -> nn.Module:
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    return BertForMaskedLM(BertConfig(vocab_size=VOCABULARY, max_position_embeddings=8, **sizes))
-
-
-# ---------------------------------------------------------------------------------------------------------------- models
-
-
-def adapted_model() -> nn.Module:
-    adapters = LoraConfig(r=2, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, lora_dropout=0.1, task_type="CAUSAL_LM")
-    return get_peft_model(language_model(), adapters)
-
-
-class Checkpointed(nn.Module):
-    """Checkpointing by a model itself, in evaluation mode too."""
-
-    def __init__(self, inner: nn.Module, *, use_reentrant: bool) -> None:
-        super().__init__()
-        self.inner = inner
-        self.use_reentrant = use_reentrant
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return checkpoint(self.inner, hidden, use_reentrant=self.use_reentrant)
-
-
-def checkpointed_model(*, use_reentrant: bool) -> nn.Module:
-    model = language_model()
-    model.transformer.h[0].mlp = Checkpointed(model.transformer.h[0].mlp, use_reentrant=use_reentrant)
-    return model
-
-
-def partly_compiled_model() -> nn.Module:
-    model = language_model()
-    model.transformer.h[0].mlp.compile(backend="aot_eager")
-    return model
-
-
-def half_frozen() -> nn.Module:
-    model = language_model(n_layer=2)
-    model.transformer.h[0].requires_grad_(False)
-    return model
-
-
-def image_classifier() -> nn.Module:
-    sizes = {"num_channels": 1, "embedding_size": 4, "hidden_sizes": [4], "depths": [1], "layer_type": "basic"}
-    return ResNetForImageClassification(ResNetConfig(num_labels=3, **sizes))
-
-
-def bfloat16_model() -> nn.Module:
-    return language_model().to(torch.bfloat16)
-
-
-def half_model() -> nn.Module:
-    return language_model().to(torch.float16)
-
-
-# --------------------------------------------------------------------------------------------------------------- losses
-
-
-def focal(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-    """A loss of the user's own that needs logits and labels."""
-    surprise = F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
-    losses = (1 - (-surprise).exp()) ** 2 * surprise
-    return losses.mean() if num_items_in_batch is None else losses.sum() / num_items_in_batch
-
-
-def collecting_focal() -> dict[str, Any]:
-    """The same, remembering every value and drawing noise of its own."""
-    values: list[float] = []
-    generator = torch.Generator().manual_seed(6)
-
-    def compute_loss_func(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        loss = focal(outputs, labels, num_items_in_batch) * (1 + 0.1 * torch.rand((), generator=generator))
-        values.append(loss.item())
-        return loss
-
-    compute_loss_func.values = values  # type: ignore[attr-defined]
-    compute_loss_func.generator = generator  # type: ignore[attr-defined]
-    return {"compute_loss_func": compute_loss_func}
-
-
-def collected(trainer: Trainer) -> Any:
-    function: Any = trainer.compute_loss_func
-    return [list(function.values), function.generator.get_state()]
-
-
-class Meter:
-    """A running mean as users write them."""
-
-    def __init__(self) -> None:
-        self.total, self.count = torch.zeros(()), 0
-
-    def update(self, value: Tensor) -> None:
-        self.total += value.detach()
-        self.count += 1
-
-
-class PenalisedTrainer(Trainer):
-    """Its own `compute_loss`, which logs, collects, counts and draws."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._metrics: dict[str, list[float]] = {"penalty": []}
-        self.meter = Meter()
-        self.generator = torch.Generator().manual_seed(8)
-        self.calls = 0
-        self.largest = torch.zeros(())
-
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        labels = inputs.pop("labels")
-        outputs = model(**inputs)
-        penalty = outputs.logits.square().mean() * torch.rand((), generator=self.generator)
-        loss = F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()) + 0.01 * penalty
-        self._metrics["penalty"].append(penalty.item())
-        self.meter.update(penalty)
-        self.calls += 1
-        self.largest.clamp_(min=penalty.item())
-        self.log({"penalty": penalty.item(), "noise": torch.rand(()).item(), "calls": float(self.calls)})
-        return (loss, outputs) if return_outputs else loss
-
-
-def penalties(trainer: Any) -> Any:
-    return [trainer._metrics, trainer.meter.total, trainer.meter.count, trainer.calls, trainer.largest]
-
-
-class ScalingTrainer(Trainer):
-    """Mixed precision in float16 with a gradient scaler, which a CPU has to be forced to."""
-
-    def create_accelerator_and_postprocess(self) -> None:
-        super().create_accelerator_and_postprocess()
-        self.accelerator.native_amp = True
-        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**26, growth_interval=2)
-
-
-class ExhaustedTrainer(Trainer):
-    """Runs out of memory for more than two rows."""
-
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        if len(inputs["input_ids"]) > 2:
-            raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
-        return super().training_step(model, inputs, num_items_in_batch)
-
-
-def several_evaluations() -> dict[str, Any]:
-    evaluated = Sentences(8)
-    return {"eval_dataset": {"first": evaluated, "second": Sentences(6)}, "compute_metrics": right_tokens}
-
-
-def right_tokens(prediction: Any) -> dict[str, float]:
-    return {"right": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
-
-
-def stepped() -> dict[str, Any]:
-    """An optimizer class of the user's own."""
-    return {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9})}
-
-
-def scalars(trainer: Trainer) -> Any:
-    """What TensorBoard has of training."""
-    [file] = Path(trainer.args.output_dir or "").rglob("events.out.*")
-    accumulator = EventAccumulator(str(file))
-    accumulator.Reload()
-    tags = [tag for tag in accumulator.Tags()["scalars"] if tag.startswith("train/") and not tag.endswith(CLOCK)]
-    assert "train/loss" in tags
-    return {tag: [(event.step, event.value) for event in accumulator.Scalars(tag)] for tag in tags}
-
-
-CLOCK = ("runtime", "per_second")
-
-# ----------------------------------------------------------------------------------------------------------------- table
+from tests.configurations.transformers_sessions import Case
+from tests.training_cases import Stream
+from tests.transformers_runs import MaskingCollator, Sentences
 
 _NAMES = {one.name for one in dataclasses.fields(TrainingArguments)}
+
+
 CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _NAMES else "gradient_checkpointing"
+
+
 BY_LENGTH = {"train_sampling_strategy": "group_by_length"} if "train_sampling_strategy" in _NAMES else {"group_by_length": True}
+
+
 OF_THE_TRAINER = {"loss_fn": "trainer"}
+
+
 WORKERS = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+
+
 AFTER_ONE = (1, 2, 4)  # of a stream no batch has gone by before the first step
+
+
 IN_PEFT = "`is_gradient_checkpointing` is deprecated"
+
+
 IN_DYNAMO = "The .grad attribute of a Tensor that is not a leaf"
 
 

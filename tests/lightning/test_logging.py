@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.nn import functional as F
 
 from curvature_callbacks import read_records
-from tests.configurations.lightning_cases import ValidatedNet
+from tests.configurations.lightning_nets import ValidatedNet
 from tests.lightning.callback_cases import events, new_callback, points
 from tests.lightning_runs import LIGHTNING_WARNINGS, ListLogger, Net, lightning_run, lightning_trainer
 from tests.training_cases import Checksum, assert_probed, assert_same_training, loader, probed_steps, reports

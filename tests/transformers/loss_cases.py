@@ -10,7 +10,7 @@ from transformers import GPT2LMHeadModel, Trainer
 from curvature_callbacks.processes.world import SINGLE
 from curvature_callbacks.transformers.callback import CurvatureCallback
 from curvature_callbacks.transformers.loss import loss_of
-from tests.configurations.transformers_cases import Unpadded
+from tests.configurations.transformers_parts import Unpadded
 from tests.training_cases import callback_options, seed_everything
 from tests.transformers_runs import language_model, training_arguments
 

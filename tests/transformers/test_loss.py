@@ -18,7 +18,7 @@ from curvature_callbacks.processes.world import SINGLE
 from curvature_callbacks.transformers import loss as trainer_loss
 from curvature_callbacks.transformers.callback import CurvatureCallback
 from curvature_callbacks.transformers.loss import loss_of
-from tests.configurations.transformers_cases import focal, mask_filler
+from tests.configurations.transformers_parts import focal, mask_filler
 from tests.training_cases import assert_probed, callback_options
 from tests.transformers.loss_cases import SMOOTHING, Passing, adapted, batch_of, evaluated, new_callback, trainer_for, unlisted
 from tests.transformers_runs import Sentences, language_model

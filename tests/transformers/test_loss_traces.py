@@ -16,14 +16,9 @@ from curvature_callbacks import ConfigurationError
 from curvature_callbacks.transformers import loss as trainer_loss
 from curvature_callbacks.transformers.callback import CurvatureCallback
 from curvature_callbacks.transformers.loss import ComputeLossWatch, loss_of
-from tests.configurations.transformers_cases import (
-    CASES,
-    PenalisedTrainer,
-    assert_same_bits,
-    collected,
-    collecting_focal,
-    penalties,
-)
+from tests.configurations.transformers_cases import CASES
+from tests.configurations.transformers_parts import PenalisedTrainer, collected, collecting_focal, penalties
+from tests.configurations.transformers_sessions import assert_same_bits
 from tests.training_cases import (
     Checksum,
     Stream,
