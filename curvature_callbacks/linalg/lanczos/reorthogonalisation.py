@@ -244,7 +244,8 @@ class Partial(Reorthogonalisation):
             terms[1:] += betas[: j - 1] * latest[: j - 1]
             scale = max(alphas[: j + 1].abs().max().item(), betas[: j + 1].max().item())
             noise = max(self._noise, self._excess * self._base * scale)  # not Simon's b_i + b_j: a product rounds by its norm
-            following[:j] = ((terms + noise * terms.sign()) / beta).clamp(-1.0, 1.0)  # signed: else the terms cancel wrongly
+            # Signed as the true products are, so that terms cancel where those do; noise may only make each estimate larger.
+            following[:j] = ((terms + noise * terms.sign()) / beta).clamp(-1.0, 1.0)
         return following
 
     def _after_pass(self, following: Tensor) -> Tensor:
