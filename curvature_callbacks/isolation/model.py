@@ -1,4 +1,4 @@
-"""Isolation: whatever a probe does, the training run finds everything as it left it."""
+"""Isolation of a model: whatever a probe does, the training run finds everything as it left it."""
 
 import os
 import random
@@ -65,7 +65,7 @@ def isolated(model: nn.Module, *, seed: int) -> Iterator[None]:
 
 @contextmanager
 def deterministic_algorithms(device: torch.device, *, enabled: bool = True) -> Iterator[None]:
-    """PyTorch's deterministic algorithms inside, and no choice of cuDNN's by timing; as found on the way out.
+    """PyTorch's deterministic algorithms inside, and no choice of cuDNN's by timing; both as before on the way out.
 
     Raises:
         ConfigurationError: the device is CUDA and cuBLAS has not been told to be deterministic when the process started.
@@ -79,7 +79,7 @@ def deterministic_algorithms(device: torch.device, *, enabled: bool = True) -> I
             "`deterministic`=True on CUDA needs the environment variable CUBLAS_WORKSPACE_CONFIG set to one of "
             f"{', '.join(_DETERMINISTIC_CUBLAS)} before the process starts."
         )
-    found = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    is_enabled, warns_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     benchmark = torch.backends.cudnn.benchmark
     try:
         torch.use_deterministic_algorithms(True)
@@ -87,7 +87,7 @@ def deterministic_algorithms(device: torch.device, *, enabled: bool = True) -> I
         yield
     finally:
         torch.backends.cudnn.benchmark = benchmark
-        torch.use_deterministic_algorithms(found[0], warn_only=found[1])
+        torch.use_deterministic_algorithms(is_enabled, warn_only=warns_only)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import partial
-from types import FunctionType, MethodType, ModuleType
+from types import FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any, Final
 
 import torch
@@ -66,16 +66,19 @@ def attributes(value: Any) -> dict[str, Any] | None:
     return own if type(own) is dict else None
 
 
-def slots(value: Any) -> dict[str, Any]:
-    """Name to content of the `__slots__` of an object that are set."""
-    contents: dict[str, Any] = {}
-    for cls in type(value).__mro__:
-        declared = vars(cls).get("__slots__", ())
-        for name in [declared] if isinstance(declared, str) else declared:
-            if name not in ("__dict__", "__weakref__"):
-                with suppress(AttributeError):  # declared and not set
-                    contents[name] = object.__getattribute__(value, name)
+def slots(value: Any) -> dict[MemberDescriptorType, Any]:
+    """What an object keeps in `__slots__`, by the member of its class that reads and writes it; of those not set nothing."""
+    contents: dict[MemberDescriptorType, Any] = {}
+    for member in slot_members(type(value)):
+        with suppress(AttributeError):  # declared and not set
+            contents[member] = member.__get__(value)
     return contents
+
+
+def slot_members(cls: type) -> list[MemberDescriptorType]:
+    """What reads and writes the `__slots__` of a class and of its bases."""
+    declaring = [vars(base) for base in cls.__mro__ if "__slots__" in vars(base)]  # other classes have members of C code
+    return [member for members in declaring for member in members.values() if isinstance(member, MemberDescriptorType)]
 
 
 def is_generator(cls: type) -> bool:

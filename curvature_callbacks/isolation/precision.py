@@ -12,7 +12,7 @@ def full_precision() -> Iterator[None]:
     """Full float32 products. The newer per-backend switch where there is one: reading the old global switch raises
     once a user has touched the new one."""
     cuda, cudnn, mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
-    of_cudnn = [getattr(cudnn, kind, None) for kind in ("conv", "rnn")]
+    of_cudnn = [getattr(cudnn, operation, None) for operation in ("conv", "rnn")]
     backends: list[Any] = [cuda.matmul, *of_cudnn, getattr(mkldnn, "matmul", None)]
     saved = [(backend, backend.fp32_precision) for backend in backends if hasattr(backend, "fp32_precision")]
     legacy = None if saved else torch.get_float32_matmul_precision()

@@ -104,7 +104,7 @@ def _plain_object(value: Any, memo: dict[int, Any]) -> Any:
 
 
 def _fields(value: Any) -> dict[str, Any]:
-    return slots(value) | (attributes(value) or {})
+    return {member.__name__: content for member, content in slots(value).items()} | (attributes(value) or {})
 
 
 def _is_plain(value: Any, depth: int = 0) -> bool:

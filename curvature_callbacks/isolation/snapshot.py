@@ -3,15 +3,16 @@
 import copy
 import operator
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from types import MemberDescriptorType, ModuleType
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from curvature_callbacks.isolation.objects import CONTAINERS, attributes, is_array, is_generator, reachable
+from curvature_callbacks.isolation.objects import CONTAINERS, attributes, is_array, is_generator, reachable, slot_members, slots
 from curvature_callbacks.library_internals.tensors import version_of
 
 _MOST_ENTRIES: Final = 1 << 20  # copied of containers; 8 MB of pointers
@@ -24,7 +25,8 @@ def put_back(values: Iterable[Any]) -> Iterator[None]:
 
     Args:
         values: lists, dicts, sets, deques; strided tensors and NumPy arrays that may be written to; generators, and modules
-            that stand for one (`random`, `numpy.random`). The attributes of an object are the dict that `attributes` gives.
+            that stand for one (`random`, `numpy.random`); any other object for what it keeps in `__slots__`. The attributes
+            of an object are the dict that `attributes` gives.
 
     Cost: a copy of each; of containers their pointers.
     """
@@ -52,13 +54,15 @@ def undisturbed(*owners: Any) -> AbstractContextManager[None]:
     """
     objects = list(reachable(owners))
     generators = [value for value in objects if is_generator(type(value))]
-    of_objects = [own for value in objects if (own := attributes(value)) is not None]
+    of_objects = [held for value in objects if (held := attributes(value)) is not None]
+    slotted = [value for value in objects if not is_generator(type(value)) and slot_members(type(value))]
     containers = [value for value in objects if type(value) in CONTAINERS]
     arrays = [value for value in objects if _is_own_tensor(value) or _is_own_array(value)]
     return put_back(
         [
             *generators,
             *of_objects,
+            *slotted,
             *_smallest(containers, len, _MOST_ENTRIES),
             *_smallest(arrays, _num_elements, _MOST_ELEMENTS),
         ]
@@ -72,7 +76,9 @@ def _restore_of(value: Any) -> Callable[[], None]:
         return partial(_rewrite_array, value, value.copy())
     if isinstance(value, list | dict | set | deque):
         return partial(refill, value, dict(value) if isinstance(value, dict) else list(value))
-    return partial(_set_state, value, copy.deepcopy(_state_of(value)))
+    if is_generator(type(value)) or isinstance(value, ModuleType):
+        return partial(_set_state, value, copy.deepcopy(_state_of(value)))
+    return partial(_refill_slots, value, slots(value))
 
 
 def refill(container: Any, content: Any) -> None:
@@ -89,6 +95,15 @@ def refill(container: Any, content: Any) -> None:
         return
     container.clear()
     (container.extend if isinstance(container, list | deque) else container.update)(content)
+
+
+def _refill_slots(value: Any, content: Mapping[MemberDescriptorType, Any]) -> None:
+    now = slots(value)
+    for member in now.keys() - content.keys():
+        member.__delete__(value)
+    for member, before in content.items():
+        if member not in now or now[member] is not before:
+            member.__set__(value, before)
 
 
 def _items(container: Any) -> list[Any]:

@@ -84,7 +84,7 @@ def test_attributes_are_read_without_asking_the_object() -> None:
 
 
 def test_slots_of_all_bases_but_those_not_set() -> None:
-    assert slots(Slotted("x")) == {"word": "x", "count": 3}
+    assert {member.__name__: content for member, content in slots(Slotted("x")).items()} == {"word": "x", "count": 3}
     assert slots(3) == {}
 
 

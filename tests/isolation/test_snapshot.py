@@ -3,6 +3,7 @@
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from queue import Queue
 from typing import Any
 
@@ -27,6 +28,25 @@ class Counting:
     def __getitem__(self, row: int) -> int:
         self.change(self.kept, row)
         return row
+
+
+@dataclass(slots=True)
+class Reads:
+    """Counts in slots, one of them with a name of its class's own."""
+
+    count: int = 0
+    __last: int | None = None
+
+    def add(self, row: int) -> None:
+        self.count += 1
+        self.__last = row
+
+
+class Cache:
+    __slots__ = ("rows",)
+
+    def fill(self, row: int) -> None:
+        self.rows = row
 
 
 def read(kept: Any, change: Callable[[Any, int], Any]) -> None:
@@ -61,6 +81,13 @@ def test_containers_are_filled_as_they_were(make: Callable[[], Any], change: Cal
     assert kept == make()
     assert list(kept) == list(make()), "in the same order"
     assert type(kept) is type(make())
+
+
+def test_slots_hold_what_they_held() -> None:
+    kept = [Reads(), Cache()]
+    read(kept, lambda kept, row: (kept[0].add(row), kept[1].fill(row)))
+    assert kept[0] == Reads()
+    assert not hasattr(kept[1], "rows")
 
 
 @pytest.mark.parametrize(
