@@ -17,7 +17,7 @@ def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(batch, Tensor):
         return function(batch)
     if isinstance(batch, Mapping):
-        return _like(batch, {key: map_tensors(value, function) for key, value in batch.items()})
+        return _mapping_like(batch, {key: map_tensors(value, function) for key, value in batch.items()})
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(map_tensors(value, function) for value in batch))
     if isinstance(batch, list | tuple):
@@ -36,7 +36,7 @@ def batch_size(batch: Any) -> int:
     """Rows of `batch`: the leading dimension of `labels` where there are any, else of its first tensor."""
     if isinstance(batch, Mapping) and isinstance(batch.get("labels"), Tensor) and batch["labels"].ndim:
         return int(batch["labels"].shape[0])
-    for tensor in _tensors(batch):
+    for tensor in _nested_tensors(batch):
         if tensor.ndim:
             return int(tensor.shape[0])
     raise ConfigurationError(
@@ -69,18 +69,18 @@ def detached_copy(batch: Any) -> Any:
     return map_tensors(batch, lambda tensor: tensor.detach().clone())
 
 
-def _tensors(batch: Any) -> Iterator[Tensor]:
+def _nested_tensors(batch: Any) -> Iterator[Tensor]:
     if isinstance(batch, Tensor):
         yield batch
     elif isinstance(batch, Mapping):
         for value in batch.values():
-            yield from _tensors(value)
+            yield from _nested_tensors(value)
     elif isinstance(batch, list | tuple):
         for value in batch:
-            yield from _tensors(value)
+            yield from _nested_tensors(value)
 
 
-def _like(original: Mapping[Any, Any], values: dict[Any, Any]) -> Mapping[Any, Any]:
+def _mapping_like(original: Mapping[Any, Any], values: dict[Any, Any]) -> Mapping[Any, Any]:
     """`values` in a mapping of the original's type (Hugging Face's `BatchEncoding` has attributes a model may use)."""
     if type(original) is dict:
         return values
@@ -113,7 +113,7 @@ def _joined(first: Any, second: Any, sizes: tuple[int, int]) -> Any | None:
         if list(first) != list(second):
             return None
         values = {key: _joined(first[key], second[key], sizes) for key in first}
-        return None if any(value is None for value in values.values()) else _like(first, values)
+        return None if any(value is None for value in values.values()) else _mapping_like(first, values)
     if isinstance(first, list | tuple):
         if len(first) != len(second):
             return None

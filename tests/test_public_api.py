@@ -1,4 +1,4 @@
-"""What users import and call stays: every path, keyword name and default of data/public_api.txt, which may gain lines only."""
+"""What users import and call stays: every path, keyword and default of data/public_api.txt, which may only grow."""
 
 import ast
 import dataclasses

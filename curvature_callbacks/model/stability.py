@@ -95,8 +95,8 @@ def read_stability(
     limits = [dynamics[name].limit for name in stepped]
     return Stability(
         names=tuple(stepped),
-        preconditioner=_flat(stepped.values()),
-        scale=_flat(1 / (limit * diagonal) for limit, diagonal in zip(limits, stepped.values(), strict=True)),
+        preconditioner=_concatenated(stepped.values()),
+        scale=_concatenated(1 / (limit * diagonal) for limit, diagonal in zip(limits, stepped.values(), strict=True)),
         decay=_decay(stepped, dynamics),
         limit=min(limits) if max(limits) - min(limits) <= _EQUAL * min(limits) else None,
         learning_rates=learning_rates,
@@ -119,7 +119,7 @@ def _opened(optimizer: Any) -> Optimizer:
 
 @final
 @dataclass(frozen=True, slots=True)
-class _Member:
+class _Membership:
     """The optimizer and the parameter group that a parameter belongs to."""
 
     optimizer: Optimizer
@@ -135,16 +135,16 @@ class _Member:
         return update_rule(self.optimizer).preconditioner(self.group, held, read(parameter))
 
 
-def _members(optimizers: Sequence[Optimizer], parameters: Mapping[str, Tensor]) -> dict[str, _Member]:
+def _members(optimizers: Sequence[Optimizer], parameters: Mapping[str, Tensor]) -> dict[str, _Membership]:
     """Name to the optimizer and the group its parameter is in, group after group."""
     names = {id(parameter): name for name, parameter in parameters.items()}
-    members: dict[str, _Member] = {}
+    members: dict[str, _Membership] = {}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             for name in [names[id(parameter)] for parameter in group["params"] if id(parameter) in names]:
                 if name in members:
                     raise RefusedError(f"parameter `{name}` is in two groups: it has no stability limit of its own.")
-                members[name] = _Member(optimizer, group)
+                members[name] = _Membership(optimizer, group)
     if not members:
         raise ConfigurationError(
             "`optimizer` has none of the parameters that are measured: pass the one that trains this very model (one with "
@@ -153,7 +153,7 @@ def _members(optimizers: Sequence[Optimizer], parameters: Mapping[str, Tensor]) 
     return members
 
 
-def _refuse_what_has_no_limit(members: Iterable[_Member], moving: Iterable[_Member]) -> None:
+def _refuse_what_has_no_limit(members: Iterable[_Membership], moving: Iterable[_Membership]) -> None:
     if any(member.group.get("maximize", False) for member in members):
         raise RefusedError("the optimizer maximises: gradient ascent on a loss has no edge of stability.")
     dynamics = {member.dynamics for member in moving}
@@ -167,7 +167,7 @@ def _refuse_what_has_no_limit(members: Iterable[_Member], moving: Iterable[_Memb
         )
 
 
-def _why_nothing_moves(moving: Mapping[str, _Member]) -> str:
+def _why_nothing_moves(moving: Mapping[str, _Membership]) -> str:
     if moving:
         return "the optimizer has made no step yet: its preconditioner is not known."
     return "every learning rate is 0: nothing moves."
@@ -176,8 +176,8 @@ def _why_nothing_moves(moving: Mapping[str, _Member]) -> str:
 def _decay(stepped: Mapping[str, Tensor], dynamics: Mapping[str, Dynamics]) -> Tensor | None:
     if not any(dynamics[name].coupled_decay for name in stepped):
         return None
-    return _flat(torch.full_like(diagonal, dynamics[name].coupled_decay) for name, diagonal in stepped.items())
+    return _concatenated(torch.full_like(diagonal, dynamics[name].coupled_decay) for name, diagonal in stepped.items())
 
 
-def _flat(tensors: Iterable[Tensor]) -> Tensor:
+def _concatenated(tensors: Iterable[Tensor]) -> Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors])  # (P,)

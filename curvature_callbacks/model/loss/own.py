@@ -94,7 +94,7 @@ class OwnLoss:
             ProbeError: it returns no logits where it gave them before; with smoothing also, its loss is not finite before its
                 form is known.
         """
-        settled = self._settled.get(_layout(batch))
+        settled = self._settled.get(_batch_layout(batch))
         if settled is not None and settled.form is not None and settled.needs_labels is False:
             logits = _fitting_logits(settled.form, model, batch, model(**without_labels(batch)))
             return self._rebuilt(settled.form, logits, batch)
@@ -128,7 +128,7 @@ class OwnLoss:
         if not matching and may_call_again:
             settled.is_mean_over_rows = _is_mean_over_rows(evaluation)
         if len(matching) == 1 or (not matching and is_finite):
-            self._settled[_layout(evaluation.batch)] = settled
+            self._settled[_batch_layout(evaluation.batch)] = settled
         return settled
 
 
@@ -162,7 +162,7 @@ def _evaluate(model: nn.Module, batch: Mapping[str, Any]) -> _Evaluation:
     return _Evaluation(model, batch, output, loss)
 
 
-def _layout(batch: Mapping[str, Any]) -> Hashable:
+def _batch_layout(batch: Mapping[str, Any]) -> Hashable:
     labels = labels_of(batch)
     return frozenset(batch), None if labels is None else (labels.is_floating_point(), labels.ndim)
 
