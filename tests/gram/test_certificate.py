@@ -122,10 +122,10 @@ def test_a_wrong_rule_is_caught_and_its_parameter_goes_row_by_row(parameter: str
 
 @pytest.mark.parametrize("fisher", ["sampled", "exact"])
 def test_a_wrong_rule_is_caught_in_other_types_of_fisher(fisher: Any, monkeypatch: pytest.MonkeyPatch):
-    model, microbatches, kind = in_general_position(Everything).double(), ids(3, 2), FisherType(fisher=fisher)
-    expected = parameter_grams(model, microbatches, fisher_type=kind)
+    model, microbatches, fisher_type = in_general_position(Everything).double(), ids(3, 2), FisherType(fisher=fisher)
+    expected = parameter_grams(model, microbatches, fisher_type=fisher_type)
     faulty_convolutions(FAULTS["samples in another order"], monkeypatch)
-    found = parameter_grams(model, microbatches, fisher_type=kind)
+    found = parameter_grams(model, microbatches, fisher_type=fisher_type)
     assert set(found.fallback) == {"conv.weight"}
     for block, K in expected.grams.items():
         assert torch.allclose(found.grams[block], K, rtol=1e-10)

@@ -21,7 +21,7 @@ from tests.cases import CASES
 from tests.gram.gram_cases import block_grams_of
 from tests.reference import IGNORED, float64_copy, relative_error, rows
 
-KINDS = {
+FISHER_TYPES = {
     "empirical": FisherType(),
     "empirical token": FisherType(sample_unit="token", num_targets=2),
     "sampled": FisherType(fisher="sampled", num_draws=2),
@@ -127,15 +127,16 @@ MODELS = {
 
 
 def grams(
-    case: Model, kind: FisherType, memory: GramMemory | None = None, structure: Any = "none"
+    case: Model, fisher_type: FisherType, memory: GramMemory | None = None, structure: Any = "none"
 ) -> tuple[BlockGrams, list[Any]]:
     """And the surrogates of each microbatch."""
     model = case.build()
     with offline_problem(model, case.microbatches(), loss=case.loss, params_filter=None, block_structure=structure) as problem:
         drawn = [
-            surrogates(kind, problem.objective(batch), seed=SEED + place) for place, batch in enumerate(problem.microbatches)
+            surrogates(fisher_type, problem.objective(batch), seed=SEED + place)
+            for place, batch in enumerate(problem.microbatches)
         ]
-        found = block_grams_of(problem, memory, seed=SEED, options=GramOptions(fisher_type=kind))
+        found = block_grams_of(problem, memory, seed=SEED, options=GramOptions(fisher_type=fisher_type))
     return found, drawn
 
 
@@ -147,7 +148,7 @@ def flat_gradient(value: Tensor, model: nn.Module, *, again: bool = False) -> Te
     return torch.cat([gradient.flatten() for gradient in found])
 
 
-def scaled_gradient(case: Model, kind: FisherType, model: nn.Module, row: Any, surrogate: Any, i: int) -> Tensor:
+def scaled_gradient(case: Model, fisher_type: FisherType, model: nn.Module, row: Any, surrogate: Any, i: int) -> Tensor:
     """`g~` of row i in one pass, from what was drawn and the definition of the Fisher."""
     outputs, targets = case.outputs(model, row), case.targets(row)
     draws = surrogate.draws[i]
@@ -155,36 +156,36 @@ def scaled_gradient(case: Model, kind: FisherType, model: nn.Module, row: Any, s
     log_p = outputs.log_softmax(-1)
     if case.likelihood == "gaussian":
         D = outputs.shape[1]
-        if kind.fisher == "empirical":
+        if fisher_type.fisher == "empirical":
             return flat_gradient(((outputs - targets) ** 2).mean(), model)
-        noise = draws if kind.fisher == "sampled" else F.one_hot(torch.tensor(surrogate.value.keywords["output"]), D)
+        noise = draws if fisher_type.fisher == "sampled" else F.one_hot(torch.tensor(surrogate.value.keywords["output"]), D)
         residual = noise.double() * math.sqrt(D / 2)  # y - f, for the exact one an axis of the noise
         return -flat_gradient(((outputs - (outputs.detach() + residual)) ** 2).mean(), model)
     if case.likelihood == "bernoulli":
         D, p = outputs.shape[1], outputs.sigmoid()
-        if kind.fisher == "empirical":
+        if fisher_type.fisher == "empirical":
             return flat_gradient(-(targets * p.log() + (1 - targets) * (1 - p).log()).mean(), model)
-        if kind.fisher == "sampled":
+        if fisher_type.fisher == "sampled":
             y = draws.double()
             return flat_gradient(-(y * p.log() + (1 - y) * (1 - p).log()).mean() * math.sqrt(D), model)
         d = surrogate.value.keywords["output"]
         return flat_gradient(outputs[0, d], model) * math.sqrt(float((p[0, d] * (1 - p[0, d])).detach()) / D)
-    if kind.fisher == "exact":
+    if fisher_type.fisher == "exact":
         t, c = surrogate.value.keywords["position"], surrogate.value.keywords["output"]
         return flat_gradient(-log_p[t, c], model) * math.exp(float(log_p[t, c].detach()) / 2)
-    if kind.fisher == "sampled" and kind.sample_unit == "token":
+    if fisher_type.fisher == "sampled" and fisher_type.sample_unit == "token":
         return flat_gradient(-log_p[draws[0], draws[1]], model) * scale
-    if kind.fisher == "sampled":
+    if fisher_type.fisher == "sampled":
         valid = [(t, int(y)) for t, y in enumerate(draws.tolist()) if y != IGNORED]
         assert [t for t, _ in valid] == (targets != IGNORED).nonzero()[:, 0].tolist()
         return flat_gradient(-torch.stack([log_p[t, y] for t, y in valid]).sum(), model)
-    if kind.sample_unit == "token":
+    if fisher_type.sample_unit == "token":
         return flat_gradient(-log_p[int(draws), int(targets[int(draws)])], model) * scale
     terms = [log_p[t, int(y)] for t, y in enumerate(targets.tolist()) if y != IGNORED]
     return flat_gradient(-torch.stack(terms).sum() if terms else outputs.sum() * 0, model)
 
 
-def expected_gradients(case: Model, kind: FisherType, drawn: list[Any]) -> tuple[Tensor, list[int], list[float]]:
+def expected_gradients(case: Model, fisher_type: FisherType, drawn: list[Any]) -> tuple[Tensor, list[int], list[float]]:
     """(S, P), with row and weight of each pseudo-sample, pass after pass."""
     model, microbatches = float64_copy(case.build()), case.microbatches()
     gradients, samples, weights, start = [], [], [], 0
@@ -193,19 +194,19 @@ def expected_gradients(case: Model, kind: FisherType, drawn: list[Any]) -> tuple
         for surrogate in chosen:
             for i, row in enumerate(alone):
                 if surrogate.active[i]:
-                    gradients.append(scaled_gradient(case, kind, model, row, surrogate, i))
+                    gradients.append(scaled_gradient(case, fisher_type, model, row, surrogate, i))
                     samples.append(start + i)
                     weights.append(float(surrogate.weights[i]))
         start += len(alone)
     return torch.stack(gradients), samples, weights
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fisher_type", FISHER_TYPES)
 @pytest.mark.parametrize("name", MODELS)
-def test_grams_are_those_of_the_same_draws(name: str, kind: str):
+def test_grams_are_those_of_the_same_draws(name: str, fisher_type: str):
     case = MODELS[name]
-    found, drawn = grams(case, KINDS[kind])
-    G, samples, weights = expected_gradients(case, KINDS[kind], drawn)
+    found, drawn = grams(case, FISHER_TYPES[fisher_type])
+    G, samples, weights = expected_gradients(case, FISHER_TYPES[fisher_type], drawn)
     (K,) = found.grams.values()
     expected = torch.tensor([[float(a @ b) for b in G] for a in G[:40]])[:40]
     assert K.shape == (len(G), len(G))
@@ -217,14 +218,14 @@ def test_grams_are_those_of_the_same_draws(name: str, kind: str):
     assert found.certificate_error is not None
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fisher_type", FISHER_TYPES)
 @pytest.mark.parametrize("name", ["gpt2", "vit", "mse", "bce"])
-def test_row_by_row_has_the_same_draws(name: str, kind: str):
+def test_row_by_row_has_the_same_draws(name: str, fisher_type: str):
     case = MODELS[name]
-    ruled, _ = grams(case, KINDS[kind], structure="parameter")
+    ruled, _ = grams(case, FISHER_TYPES[fisher_type], structure="parameter")
     parameters = [parameter for parameter, _ in case.build().named_parameters()]
     refused = dict.fromkeys(parameters[::3], "for the test")
-    by_row, _ = grams(case, KINDS[kind], GramMemory(refused=refused), structure="parameter")
+    by_row, _ = grams(case, FISHER_TYPES[fisher_type], GramMemory(refused=refused), structure="parameter")
     assert set(by_row.fallback) == set(refused)
     scale = max(K.abs().max().item() for K in ruled.grams.values())
     for block, K in ruled.grams.items():
@@ -258,13 +259,13 @@ def apart(function: Callable[[Tensor, Tensor], Tensor], target: Tensor, output: 
 @pytest.mark.parametrize("name", ["mlp", "mse", "bce", "bert_classifier", "gpt2"])
 def test_the_exact_fisher_is_the_ggn_of_the_mean_loss(name: str, unit: Any):
     """All its eigenvalues, and for one target a row both units."""
-    case, kind = MODELS[name], FisherType(fisher="exact", sample_unit=unit)
-    found, drawn = grams(case, kind)
+    case, fisher_type = MODELS[name], FisherType(fisher="exact", sample_unit=unit)
+    found, drawn = grams(case, fisher_type)
     ggn, count = dense_ggn(case)
     (K,) = found.grams.values()
-    G, *_ = expected_gradients(case, kind, drawn)
+    G, *_ = expected_gradients(case, fisher_type, drawn)
     assert relative_error(G.T @ G / count, ggn / count) < TOLERANCE
-    normaliser = kind.normaliser(found.num_targets[found.num_targets > 0])
+    normaliser = fisher_type.normaliser(found.num_targets[found.num_targets > 0])
     assert normaliser == (count if unit == "token" else int((found.num_targets > 0).sum()))
     eigenvalues = torch.linalg.eigvalsh(K / normaliser).flip(0)
     top = torch.linalg.eigvalsh(ggn / normaliser).flip(0)[: len(eigenvalues)]
@@ -292,13 +293,13 @@ def test_all_targets_of_a_row_need_no_weights(fisher: Any):
 
 
 def test_a_sampled_fisher_depends_on_the_seed_and_not_on_the_global_generator():
-    case, kind = MODELS["gpt2"], KINDS["sampled"]
+    case, fisher_type = MODELS["gpt2"], FISHER_TYPES["sampled"]
     torch.manual_seed(1234)
-    (first,) = grams(case, kind)[0].grams.values()
+    (first,) = grams(case, fisher_type)[0].grams.values()
     torch.manual_seed(4321)
-    (again,) = grams(case, kind)[0].grams.values()
+    (again,) = grams(case, fisher_type)[0].grams.values()
     assert torch.equal(again, first)
     model = case.build()
     with offline_problem(model, case.microbatches(), loss=None, params_filter=None, block_structure="none") as problem:
-        (other,) = block_grams_of(problem, seed=SEED + 100, options=GramOptions(fisher_type=kind)).grams.values()
+        (other,) = block_grams_of(problem, seed=SEED + 100, options=GramOptions(fisher_type=fisher_type)).grams.values()
     assert not torch.allclose(other, again, rtol=1e-2)

@@ -87,10 +87,10 @@ def test_batches_of_other_lengths_stay_apart(sizes_run: list[int]):
     assert sizes_run == [3, 1, 2]
 
 
-@pytest.mark.parametrize("kind", [FisherType(fisher="sampled"), FisherType(sample_unit="token", num_targets=2)], ids=str)
-def test_types_that_draw_by_microbatch_keep_them(kind: FisherType, sizes_run: list[int]):
+@pytest.mark.parametrize("fisher_type", [FisherType(fisher="sampled"), FisherType(sample_unit="token", num_targets=2)], ids=str)
+def test_types_that_draw_by_microbatch_keep_them(fisher_type: FisherType, sizes_run: list[int]):
     case = CASES["gpt2"]
-    parameter_grams(case.model(), equally_long(case, (2, 1, 1)), loss=case.loss, fisher_type=kind)
+    parameter_grams(case.model(), equally_long(case, (2, 1, 1)), loss=case.loss, fisher_type=fisher_type)
     assert sizes_run == [2, 1, 1]
 
 

@@ -22,11 +22,11 @@ from tests.gram.gram_cases import parameter_grams
 from tests.reference import sample_gradients
 
 
-def grams(model: nn.Module, batch: Any, kind: FisherType, loss: Any, **options: Any) -> BlockGrams:
+def grams(model: nn.Module, batch: Any, fisher_type: FisherType, loss: Any, **options: Any) -> BlockGrams:
     with isolated(model, seed=0):
         problem = Problem(model, [batch], loss=loss, block_structure="none")
         problem.check()  # as before every run: settles the form of the model's own loss
-        return problem.grams(kind, **options)
+        return problem.grams(fisher_type, **options)
 
 
 def regression() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
@@ -61,9 +61,9 @@ def test_pseudo_samples_of_tokens_keep_to_their_rows_beside_one_that_is_not_fini
         batch["input_ids"][:2] = batch["input_ids"][:2].clamp_max(9)
         batch["input_ids"][2, 0] = 10
     single = {name: value[:1] for name, value in batch.items()}
-    kind = FisherType(sample_unit="token")
-    found = grams(model, batch, kind, None)
-    truth = grams(model, single, kind, None)
+    fisher_type = FisherType(sample_unit="token")
+    found = grams(model, batch, fisher_type, None)
+    truth = grams(model, single, fisher_type, None)
     assert found.samples.tolist() == [0, 0]
     torch.testing.assert_close(found.grams["model"], truth.grams["model"])
 
@@ -136,8 +136,8 @@ def test_coverage_is_the_same_after_a_gram_that_went_row_by_row():
 
 def test_the_budget_holds_inside_a_microbatch_with_many_passes():
     model, batch = CASES["mlp"].model(), CASES["mlp"].microbatches((4,))[0]
-    kind = FisherType(fisher="exact")
-    small, large = (grams(model, batch, kind, "cross_entropy", memory_budget=size) for size in (1, None))
+    fisher_type = FisherType(fisher="exact")
+    small, large = (grams(model, batch, fisher_type, "cross_entropy", memory_budget=size) for size in (1, None))
     assert small.mode.endswith("block groups")
     assert large.mode == "factors on device"
     torch.testing.assert_close(small.grams["model"], large.grams["model"], rtol=1e-12, atol=0.0)

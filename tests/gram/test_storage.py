@@ -37,7 +37,7 @@ BUDGETS = {
     "groups": MemoryBudget(device_bytes=8 << 10),
     "a parameter at a time": MemoryBudget(device_bytes=0),
 }
-KINDS = {
+FISHER_TYPES = {
     "sequence": FisherType(),
     "token": FisherType(sample_unit="token", num_targets=2),
     "sampled": FisherType(fisher="sampled", num_draws=2),
@@ -94,18 +94,25 @@ def test_every_mode_gives_the_grams_of_the_oracle(name: str, budget: str, form: 
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"),
-    [(name, kind) for name in NAMES for kind in KINDS if kind != "exact" or name in ("gpt2", "convnet")],
+    ("name", "fisher_type"),
+    [
+        (name, fisher_type)
+        for name in NAMES
+        for fisher_type in FISHER_TYPES
+        if fisher_type != "exact" or name in ("gpt2", "convnet")
+    ],
 )
-def test_modes_agree_with_each_other_to_the_bit(name: str, kind: str):
+def test_modes_agree_with_each_other_to_the_bit(name: str, fisher_type: str):
     case, memory = CASES[name], GramMemory()
     model, microbatches = case.model(), case.microbatches()
-    if kind == "exact" and name == "gpt2":
+    if fisher_type == "exact" and name == "gpt2":
         for batch in microbatches:  # a backward pass for every position and word
             batch["labels"][:, 3:] = -100
 
     def kept(budget: str, form: KeptForm) -> BlockGrams:
-        return grams(case, model, microbatches, BUDGETS[budget], form=form, fisher_type=KINDS[kind], memory=memory)
+        return grams(
+            case, model, microbatches, BUDGETS[budget], form=form, fisher_type=FISHER_TYPES[fisher_type], memory=memory
+        )
 
     expected = kept("device", "factors")
     for budget in ("host", "groups"):
@@ -141,8 +148,10 @@ def test_spectra_of_every_mode(name: str, budget: str, centred: bool):
 
 
 @pytest.mark.parametrize("budget", ["device", "groups"])
-@pytest.mark.parametrize("kind", ["sequence", "sampled"])
-def test_rounds_take_the_same_draws_and_each_their_forward_passes(kind: str, budget: str, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("fisher_type", ["sequence", "sampled"])
+def test_rounds_take_the_same_draws_and_each_their_forward_passes(
+    fisher_type: str, budget: str, monkeypatch: pytest.MonkeyPatch
+):
     case, memory = CASES["gpt2"], GramMemory()
     model, microbatches = case.model(), case.microbatches()
     drawn: list[int] = []
@@ -151,14 +160,14 @@ def test_rounds_take_the_same_draws_and_each_their_forward_passes(kind: str, bud
     monkeypatch.setattr(passes_module, "surrogates", lambda *args, seed: drawn.append(seed) or original(*args, seed=seed))
     model.register_forward_pre_hook(lambda *_: passed.append(1))
     with offline_problem(model, microbatches, loss=None, params_filter=None) as problem:
-        options = GramOptions(budget=BUDGETS[budget], fisher_type=KINDS[kind])
+        options = GramOptions(budget=BUDGETS[budget], fisher_type=FISHER_TYPES[fisher_type])
         block_grams_of(problem, memory, options=options)  # proves the layout
         drawn.clear()
         passed.clear()
         found = block_grams_of(problem, memory, options=options)
     rounds = int(found.mode.split()[0]) if budget == "groups" else 1
     assert found.certificate_error is None
-    assert len(drawn) == len(set(drawn)) == (0 if kind == "sequence" else len(microbatches))
+    assert len(drawn) == len(set(drawn)) == (0 if fisher_type == "sequence" else len(microbatches))
     assert len(passed) == len(microbatches) * rounds
     assert rounds > 1 or budget == "device"
 

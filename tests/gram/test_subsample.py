@@ -201,11 +201,13 @@ def test_what_goes_row_by_row_is_counted_in_full():
     assert torch.allclose(found.grams["0.weight"], G @ G.T)
 
 
-@pytest.mark.parametrize("kind", [FisherType(fisher="sampled"), FisherType(fisher="exact"), FisherType(sample_unit="token")])
-def test_other_types_of_fisher_count_the_same_slices(kind: FisherType):
+@pytest.mark.parametrize(
+    "fisher_type", [FisherType(fisher="sampled"), FisherType(fisher="exact"), FisherType(sample_unit="token")]
+)
+def test_other_types_of_fisher_count_the_same_slices(fisher_type: FisherType):
     case = CASES["bert_classifier"]
     model, microbatches = case.model(), case.microbatches()
-    exact, found = (grams(case, model, microbatches, limit, fisher_type=kind) for limit in (None, LIMIT))
+    exact, found = (grams(case, model, microbatches, limit, fisher_type=fisher_type) for limit in (None, LIMIT))
     assert found.fallback == {}
     assert torch.equal(found.samples, exact.samples)
     for block, K in found.grams.items():
