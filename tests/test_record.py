@@ -181,8 +181,8 @@ def test_lines_of_version_0_are_read_and_drawn_as_before() -> None:
 
 
 def test_a_record_names_the_curves_of_its_block() -> None:
-    own = [record(block=block, scalars={"norm": 2.0, "trace": 4.0}, curves=("norm",)) for block in ("a", "b")]
-    assert scalar_tags(own) == {
+    records = [record(block=block, scalars={"norm": 2.0, "trace": 4.0}, curves=("norm",)) for block in ("a", "b")]
+    assert scalar_tags(records) == {
         "curvature_hessian_norm/a": 2.0,
         "curvature_hessian_norm/b": 2.0,
         **{f"curvature_hessian_over_blocks/trace_{which}": 4.0 for which in ("min", "median", "max")},

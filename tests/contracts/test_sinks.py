@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,21 +68,17 @@ class TestSink:
 
     @pytest.mark.parametrize("name", PROBES)
     def test_it_takes_every_kind_of_record(self, sink: Any, name: str) -> None:
-        before = [one.to_json() for one in PROBES[name]]
+        before = [result.to_json() for result in PROBES[name]]
         sink.write(PROBES[name])
         sink.write(PROBES[name])
-        assert [one.to_json() for one in PROBES[name]] == before
+        assert [result.to_json() for result in PROBES[name]] == before
 
     def test_it_takes_one_probe_after_the_other(self, sink: Any) -> None:
         for step, records in enumerate(PROBES.values()):
-            assert sink.write([Record(**{**_fields(one), "step": step}) for one in records]) is None
+            assert sink.write([replace(result, step=step) for result in records]) is None
 
     def test_it_draws_from_no_generator(self, sink: Any) -> None:
         before = torch.get_rng_state()
         for records in PROBES.values():
             sink.write(records)
         assert torch.equal(before, torch.get_rng_state())
-
-
-def _fields(one: Record) -> dict[str, Any]:
-    return {name: getattr(one, name) for name in Record.__dataclass_fields__}

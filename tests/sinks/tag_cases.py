@@ -63,12 +63,13 @@ def written_tags(measurement: Any, *, model: nn.Module | None = None, probes: in
 
 def tags_by_measurement() -> dict[str, dict[str, str]]:
     """Measurement name to kind of summary to its tags, in one string, over all variants of that name."""
-    found: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    written: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for measurement in VARIANTS:
         for summary, tags in written_tags(measurement).items():
-            found[measurement.name][summary] |= tags
+            written[measurement.name][summary] |= tags
     return {
-        name: {summary: " ".join(sorted(found[name][summary])) for summary in sorted(found[name])} for name in sorted(found)
+        name: {summary: " ".join(sorted(written[name][summary])) for summary in sorted(written[name])}
+        for name in sorted(written)
     }
 
 

@@ -17,7 +17,7 @@ def record(step: int) -> Record:
 
 
 def lines(records: list[Record]) -> list[str]:
-    return [one.to_json() for one in records]
+    return [record.to_json() for record in records]
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -54,10 +54,10 @@ def test_no_records_write_nothing(tmp_path: Path) -> None:
 def test_a_kill_at_any_byte_costs_at_most_the_record_being_written(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     JSONLinesSink(path).write([record(0)])
-    whole = len(path.read_bytes())
+    complete = len(path.read_bytes())
     JSONLinesSink(path).write([record(1)])
     content = path.read_bytes()
-    for size in range(whole, len(content) + 1):
+    for size in range(complete, len(content) + 1):
         path.write_bytes(content[:size])
         survived = [record(0), record(1)] if size >= len(content) - 1 else [record(0)]  # only the newline may be missing
         assert lines(read_records(path)) == lines(survived), size
@@ -94,11 +94,11 @@ def test_a_file_cut_at_any_byte_keeps_every_whole_record_before_and_after(tmp_pa
     ends = [i for i, byte in enumerate(content) if byte == ord("\n")]  # a record is whole without its line end
     for size in range(len(content) + 1):
         sink.path.write_bytes(content[:size])
-        whole = before[: sum(end <= size for end in ends)]
-        assert read_records(sink.path) == whole
+        complete = before[: sum(end <= size for end in ends)]
+        assert read_records(sink.path) == complete
         sink.write(after)
         sink.write(after)
-        assert read_records(sink.path) == whole + after + after
+        assert read_records(sink.path) == complete + after + after
 
 
 def failing_write(monkeypatch: Any, *, room: int, error: int = errno.ENOSPC) -> None:

@@ -51,17 +51,17 @@ def test_the_frameworks_have_the_classes_and_attributes(tmp_path: Path) -> None:
     loggers = pytest.importorskip("lightning.pytorch.loggers")
     reporters = pytest.importorskip("transformers.integrations")
     for name, logger_type in LOGGERS.items():
-        found = set()
+        present = set()
         for class_name, attribute in logger_type.writers.items():
             if hasattr(loggers, class_name):
                 assert hasattr(getattr(loggers, class_name), attribute), f"`{class_name}.{attribute}` of Lightning is gone"
-                found.add(class_name)
+                present.add(class_name)
             elif hasattr(reporters, class_name):
                 assert hasattr(getattr(reporters, class_name)(), attribute), (
                     f"`{class_name}.{attribute}` of the Trainer is gone"
                 )
-                found.add(class_name)
-        assert found == set(logger_type.writers), f"a class of {name} is gone"
+                present.add(class_name)
+        assert present == set(logger_type.writers), f"a class of {name} is gone"
 
 
 def test_recognising_imports_no_logger() -> None:

@@ -14,6 +14,6 @@ def test_records_are_kept_in_order() -> None:
 
 
 def test_sinks_do_not_share_records() -> None:
-    one, other = MemorySink(), MemorySink()
-    one.write([Record(step=0, measurement="m")])
-    assert other.records == []
+    used, unused = MemorySink(), MemorySink()
+    used.write([Record(step=0, measurement="m")])
+    assert unused.records == []

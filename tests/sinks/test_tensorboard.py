@@ -65,8 +65,8 @@ def test_scalars_stand_at_the_step_of_their_record(written: Any) -> None:
 
 
 def test_spectra_become_histograms_of_exponents(written: Any) -> None:
-    found = written([block("h.0", eigenvalues=[100.0, 1.0, 0.01])])
-    (event,) = found.Histograms("curvature_empirical_fisher_spectrum/h_00")
+    events = written([block("h.0", eigenvalues=[100.0, 1.0, 0.01])])
+    (event,) = events.Histograms("curvature_empirical_fisher_spectrum/h_00")
     value = event.histogram_value
     assert (value.num, value.min, value.max, value.sum) == (3.0, -2.0, 2.0, 0.0)
 
@@ -89,9 +89,9 @@ def test_heat_maps_grow_by_a_column_a_probe(written: Any) -> None:
 
 
 def test_heat_maps_are_drawn_again_when_they_have_grown_by_half(written: Any) -> None:
-    found = written(*([block("a", step=step)] for step in range(12)))
-    steps = [event.step for event in found.Images("curvature_empirical_fisher_lambda_max/heat_map")]
-    assert len(found.Scalars("curvature_empirical_fisher_lambda_max/a")) == 12
+    events = written(*([block("a", step=step)] for step in range(12)))
+    steps = [event.step for event in events.Images("curvature_empirical_fisher_lambda_max/heat_map")]
+    assert len(events.Scalars("curvature_empirical_fisher_lambda_max/a")) == 12
     assert steps == [0, 1, 2, 4, 7, 11]
 
 
@@ -173,9 +173,9 @@ def test_a_spectral_density_becomes_a_figure(written: Any) -> None:
     arrays = {"grid": [-1.0, 0.0, 1.0], "density": [0.0, 2.0, 0.1], "density_standard_error": [0.0, 1.5, 0.1]}
     record = Record(step=4, measurement="hessian_density", scalars={"trace": 1.0}, headline=("trace",), arrays=arrays)
     incomplete = replace(record, measurement="other", arrays={"grid": [0.0], "density": [1.0]})
-    found = written([record, incomplete])
-    assert found.Tags()["images"] == ["curvature_hessian_density/density"]
-    assert [image.step for image in found.Images("curvature_hessian_density/density")] == [4]
+    events = written([record, incomplete])
+    assert events.Tags()["images"] == ["curvature_hessian_density/density"]
+    assert [image.step for image in events.Images("curvature_hessian_density/density")] == [4]
 
 
 def test_a_density_is_drawn_with_a_band_of_two_standard_errors() -> None:
