@@ -41,7 +41,7 @@ class JacobianOperator(Operator, Protocol):
 
     @property
     def normaliser(self) -> int:
-        """What the sum over the rows of J is divided by."""
+        """What `J' B J` is divided by."""
         ...
 
     @property

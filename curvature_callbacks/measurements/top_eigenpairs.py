@@ -24,7 +24,7 @@ _HEADLINE: Final = (
     "ritz_negative_fraction",
 )
 _CURVES: Final = ("lambda_max",)
-_WHOLE: Final = ""  # key of the whole model among blocks
+_MODEL_WIDE: Final = ""  # key of all parameters among those of blocks
 
 State = Mapping[str, Any]  # `error` of the self-check; `starts`: (P,) on the host, where the next run of each block starts
 
@@ -150,7 +150,7 @@ class _Run:
     starts: dict[str, Tensor] = field(default_factory=dict)
 
     def record(self, block: str | None) -> Record:
-        """What the whole model or a block has. The first call checks the operator, in the first probe of a run."""
+        """The record of all parameters (None) or of a block. In the first probe of a run the first call checks the operator."""
         measurement, problem, spent = self.measurement, self.problem, 0
         task = measurement.curvature.eigenproblem(problem, block)
         if self.error is None:
@@ -161,7 +161,7 @@ class _Run:
         options = replace(measurement.solver, seed=problem.seed, max_seconds=left)
         pairs = task.solve(options, initial_vectors=self._start(task, block))
         if measurement.warm_start and pairs.is_iterative:
-            self.starts[block or _WHOLE] = task.assembled(pairs.starting_vector())
+            self.starts[block or _MODEL_WIDE] = task.assembled(pairs.starting_vector())
         return Record(
             step=problem.step,
             measurement=measurement.name,
@@ -185,7 +185,7 @@ class _Run:
 
     def _start(self, task: Eigenproblem, block: str | None) -> Tensor | None:
         """(P, 1) the start vector that the previous probe left, None where it left none or one of other parameters."""
-        start = task.start((self.previous.get("starts") or {}).get(block or _WHOLE))
+        start = task.start((self.previous.get("starts") or {}).get(block or _MODEL_WIDE))
         return None if start is None else start[:, None]
 
     def _metadata(self, task: Eigenproblem, pairs: Eigenpairs, asymmetry: float) -> dict[str, Any]:

@@ -22,13 +22,13 @@ from curvature_callbacks.model.loss.surrogates import Surrogate, surrogates
 from curvature_callbacks.model.objective import Objective, gradients
 from curvature_callbacks.operators.capabilities import SelfCheck
 from curvature_callbacks.operators.graphs import MicrobatchOperator
-from curvature_callbacks.operators.jacobian import DirectRows, LossRows, SlopedRows
+from curvature_callbacks.operators.jacobian import DirectLossJacobian, LossJacobian, SlopedLossJacobian
 from curvature_callbacks.operators.self_checks import ADJOINT_PRODUCTS, check_adjoint
 from curvature_callbacks.operators.vectors import unflatten
 
 
-class FisherOperator(MicrobatchOperator[LossRows]):
-    """`F = J' J / normaliser`, line s of J the gradient of the loss of pseudo-sample s in the named parameters.
+class FisherOperator(MicrobatchOperator[LossJacobian]):
+    """`F = J' J / normaliser`, J (S, P) the gradients of the losses of S pseudo-samples in the named parameters.
 
     `sequence`: a sample is a row, its loss summed over its valid targets, `F = (1/N) sum_i g_i g_i'`. `token`: a sample is a
     valid target, `F = (1/sum_i n_i) sum_it g_it g_it'`. Rows without a valid target, with a loss or with a gradient (in the
@@ -45,7 +45,7 @@ class FisherOperator(MicrobatchOperator[LossRows]):
         num_samples: N, with sharded parameters over all processes.
         num_targets: sum of `n_i` over these.
         normaliser: `num_draws` times N for `sequence`, times `num_targets` for `token`.
-        num_losses: S, the rows of J.
+        num_outputs: S, the single losses of all microbatches, one for every draw: the length of `J v`.
         gram: (N, N) `J J'` where it is known and gives the eigenpairs; else None, and Lanczos finds them.
 
     Cost: 1.2 to 1.6 gradients to build, 1.1 to 1.3 a product (half of it for J v), 2.2 with convolutions; as much as to build
@@ -79,14 +79,9 @@ class FisherOperator(MicrobatchOperator[LossRows]):
             raise ProbeError("every row of this probe has a finite gradient, but not all of them together.")
 
     @property
-    def num_losses(self) -> int:
-        """S, the single losses of all microbatches, one for every draw."""
-        return sum(self._counts)
-
-    @property
     def num_outputs(self) -> int:
-        """S as well, as `JacobianOperator` calls it."""
-        return self.num_losses
+        """S, the single losses of all microbatches, one for every draw: the length of `J v`."""
+        return sum(self._counts)
 
     def jvp(self, v: Tensor) -> Tensor:
         """`J v` (S,) for `v` (P,), microbatch after microbatch, in each draw after draw. Cost: half a product."""
@@ -109,19 +104,19 @@ class FisherOperator(MicrobatchOperator[LossRows]):
             return SelfCheck(check_adjoint(self, seed=seed), ADJOINT_PRODUCTS)
 
     @abstractmethod
-    def _rows(self, losses: SampleLosses, index: int) -> LossRows:
-        """The rows of J of one microbatch."""
+    def _loss_jacobian(self, losses: SampleLosses, index: int) -> LossJacobian:
+        """The Jacobian of the single losses of one microbatch."""
 
     @override
-    def _graph(self, index: int) -> LossRows:
-        return self._rows(self._losses(index, curved=False), index)
+    def _graph(self, index: int) -> LossJacobian:
+        return self._loss_jacobian(self._losses(index, curved=False), index)
 
     def _built(self, microbatches: Sequence[Any], rows: Sequence[Tensor]) -> bool:
         """Graphs of these rows; False, and nothing to rely on, when something in them is not finite."""
         self._microbatches = microbatches
         noted: list[tuple[Tensor, int, int, bool]] = []
 
-        def note(graph: LossRows) -> None:
+        def note(graph: LossJacobian) -> None:
             noted.append((graph.valid, graph.num_targets, graph.num_losses, graph.is_finite))
 
         self._keep(note)
@@ -183,12 +178,12 @@ class EmpiricalFisherOperator(FisherOperator):
         super().__init__(objective, microbatches, names, sample_unit=sample_unit, num_draws=1, memory_budget=memory_budget)
         self.gram = None if gram is None else gram_of_rows(gram, self.rows)
 
-    def _rows(self, losses: SampleLosses, index: int) -> LossRows:
+    def _loss_jacobian(self, losses: SampleLosses, index: int) -> LossJacobian:
         each, predictive = self._each(losses), losses.predictive
         if predictive is None or predictive.likelihood != "categorical":  # outputs are few: nothing to gain from their slopes
-            return DirectRows(losses, each, self._leaves)
+            return DirectLossJacobian(losses, each, self._leaves)
         slopes = [_slope(losses.total, predictive.logits)]
-        return SlopedRows(losses, predictive.logits, slopes, self._leaves, by_target=self.sample_unit == "token")
+        return SlopedLossJacobian(losses, predictive.logits, slopes, self._leaves, by_target=self.sample_unit == "token")
 
     def _each(self, losses: SampleLosses) -> Tensor:
         """(N,) losses of rows, or (N, M) of targets."""
@@ -213,7 +208,7 @@ class SampledFisherOperator(FisherOperator):
 
     Labels, and for `sequence` the whole operator, are those of the Gram with the same seed (`FisherType(fisher="sampled")`);
     `token` takes every valid target at these labels, where the Gram takes some. For squared and binary losses of D outputs the
-    rows of J are scaled as `Predictive` says, so that the mean over draws is the GGN.
+    gradients in J are scaled as `Predictive` says, so that the mean over draws is the GGN.
 
     Args:
         objective: the loss of a microbatch.
@@ -251,14 +246,14 @@ class SampledFisherOperator(FisherOperator):
         self._drawn.clear()  # those of other rows
         return super()._built(microbatches, rows)
 
-    def _rows(self, losses: SampleLosses, index: int) -> LossRows:
+    def _loss_jacobian(self, losses: SampleLosses, index: int) -> LossJacobian:
         """Labels are drawn once: a rebuilt pass may differ in a last bit, and that must not draw another one."""
         if index not in self._drawn:
             self._drawn[index] = surrogates(self._fisher_type, losses, seed=self._seed + index)
         assert losses.predictive is not None, "surrogates have drawn from it"
         logits = losses.predictive.logits
         slopes = [_slope(surrogate(losses).sum(), logits) for surrogate in self._drawn[index]]
-        return SlopedRows(losses, logits, slopes, self._leaves, by_target=self.sample_unit == "token")
+        return SlopedLossJacobian(losses, logits, slopes, self._leaves, by_target=self.sample_unit == "token")
 
 
 def fisher_eigenpairs(

@@ -76,13 +76,13 @@ class Jacobian:
         self.is_finite = all(bool(line.detach().isfinite().all()) for line in lines if line is not None)
 
 
-class LossRows(ProductGraph, Protocol):
-    """The Jacobian J of one microbatch's losses, one line of J for each; its product is `J' J v`.
+class LossJacobian(ProductGraph, Protocol):
+    """The Jacobian J (S, P) of the single losses of one microbatch; its product is `J' J v`.
 
     Attributes:
         valid: (N,) bool on the CPU, rows with a valid target: only their losses count.
         num_targets: valid targets.
-        num_losses: S.
+        num_losses: S, how many losses there are: of rows, or of targets, for every draw.
         is_finite: whether losses and slopes are.
     """
 
@@ -101,8 +101,8 @@ class LossRows(ProductGraph, Protocol):
 
 
 @final
-class DirectRows(LossRows):
-    """`LossRows` through the graph of the losses themselves.
+class DirectLossJacobian(LossJacobian):
+    """`LossJacobian` through the graph of the losses themselves.
 
     Args:
         losses: of the microbatch.
@@ -141,8 +141,8 @@ class DirectRows(LossRows):
 
 
 @final
-class SlopedRows(LossRows):
-    """`LossRows` as slopes of the losses in the logits times the logits' Jacobian: nothing of the loss in a product.
+class SlopedLossJacobian(LossJacobian):
+    """`LossJacobian` as slopes of the losses in the logits times the logits' Jacobian: nothing of the loss in a product.
 
     Through the losses' own graph a product with GPT-2 (5000 classes) took 10 % longer and its graphs 14 % more memory.
 

@@ -93,7 +93,7 @@ class ReplicatedDifferencesOperator(ReplicatedOperator):
 
 @final
 class ShardedFisherOperator(ReplicatedOperator):
-    """A Fisher `J' J / normaliser`, J with the rows of all processes, by rank.
+    """A Fisher `J' J / normaliser`, J the gradients of the losses of all processes, by rank.
 
     Attributes:
         rows: (N,) rows used, counted over all microbatches of all processes.
@@ -108,11 +108,11 @@ class ShardedFisherOperator(ReplicatedOperator):
         self._fisher = local
         self.sample_unit = local.sample_unit
         self.normaliser = self.num_targets  # as counted above; of targets it is counted anew
-        by_rank = world.gathered((local.rows.tolist(), num_rows, local.num_targets, local.num_losses))
+        by_rank = world.gathered((local.rows.tolist(), num_rows, local.num_targets, local.num_outputs))
         self.rows = _numbered([rows for rows, *_ in by_rank], [size for _, size, *_ in by_rank])
         self.num_samples = len(self.rows)
         self.num_targets = sum(targets for _, _, targets, _ in by_rank)
-        self._counts = [losses for *_, losses in by_rank]
+        self._counts = [num_losses for *_, num_losses in by_rank]
         self.gram = None if gram is None else gram_of_rows(gram, self.rows)
 
     @property

@@ -35,7 +35,7 @@ def test_products_are_those_of_the_oracle(name: str, unit: str):
     with fisher_of(case, model, microbatches, unit) as operator:
         found = operator.matmat(v[:, None])[:, 0]
         assert operator.normaliser == len(G)
-        assert relative_error(operator.vjp(torch.ones(operator.num_losses)), G.sum(0)) < TOLERANCE
+        assert relative_error(operator.vjp(torch.ones(operator.num_outputs)), G.sum(0)) < TOLERANCE
     assert relative_error(found, G.T @ (G @ v) / len(G)) < TOLERANCE
 
 
@@ -60,9 +60,9 @@ def test_the_gradient_is_what_the_ones_give(unit: str):
     model, microbatches = case.model(), case.microbatches()
     with problem_of(case, model, microbatches, **prefixed("transformer.ln_f", "transformer.h.0.ln_1")) as problem:
         operator = problem.empirical_fisher(sample_unit=unit)
-        total = operator.vjp(torch.ones(operator.num_losses)) / operator.num_targets
+        total = operator.vjp(torch.ones(operator.num_outputs)) / operator.num_targets
         assert relative_error(total, torch.cat([part.flatten() for part in problem.gradients.values()])) < TOLERANCE
-        squares = [operator.vjp(e).square().sum() for e in torch.eye(operator.num_losses)]
+        squares = [operator.vjp(e).square().sum() for e in torch.eye(operator.num_outputs)]
         assert torch.trace(dense(operator)).item() == pytest.approx(float(sum(squares)) / operator.normaliser)
 
 

@@ -50,7 +50,7 @@ def test_a_sampled_fisher_is_the_mean_outer_product_at_the_drawn_labels(name: st
         v = vector(G.shape[1])
         assert operator.normaliser == len(G)
         assert relative_error(operator.matmat(v[:, None])[:, 0], G.T @ (G @ v) / len(G)) < TOLERANCE
-        assert relative_error(operator.vjp(torch.ones(operator.num_losses)), G.sum(0)) < TOLERANCE
+        assert relative_error(operator.vjp(torch.ones(operator.num_outputs)), G.sum(0)) < TOLERANCE
         assert check_adjoint(operator, seed=0) < TOLERANCE
 
 
@@ -82,7 +82,7 @@ def test_sampled_fishers_average_to_the_ggn(loss: str):
         expected = v @ GGNOperator(problem.objective, problem.microbatches).matmat(v[:, None])[:, 0]
         operator = SampledFisherOperator(problem.objective, problem.microbatches, sample_unit="token", num_draws=num_draws)
         squares = operator.jvp(v).square()  # (S,)
-        assert operator.num_losses == 6 * num_draws
+        assert operator.num_outputs == 6 * num_draws
     error = squares.std() / len(squares) ** 0.5
     assert abs(squares.mean() - expected) < 4 * error
     assert error < 0.1 * expected
