@@ -1,23 +1,23 @@
 """The callback for Lightning."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, final
 
-from torch import Tensor, tensor
+from torch import Tensor
 from typing_extensions import override
 
 from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.isolation.snapshot import undisturbed
 from curvature_callbacks.lightning.framework import Callback, LightningModule, Trainer
 from curvature_callbacks.lightning.loss import loss_of
-from curvature_callbacks.lightning.sinks import logger_sinks
+from curvature_callbacks.lightning.sinks import HeadlineSink, logger_sinks
 from curvature_callbacks.measurements import Measurement
 from curvature_callbacks.model.blocks import BlockStructure
 from curvature_callbacks.model.loss.resolve import Loss
 from curvature_callbacks.model.objective import ParamsFilter
 from curvature_callbacks.probes import CapturedProbes, Draw, Probes
-from curvature_callbacks.record import Record, headline
+from curvature_callbacks.record import Record
 from curvature_callbacks.run.fingerprint import DESCRIPTION, warn_of_change
 from curvature_callbacks.run.monitor import CurvatureMonitor
 from curvature_callbacks.run.schedules import LossSpike, Schedule
@@ -132,7 +132,7 @@ class CurvatureCallback(Callback):
         probes = self._probes(trainer, pl_module)
         if probes is None:
             probes = self._captured = self._settings.captured_probes()
-        sinks: list[Sink] = [self._memory, *logger_sinks(trainer)]
+        sinks: list[Sink] = [self._memory, *logger_sinks(trainer), HeadlineSink(trainer)]
         self._monitor = CurvatureMonitor.of_settings(
             pl_module, self._settings, probes=probes, sinks=sinks, loss=loss, optimizer=trainer.optimizers or None
         )
@@ -166,10 +166,8 @@ class CurvatureCallback(Callback):
             return
         if self._captured is not None:
             self._monitor.offer(batch)
-        records = self._monitor.step(trainer.global_step, self._loss, logged_as=_logged_step(trainer))
+        self._monitor.step(trainer.global_step, self._loss, logged_as=_logged_step(trainer))
         self._loss = None
-        if records:
-            _show(trainer, records)
 
     @override
     def on_train_batch_end(
@@ -236,10 +234,3 @@ def _as_the_loop_does(trainer: Trainer, pl_module: LightningModule, batch: Any) 
 def _logged_step(trainer: Trainer) -> int:
     """Where the loss of the coming batch will be logged."""
     return int(getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step))
-
-
-def _show(trainer: Trainer, records: Sequence[Record]) -> None:
-    """Headline numbers where other callbacks (ModelCheckpoint) and the progress bar find them."""
-    shown = headline(records)
-    trainer.callback_metrics.update({tag: tensor(value) for tag, value in shown.items()})
-    trainer.progress_bar_metrics.update({tag: value for tag, value in shown.items() if tag.endswith("lambda_max")})

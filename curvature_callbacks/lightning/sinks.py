@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import final
 
+from torch import tensor
 from typing_extensions import override
 
 from curvature_callbacks.lightning.framework import Logger, Trainer
-from curvature_callbacks.record import Record, scalar_tags
+from curvature_callbacks.record import Record, headline, scalar_tags
 from curvature_callbacks.sinks import JSONLinesSink, Sink
 from curvature_callbacks.sinks.loggers import sink_of
 
@@ -19,6 +20,22 @@ def logger_sinks(trainer: Trainer) -> list[Sink]:
         return []
     path = Path(directory or trainer.default_root_dir) / "curvature.jsonl"
     return [JSONLinesSink(path), *(sink_of(logger) or _ScalarSink(logger) for logger in trainer.loggers)]
+
+
+@final
+class HeadlineSink(Sink):
+    """Headline numbers where other callbacks (ModelCheckpoint) and the progress bar find them, on every process."""
+
+    every_process = True
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    @override
+    def write(self, records: Sequence[Record]) -> None:
+        numbers = headline(records)
+        self._trainer.callback_metrics.update({tag: tensor(value) for tag, value in numbers.items()})
+        self._trainer.progress_bar_metrics.update({tag: each for tag, each in numbers.items() if tag.endswith("lambda_max")})
 
 
 @final

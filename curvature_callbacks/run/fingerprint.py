@@ -93,7 +93,7 @@ FIELD_TABLES: Final[Mapping[str, FieldTable]] = {
 }
 
 
-def argument_texts(settings: Any, **instead: Any) -> dict[str, str]:
+def argument_texts(settings: Any, *, instead: Mapping[str, Any]) -> dict[str, str]:
     """Argument to a text that is the same in every process, and another where the value is. Functions are known by name.
 
     Args:

@@ -77,12 +77,12 @@ class Settings:
     @property
     def description(self) -> dict[str, str]:
         """The arguments, for a state that may be read by another callback."""
-        return argument_texts(
-            self,
-            measure=chosen_measurements(self.measure),
-            probe_dataset=type(self.probe_dataset).__name__,
-            probe_dataloader=type(self.probe_dataloader).__name__,
-        )
+        instead = {
+            "measure": chosen_measurements(self.measure),
+            "probe_dataset": type(self.probe_dataset).__name__,
+            "probe_dataloader": type(self.probe_dataloader).__name__,
+        }
+        return argument_texts(self, instead=instead)
 
     def probes(self, loader: Any, *, prepare: Prepare | None = None) -> Probes | None:
         """Rows of `probe_dataset` or `probe_dataloader`, else of the training data; None where these cannot be indexed."""

@@ -216,13 +216,6 @@ class CurvatureCallback(TrainerCallback):
         self._monitor = self._trainer = None
 
     @property
-    def tensorboard_writer(self) -> Any:
-        """The writer of the Trainer's own TensorBoard callback, None while there is none."""
-        callbacks = self._trainer.callback_handler.callbacks if self._trainer is not None else []
-        writers = (getattr(callback, "tb_writer", None) for callback in callbacks)
-        return next((writer for writer in writers if writer is not None), None)
-
-    @property
     def _state_key(self) -> str:
         return f"{_STATES}{self._settings.key}{' trainer' if self._follows_trainer else ''}"
 

@@ -92,9 +92,6 @@ def _single(column: Tensor) -> Tensor:
     return column.float() if column.is_floating_point() else column
 
 
-# ------------------------------------------------------------------------------------------------------------------ runs
-
-
 def everything() -> list[Measurement]:
     return [
         FisherSpectrum(),
@@ -218,9 +215,6 @@ def first_probe(
     return *snapshot.seen[0], {(one.measurement, one.block): one for one in run.records if one.step == 0}
 
 
-# ------------------------------------------------------------------------------------------------------------------ data
-
-
 def speech_batch(size: int, length: int, generator: torch.Generator, *, samples: int = 60) -> Batch:
     """Sound and what is said, in texts of different length."""
     labels = torch.randint(3, VOCABULARY, (size, 4), generator=generator)
@@ -252,9 +246,6 @@ def captioned_batch(size: int, length: int, generator: torch.Generator) -> Batch
 def contrastive(rows: list[Batch]) -> dict[str, Any]:
     """As users collate for CLIP: the model is told to return its loss."""
     return {key: torch.stack([row[key] for row in rows]) for key in rows[0]} | {"return_loss": True}
-
-
-# ---------------------------------------------------------------------------------------------------------------- models
 
 
 def experts(name: str, **options: Any) -> nn.Module:

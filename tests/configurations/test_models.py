@@ -41,15 +41,9 @@ def marked(names: list[str]) -> list[Any]:
     return [pytest.param(name, marks=[] if CASES[name].is_quick else [pytest.mark.slow]) for name in names]
 
 
-# ----------------------------------------------------------------------------------------------------------------- table
-
-
 @pytest.mark.parametrize("name", marked(list(CASES)))
 def test_training_is_bit_identical_and_everything_is_measured_or_refused(name: str, tmp_path: Path) -> None:
     assert check(CASES[name], tmp_path) == dict.fromkeys(NAMES.values(), "yes") | dict(CASES[name].refused)
-
-
-# ---------------------------------------------------------------------------------------------------------------- oracle
 
 
 def assert_fisher_of_rows(case: ModelCase, directory: Path) -> None:
@@ -152,9 +146,6 @@ def test_hessian_and_ggn_are_those_of_the_oracles(name: str, tmp_path: Path) -> 
     assert_second_order(CASES[name], tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------------- implementations
-
-
 def numbers(case: ModelCase, directory: Path) -> dict[Any, float]:
     _, _, records = first_probe(case, directory, [FisherSpectrum(), *SECOND])
     found = {key: one.scalars for key, one in records.items() if key[0] in ("empirical_fisher", "hessian", "ggn")}
@@ -197,8 +188,6 @@ def test_implementations_of_experts_give_the_same_numbers_and_stay_as_set(name: 
     assert found[0] == pytest.approx(found[1], rel=TOLERANCE)
     assert found[0] == pytest.approx(found[2], rel=TOLERANCE)
 
-
-# --------------------------------------------------------------------------------------------------------- fused kernels
 
 KERNEL = "a kernel has no second derivative"
 SECOND_REFUSED = {"Hessian": KERNEL, "GGN": KERNEL}

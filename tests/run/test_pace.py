@@ -137,9 +137,6 @@ def test_a_real_run_reports_a_share_between_none_and_all() -> None:
     assert all(0 < record.scalars["overhead"] <= 1 for record in records)
 
 
-# ---------------------------------------------------------------------------------------------------------------- spikes
-
-
 def spiked(losses: list[Any], **changes: Any) -> list[int]:
     """Steps probed for a spike of a run with these losses."""
     spike = LossSpike(**({"num_std": 3.0, "window": 4, "cooldown": 5} | changes))
@@ -232,9 +229,6 @@ def test_a_spike_does_not_wait_for_the_budget_and_the_next_ones_make_up_for_it()
         clock.now += 1.0
     assert probed[:2] == [(0, "schedule"), (3, "spike")]
     assert probed[2][0] >= 20
-
-
-# ------------------------------------------------------------------------------------------------------------- arguments
 
 
 @pytest.mark.parametrize("share", [0, 1, -0.1, 2, "a", True, math.nan])

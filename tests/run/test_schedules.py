@@ -52,9 +52,6 @@ def test_it_is_a_schedule() -> None:
     assert isinstance(EveryNSteps(n=1), Schedule)
 
 
-# ---------------------------------------------------------------------------------------------------- listed, log-spaced
-
-
 @pytest.mark.parametrize("stride", [1, 2, 3, 7])
 @pytest.mark.parametrize("schedule", [AtSteps(steps=[0, 5, 6, 20, 41]), AtSteps(steps=(41, 5))], ids=["listed", "unordered"])
 def test_each_listed_step_is_met_or_crossed_exactly_once(schedule: AtSteps, stride: int) -> None:

@@ -87,9 +87,6 @@ def test_under_cross_entropy_it_stays_far_away() -> None:
     assert found[1000] < 0.7 * max(found.values())
 
 
-# -------------------------------------------------------------------------------------------------------------- Lightning
-
-
 class Digits(LightningModule):
     """All digits are one batch."""
 
@@ -193,9 +190,6 @@ def test_several_optimizers_count_together(tmp_path: Path) -> None:
     moving = [value.numel() for name, value in run.state.items() if name.startswith(("layers.0.", "layers.4."))]
     assert records[-1].metadata["num_params"] == sum(moving)  # the layer between them is in neither
     assert records[-1].metadata["optimizers"] == ["SGD", "Adam"]
-
-
-# ------------------------------------------------------------------------------------------------------------ Hugging Face
 
 
 def test_transformers_trains_as_without_and_logs_the_rate_of_the_coming_step(tmp_path: Path) -> None:

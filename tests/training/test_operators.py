@@ -78,8 +78,6 @@ def test_in_transformers(tmp_path: Path) -> None:
     assert_same_training(plain, probed)
 
 
-# -------------------------------------------------------------------------------------------------------------- resume
-
 WARM = TopEigenpairs(k=1, which="LA", tol=1e-3, max_matvecs=40)
 
 

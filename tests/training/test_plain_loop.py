@@ -49,7 +49,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 }
 
 
-def run(watch: Watch | None, *, optimizer: str = "adamw", num_epochs: int = 2, **changes: Any) -> Run:
+def plain_run(watch: Watch | None, *, optimizer: str = "adamw", num_epochs: int = 2, **changes: Any) -> Run:
     """Train two epochs; gradients of the last step are kept alive across the probe on purpose."""
     seed_everything()
     model = Residual()
@@ -84,14 +84,14 @@ def watching(**changes: Any) -> Watch:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("structure", ["layer", "parameter", "none"])
 def test_training_is_bit_identical(optimizer: str, structure: str) -> None:
-    plain, probed = run(None, optimizer=optimizer), run(watching(block_structure=structure), optimizer=optimizer)
+    plain, probed = plain_run(None, optimizer=optimizer), plain_run(watching(block_structure=structure), optimizer=optimizer)
     assert_probed(probed.records, [0, 4, 8, 12])
     assert_same_training(plain, probed)
 
 
 def test_persistent_workers_deliver_the_same_data() -> None:
     workers = {"num_workers": 1, "persistent_workers": True}
-    plain, probed = run(None, **workers), run(watching(), **workers)
+    plain, probed = plain_run(None, **workers), plain_run(watching(), **workers)
     assert_probed(probed.records, [0, 4, 8, 12])
     assert_same_training(plain, probed)
 
@@ -109,23 +109,23 @@ def test_a_stream_is_watched_going_by() -> None:
         train.__class__ = Offering
         return watching()(model, captured)  # type: ignore[arg-type]
 
-    plain, probed = (run(chosen, dataset=Stream(AugmentedRows()), shuffle=False) for chosen in (None, watch))
+    plain, probed = (plain_run(chosen, dataset=Stream(AugmentedRows()), shuffle=False) for chosen in (None, watch))
     assert_probed(probed.records, [0, 4, 8, 12])
     assert_same_training(plain, probed)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("x"), torch.OutOfMemoryError("CUDA out of memory")])
 def test_failures_change_nothing(error: Exception) -> None:
-    plain = run(None)
-    probed = run(watching(measure=[Raising(error=error, at=(0, 8)), Checksum()]))
+    plain = plain_run(None)
+    probed = plain_run(watching(measure=[Raising(error=error, at=(0, 8)), Checksum()]))
     assert_same_training(plain, probed)
     assert [record.step for record in probed.records if record.failed] == [0, 8]
 
 
 def test_all_options_together() -> None:
-    plain = run(None)
+    plain = plain_run(None)
     options = {"params_filter": lambda name, parameter: "norm" not in name, "draw": "fixed", "seed": 5}
-    probed = run(watching(**options))
+    probed = plain_run(watching(**options))
     assert_probed(probed.records, [0, 4, 8, 12])
     assert_same_training(plain, probed)
     assert all("norm" not in (record.block or "") for record in probed.records)
