@@ -59,7 +59,7 @@ class KFACCoverage:
         """None: nothing is carried from probe to probe."""
 
     def measure(self, problem: Problem, state: None) -> tuple[list[Record], None]:
-        """One record for the whole model."""
+        """One record of all trainable parameters."""
         report = coverage_of(problem)
         scalars = {"tensors": report.tensors, "elements": report.elements, "gradient_energy": report.gradient_energy}
         record = Record(

@@ -56,7 +56,7 @@ class KFACQuality:
         sample_unit: `sequence` or `token`, see `FisherType`.
         num_draws: label draws per sample, for `sampled`.
         num_targets: targets per row, for `token`.
-        k: eigenvalues kept per layer and for the whole model.
+        k: eigenvalues kept for each layer, and for all layers together.
 
     Cost: the passes of the Fisher type (see `surrogates`), and for each layer `2 n (d_in^2 + d_out^2 + d_in d_out)` operations
     a pass over n positions and two eigensolves of at most d_in and d_out (seconds on a CPU for d = 2048: measure rarely).
@@ -85,7 +85,7 @@ class KFACQuality:
         """None: nothing is carried from probe to probe."""
 
     def measure(self, problem: Problem, state: None) -> tuple[list[Record], None]:
-        """One record for the whole model and one a layer."""
+        """One record of all layers together, and one a layer."""
         layers = problem.grams.kronecker(self.fisher_type, sharing=self.sharing)
         if not layers and not finite_samples(problem.grams(self.fisher_type).grams).any():
             raise ProbeError("no row of this probe has a finite gradient.")

@@ -163,8 +163,7 @@ def in_memory_order(view: View, tap: Tap, value: Tensor) -> tuple[View, Tap]:
     by_columns = value.ndim == 2 and value.stride(0) == 1 and value.stride(1) == value.shape[0] and min(value.shape) > 1
     if view.is_parameter or not isinstance(tap, OuterProduct) or not by_columns:
         return view, tap
-    rows, columns = value.shape
-    return View(view.name, view.start, ((rows * columns, 1),), (columns, rows), False), tap.transposed()
+    return View(view.name, view.start, ((value.numel(), 1),), (value.shape[1], value.shape[0]), False), tap.transposed()
 
 
 def leaf_names(graph: Tensor, leaves: Mapping[str, Tensor]) -> list[str]:

@@ -70,7 +70,7 @@ def kronecker_factors(
     Returns:
         The factors; None where no pass used the weight.
 
-    Cost: for n = N T positions `2 n (d_in^2 + d_out^2)` operations (n^2 (d_in + d_out) for rows of fewer than d), the same
+    Cost: for n = N T positions `2 n (d_in^2 + d_out^2)` operations (n^2 (d_in + d_out) where n < d), the same
     again for the rotation, `2 n d_in d_out` for the gradients, all a pass, and two eigensolves. Memory: 128 MiB, and
     d_in^2 + d_out^2 + d_in d_out numbers in float64.
 

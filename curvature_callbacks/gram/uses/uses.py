@@ -85,7 +85,7 @@ class Use(Tap):
 
 @final
 class OuterProduct(Use):
-    """A weight matrix applied to vectors: `g_i = sum_t left_it right_it'`, (N, rows, columns) of the matrix.
+    """A weight matrix applied to vectors: `g_i = sum_t left_it right_it'`, (N, d_1, d_2) of the matrix (d_1, d_2).
 
     Args:
         operation: also says whether the matrix is stored as (d_in, d_out), `transposed`, or as (d_out, d_in).
@@ -114,7 +114,7 @@ class OuterProduct(Use):
         total.view(len(left), stop - start, -1).baddbmm_(left[:, :, start:stop].mT, right)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """`(left (N, T, rows), right (N, T, columns))` of the matrix as it is stored."""
+        """`(left (N, T, d_1), right (N, T, d_2))` of the matrix (d_1, d_2) as it is stored."""
         inputs, outputs = self.layer_vectors()
         left, right = (inputs, outputs) if self._transposed else (outputs, inputs)
         return (left if self._chosen is None else left[:, :, self._chosen]), right
