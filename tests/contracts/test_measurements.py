@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import curvature_callbacks
 from curvature_callbacks import Measurement, Problem, Record
 from curvature_callbacks.isolation.model import isolated
 from curvature_callbacks.record import tag_segment
@@ -65,7 +66,7 @@ class TestMeasurement:
     def test_it_prints_every_option(self, measurement: Any) -> None:
         assert repr(measurement).startswith(type(measurement).__name__ + "(")
         assert all(f"{field.name}=" in repr(measurement) for field in fields(measurement))
-        assert eval(repr(measurement)) == measurement
+        assert eval(repr(measurement), vars(curvature_callbacks)) == measurement
 
     def test_its_name_is_a_tag(self, measurement: Any) -> None:
         assert measurement.name == tag_segment(measurement.name)
