@@ -240,8 +240,7 @@ class _GatheredStorages:
 
 
 def on_use_parameters(model: nn.Module, world: World, device: torch.device) -> OnUse | None:
-    """The parameters to gather on use; None where every process can hold all of them, and a few vectors of their size, beside
-    training.
+    """The parameters to gather on use; None where each process has room for all of them, and a few vectors of their size.
 
     Raises:
         ConfigurationError: they do not fit, and are sharded in a way that cannot be gathered on use.

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from curvature_callbacks.isolation import model as isolation
 from curvature_callbacks.isolation.model import isolated
 from tests.families import family
 from tests.training_cases import assert_equal, global_generators, seed_everything
@@ -58,6 +59,20 @@ def test_generators_go_on_as_if_nothing_had_been_drawn(ending: Any) -> None:
     with probe(model, ending):
         torch.rand(3), np.random.rand(3), random.random()
     assert (torch.rand(4).tolist(), np.random.rand(4).tolist(), [random.random() for _ in range(4)]) == expected
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_the_generator_of_the_models_accelerator(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By stand-ins for those of two devices, of which the second is the current one."""
+    other, own = (torch.Generator().manual_seed(number) for number in (1, 2))
+    monkeypatch.setattr(torch.cuda, "default_generators", (other, own))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    before = [generator.get_state() for generator in (other, own)]
+    with isolation._generators(torch.device(device), 7):
+        assert own.initial_seed() == 7
+        assert other.initial_seed() == 1
+        torch.rand(3, generator=own)
+    assert_equal(before, [generator.get_state() for generator in (other, own)])
 
 
 def test_the_seed_determines_every_draw_inside() -> None:
