@@ -46,9 +46,8 @@ class Iteration:
     sweeping: bool
     hurried: bool
     look_every: int
-    _segment: int = field(
-        init=False, default=0
-    )  # first vector of that of the latest steps, also where a vanished beta closed it
+    # First vector of the segment of the latest steps, also where a vanished beta has closed that since.
+    _segment: int = field(init=False, default=0)
     _patience: int = field(init=False)  # most steps until the next look
     _ahead: int = field(init=False)  # steps until the next look
 
