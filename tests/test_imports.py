@@ -95,3 +95,15 @@ def _is_importable(module: str, name: str) -> bool:
         return hasattr(importlib.import_module(module), name) or bool(importlib.import_module(f"{module}.{name}"))
     except ModuleNotFoundError:
         return False
+
+
+def test_no_two_classes_or_functions_share_a_name() -> None:
+    """One name, one meaning: a reader who searches for a name finds one definition. Both callbacks have one name."""
+    root = Path(curvature_callbacks.__file__).parent
+    homes: dict[str, list[str]] = {}
+    for path in sorted(root.rglob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                homes.setdefault(node.name, []).append(str(path.relative_to(root)))
+    shared = {name: paths for name, paths in homes.items() if len(paths) > 1}
+    assert set(shared) == {"CurvatureCallback"}, shared

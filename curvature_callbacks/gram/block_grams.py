@@ -184,7 +184,7 @@ def _without_rules(context: GramContext, fallback: Mapping[str, str]) -> GramCon
 def _result(context: GramContext, attempt: _Attempt, blocks: Blocks, error: float | None) -> BlockGrams:
     """Sums over the blocks, of the active pseudo-samples; `error`: of the certificate, where it was run."""
     samples, weights, active = pseudo_samples(attempt.passed, context.world)
-    totals = {block: _total(attempt.grams, names, context.objective.device) for block, names in blocks.items()}
+    totals = {block: _block_gram(attempt.grams, names, context.objective.device) for block, names in blocks.items()}
     layers = attempt.collector.kronecker(attempt.grams, attempt.observed)
     return BlockGrams(
         grams={block: _active_part(K, active) for block, K in totals.items()},
@@ -209,7 +209,7 @@ def _active_part(K: Tensor, active: Tensor) -> Tensor:
     return K[active][:, active]
 
 
-def _total(grams: Mapping[str, Tensor], names: Sequence[str], device: torch.device) -> Tensor:
+def _block_gram(grams: Mapping[str, Tensor], names: Sequence[str], device: torch.device) -> Tensor:
     total = grams[names[0]].to(device)
     for name in names[1:]:
         total = total + grams[name].to(device)

@@ -31,7 +31,7 @@ class GramOptions:
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class GramLimits:
     """What the computation may take. Numbers depend on it in their last bits only.
 
     Attributes:
@@ -64,4 +64,4 @@ class GramContext:
     memory: GramMemory
     seed: int
     world: World = SINGLE
-    limits: Limits = Limits()
+    limits: GramLimits = GramLimits()

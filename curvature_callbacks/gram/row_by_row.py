@@ -34,7 +34,7 @@ def row_grams(context: GramContext, passed: Passed, names: Sequence[str]) -> dic
     Raises:
         RefusedError: the losses of single rows do not add up to the loss of the batch.
 
-    Cost: N gradients of one row (and a further backward pass for each further surrogate), once per `Limits.row_bytes` (256
+    Cost: N gradients of one row (and a further backward pass for each further surrogate), once per `GramLimits.row_bytes` (256
     MiB) of `S x P`; extra memory as much.
     """
     grams: dict[str, Tensor] = {}

@@ -76,7 +76,7 @@ class Storage:
         kept = [Placed(placed.view, _in_form(placed.use, self._form)) for placed in uses]
         on_device = self._device.setdefault(name, {})
         needed = {**on_device, **_bytes(kept)}
-        if self._budget.host_bytes == 0 or _total([*self._device.values(), needed]) <= self._budget.device_bytes:
+        if self._budget.host_bytes == 0 or _total_bytes([*self._device.values(), needed]) <= self._budget.device_bytes:
             on_device.update(needed)
             return kept
         moved = [Placed(placed.view, placed.use.moved(_CPU)) for placed in kept]
@@ -99,7 +99,7 @@ class Storage:
         later = []
         for position, name in enumerate(names):
             needed = {**self._device.get(name, {}), **self._host.get(name, {})}
-            if position and needed and _total([staying, needed]) > limit:
+            if position and needed and _total_bytes([staying, needed]) > limit:
                 later.append(name)
             else:
                 staying.update(needed)
@@ -120,7 +120,7 @@ def _bytes(uses: Iterable[Placed]) -> _Bytes:
     return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
 
 
-def _total(parts: Iterable[_Bytes]) -> int:
+def _total_bytes(parts: Iterable[_Bytes]) -> int:
     together: _Bytes = {}
     for part in parts:
         together.update(part)

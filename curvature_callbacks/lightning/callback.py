@@ -10,7 +10,7 @@ from typing_extensions import override
 from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.isolation.snapshot import undisturbed
 from curvature_callbacks.lightning.framework import Callback, LightningModule, Trainer
-from curvature_callbacks.lightning.loss import loss_of
+from curvature_callbacks.lightning.loss import loss_of_module
 from curvature_callbacks.lightning.sinks import HeadlineSink, logger_sinks
 from curvature_callbacks.measurements import Measurement
 from curvature_callbacks.model.blocks import BlockStructure
@@ -127,7 +127,7 @@ class CurvatureCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the monitor and check everything that can be checked without a batch."""
         self._captured = self._loss = None
-        loss = loss_of(pl_module, self._settings.loss_fn)
+        loss = loss_of_module(pl_module, self._settings.loss_fn)
         self._loader = trainer.train_dataloader
         probes = self._probes(trainer, pl_module)
         if probes is None:

@@ -20,7 +20,7 @@ _ADVICE = (
 )
 
 
-def loss_of(module: Any, loss_fn: Loss) -> Loss:
+def loss_of_module(module: Any, loss_fn: Loss) -> Loss:
     """`loss_fn`, else the module's `curvature_loss(batch)`, else its `training_step`.
 
     Raises:

@@ -18,7 +18,7 @@ from curvature_callbacks.record import Record
 
 _HEADLINE: Final = ("ratio", "limit", "learning_rate")
 
-State = tuple[float, Tensor | None]  # error of the self-check; (P,) on the host, the eigenvector of the previous probe
+EdgeRatioState = tuple[float, Tensor | None]  # error of the self-check; (P,) on the host, the eigenvector of the previous probe
 
 
 @final
@@ -95,7 +95,7 @@ class EdgeRatio:
     def init(self, problem: Problem) -> None:
         """None: the self-check has not run."""
 
-    def measure(self, problem: Problem, state: State | None) -> tuple[list[Record], State | None]:
+    def measure(self, problem: Problem, state: EdgeRatioState | None) -> tuple[list[Record], EdgeRatioState | None]:
         """One record for the whole model; the state is the error the self-check measured, and the eigenvector."""
         stability = problem.stability()
         if stability.scale is None:

@@ -26,7 +26,9 @@ _HEADLINE: Final = (
 _CURVES: Final = ("lambda_max",)
 _MODEL_WIDE: Final = ""  # key of all parameters among those of blocks
 
-State = Mapping[str, Any]  # `error` of the self-check; `starts`: (P,) on the host, where the next run of each block starts
+EigenpairsState = Mapping[
+    str, Any
+]  # `error` of the self-check; `starts`: (P,) on the host, where the next run of each block starts
 
 
 @final
@@ -122,11 +124,11 @@ class TopEigenpairs(OfMatrix):
         """Raise a `ConfigurationError` where the matrix cannot be had in this run."""
         self.curvature.check(problem, negative=self.solver.asks_for_negative)
 
-    def init(self, problem: Problem) -> State | None:
+    def init(self, problem: Problem) -> EigenpairsState | None:
         """None: the self-check has not run."""
         return None
 
-    def measure(self, problem: Problem, state: State | None) -> tuple[list[Record], State | None]:
+    def measure(self, problem: Problem, state: EigenpairsState | None) -> tuple[list[Record], EigenpairsState | None]:
         """One record for the whole model, and one a block if asked; the state is what the next probe starts from."""
         absent = self._absent(problem, self.name, _HEADLINE)
         if absent is not None:
@@ -145,7 +147,7 @@ class _Run:
 
     measurement: TopEigenpairs
     problem: Problem
-    previous: State
+    previous: EigenpairsState
     error: float | None = None
     starts: dict[str, Tensor] = field(default_factory=dict)
 
@@ -179,7 +181,7 @@ class _Run:
             metadata=self._metadata(task, pairs, self.error),
         )
 
-    def state(self) -> State:
+    def state(self) -> EigenpairsState:
         """What the next probe starts from."""
         return {"error": self.error, "starts": self.starts}
 

@@ -70,7 +70,7 @@ class FisherOperator(MicrobatchOperator[LossJacobian]):
         super().__init__(objective, microbatches, names, memory_budget)
         self.sample_unit = sample_unit
         self.num_draws = num_draws
-        if objective.summed(int(not self._built(microbatches, _numbered(microbatches)))) == 0:
+        if objective.summed(int(not self._built(microbatches, _row_numbers(microbatches)))) == 0:
             return
         if objective.is_sharded:
             raise ProbeError("a row of this probe has no finite gradient, and rows cannot be taken one by one over processes.")
@@ -134,7 +134,7 @@ class FisherOperator(MicrobatchOperator[LossJacobian]):
     def _finite_part(self, microbatches: Sequence[Any]) -> tuple[list[Any], list[Tensor]]:
         """The rows with a finite gradient, in their microbatches, and their numbers."""
         kept, numbers = [], []
-        for batch, of_batch in zip(microbatches, _numbered(microbatches), strict=True):
+        for batch, of_batch in zip(microbatches, _row_numbers(microbatches), strict=True):
             finite = [row for row in torch.arange(len(of_batch)) if self._is_finite(take_rows(batch, row[None]))]
             if finite:
                 kept.append(take_rows(batch, torch.stack(finite)))
@@ -182,7 +182,7 @@ class EmpiricalFisherOperator(FisherOperator):
         each, predictive = self._each(losses), losses.predictive
         if predictive is None or predictive.likelihood != "categorical":  # outputs are few: nothing to gain from their slopes
             return DirectLossJacobian(losses, each, self._leaves)
-        slopes = [_slope(losses.total, predictive.logits)]
+        slopes = [_slope_by_logits(losses.total, predictive.logits)]
         return SlopedLossJacobian(losses, predictive.logits, slopes, self._leaves, by_target=self.sample_unit == "token")
 
     def _each(self, losses: SampleLosses) -> Tensor:
@@ -252,7 +252,7 @@ class SampledFisherOperator(FisherOperator):
             self._drawn[index] = surrogates(self._fisher_type, losses, seed=self._seed + index)
         assert losses.predictive is not None, "surrogates have drawn from it"
         logits = losses.predictive.logits
-        slopes = [_slope(surrogate(losses).sum(), logits) for surrogate in self._drawn[index]]
+        slopes = [_slope_by_logits(surrogate(losses).sum(), logits) for surrogate in self._drawn[index]]
         return SlopedLossJacobian(losses, logits, slopes, self._leaves, by_target=self.sample_unit == "token")
 
 
@@ -278,7 +278,7 @@ def gram_of_rows(gram: Tensor, rows: Tensor) -> Tensor:
     return used
 
 
-def _slope(total: Tensor, logits: Tensor) -> Tensor:
+def _slope_by_logits(total: Tensor, logits: Tensor) -> Tensor:
     """(N, M, C) gradient of a sum over rows; each entry is that of its own target's loss."""
     if not total.requires_grad:
         return torch.zeros((), dtype=logits.dtype, device=logits.device).expand(logits.shape)
@@ -286,7 +286,7 @@ def _slope(total: Tensor, logits: Tensor) -> Tensor:
     return slope
 
 
-def _numbered(microbatches: Sequence[Any]) -> list[Tensor]:
+def _row_numbers(microbatches: Sequence[Any]) -> list[Tensor]:
     """Row numbers of each microbatch, counted over all."""
     sizes = [batch_size(batch) for batch in microbatches]
     return list(torch.split(torch.arange(sum(sizes)), sizes))

@@ -109,7 +109,7 @@ class ShardedFisherOperator(ReplicatedOperator):
         self.sample_unit = local.sample_unit
         self.normaliser = self.num_targets  # as counted above; of targets it is counted anew
         by_rank = world.gathered((local.rows.tolist(), num_rows, local.num_targets, local.num_outputs))
-        self.rows = _numbered([rows for rows, *_ in by_rank], [size for _, size, *_ in by_rank])
+        self.rows = _joint_row_numbers([rows for rows, *_ in by_rank], [size for _, size, *_ in by_rank])
         self.num_samples = len(self.rows)
         self.num_targets = sum(targets for _, _, targets, _ in by_rank)
         self._counts = [num_losses for *_, num_losses in by_rank]
@@ -140,7 +140,7 @@ class ShardedFisherOperator(ReplicatedOperator):
         return fisher_eigenpairs(self, self.gram, options, initial_vectors)
 
 
-def _numbered(rows: Sequence[Sequence[int]], sizes: Sequence[int]) -> Tensor:
+def _joint_row_numbers(rows: Sequence[Sequence[int]], sizes: Sequence[int]) -> Tensor:
     """Row numbers counted over all processes, from those of each and how many rows each has."""
     starts = torch.tensor([0, *sizes]).cumsum(0)
     return torch.cat([torch.tensor(local, dtype=torch.int64) + start for local, start in zip(rows, starts, strict=False)])

@@ -129,7 +129,7 @@ def fisher_spectra(gradients: WeightedGradients, options: SpectrumOptions, metad
         device=None if options.eigensolve_device == "auto" else torch.device(options.eigensolve_device),
     )
     blocks = {block: solve(K, num_params=gradients.sizes[block]) for block, K in grams.items()}
-    full = solve(_total(grams), num_params=sum(gradients.sizes.values()))
+    full = solve(_sum_of_blocks(grams), num_params=sum(gradients.sizes.values()))
     return FisherSpectra(
         blocks=blocks,
         full=full,
@@ -175,12 +175,12 @@ def _usable_rows(gradients: WeightedGradients) -> Tensor:
 
 def _clipped(grams: Mapping[str, Tensor], weights: Tensor, norm: float) -> tuple[dict[str, Tensor], int]:
     """The Grams of `g_s min(1, norm / ||g_s||)`, the norm over all blocks, and how many gradients that shortens."""
-    total = _total(grams).diagonal()
+    total = _sum_of_blocks(grams).diagonal()
     factors = (norm * (weights.to(total) / total).sqrt()).clamp(max=1.0)
     return {block: K * torch.outer(factors, factors) for block, K in grams.items()}, int((factors < 1.0).sum())
 
 
-def _total(grams: Mapping[str, Tensor]) -> Tensor:
+def _sum_of_blocks(grams: Mapping[str, Tensor]) -> Tensor:
     first, *others = grams.values()
     total = first.clone()
     for K in others:

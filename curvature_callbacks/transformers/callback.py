@@ -30,7 +30,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR  # noqa: E402
 
 from curvature_callbacks.transformers.frames import calling_trainer, resumed_from  # noqa: E402
-from curvature_callbacks.transformers.loss import ComputeLossWatch, departures, loss_of  # noqa: E402
+from curvature_callbacks.transformers.loss import ComputeLossWatch, departures, loss_of_trainer  # noqa: E402
 from curvature_callbacks.transformers.sinks import TrainerLog, reporter_sinks  # noqa: E402
 
 _STATES = "curvature_callbacks: "  # what our keys among the Trainer's callback states begin with
@@ -256,7 +256,7 @@ class CurvatureCallback(TrainerCallback):
     def _loss(self, args: TrainingArguments) -> Loss:
         """The loss to measure, after saying so where training minimises something else than the model's own."""
         if self._follows_trainer:
-            return loss_of(self._trainer, current_world())
+            return loss_of_trainer(self._trainer, current_world())
         reasons = departures(args, self._trainer)
         if reasons and self._settings.loss_fn is None:
             _logger.warning(

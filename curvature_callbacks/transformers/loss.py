@@ -44,7 +44,7 @@ def departures(args: TrainingArguments, trainer: Trainer | None) -> list[str]:
     return [name for name, present in reasons.items() if present]
 
 
-def loss_of(trainer: Trainer | None, world: World) -> Loss:
+def loss_of_trainer(trainer: Trainer | None, world: World) -> Loss:
     """The loss of `loss_fn="trainer"`.
 
     None, the model's own, where `trainer` minimises that; the smoothed cross-entropy, target by target, where it smooths
@@ -206,7 +206,7 @@ class _ComputedLoss:
         return matching[0] if len(matching) == 1 else None
 
 
-def _rows(labels: Tensor) -> Tensor:
+def _rows_with_labels(labels: Tensor) -> Tensor:
     """(N,) 1 for each row with a label."""
     return (_given(labels) > 0).to(torch.int64)
 
@@ -221,7 +221,7 @@ def _given(labels: Tensor) -> Tensor:
     return (labels != IGNORED).sum(1)
 
 
-_COUNTS: Final[Mapping[str, _Count]] = {"rows": _rows, "labels that follow": _following, "labels": _given}
+_COUNTS: Final[Mapping[str, _Count]] = {"rows": _rows_with_labels, "labels that follow": _following, "labels": _given}
 
 
 @contextmanager

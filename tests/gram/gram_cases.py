@@ -6,15 +6,17 @@ from torch import nn
 
 from curvature_callbacks.compute.offline import offline_problem
 from curvature_callbacks.gram.block_grams import block_grams
-from curvature_callbacks.gram.context import GramContext, GramOptions, Limits
+from curvature_callbacks.gram.context import GramContext, GramLimits, GramOptions
 from curvature_callbacks.gram.memory import GramMemory
 from curvature_callbacks.gram.result import BlockGrams
 from curvature_callbacks.problem.problem import Problem
 
-DEFAULTS, EMPIRICAL = Limits(), GramOptions()
+DEFAULTS, EMPIRICAL = GramLimits(), GramOptions()
 
 
-def context_of(problem: Problem, memory: GramMemory | None = None, *, seed: int = 0, limits: Limits = DEFAULTS) -> GramContext:
+def context_of(
+    problem: Problem, memory: GramMemory | None = None, *, seed: int = 0, limits: GramLimits = DEFAULTS
+) -> GramContext:
     return GramContext(objective=problem.objective, memory=GramMemory() if memory is None else memory, seed=seed, limits=limits)
 
 
@@ -23,7 +25,7 @@ def block_grams_of(
     memory: GramMemory | None = None,
     *,
     seed: int = 0,
-    limits: Limits = DEFAULTS,
+    limits: GramLimits = DEFAULTS,
     options: GramOptions = EMPIRICAL,
 ) -> BlockGrams:
     context = context_of(problem, memory, seed=seed, limits=limits)
@@ -38,7 +40,7 @@ def model_grams(
     loss: Any = "cross_entropy",
     structure: Any = "layer",
     seed: int = 0,
-    limits: Limits = DEFAULTS,
+    limits: GramLimits = DEFAULTS,
     **options: Any,
 ) -> BlockGrams:
     """Grams of a problem made of the model; `options`: those of `GramOptions`."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from curvature_callbacks import CurvatureMonitor, FisherSpectrum
 from curvature_callbacks.batches import batch_size
 from curvature_callbacks.compute.offline import offline_problem
-from curvature_callbacks.gram.context import Limits
+from curvature_callbacks.gram.context import GramLimits
 from curvature_callbacks.gram.memory import GramMemory
 from curvature_callbacks.gram.passes import run_passes
 from curvature_callbacks.gram.storage import MemoryBudget, Storage
@@ -65,7 +65,7 @@ def captured_by(model: nn.Module, batch: Any, loss: Any) -> int:
 def test_passes_are_no_larger_than_allowed(sizes_run: list[int]):
     case = CASES["mlp"]
     model, microbatches = case.model(), equally_long(case, (2, 2, 2, 2, 2, 2))
-    four_rows = Limits(joined_bytes=2 * captured_by(model, microbatches[0], case.loss))
+    four_rows = GramLimits(joined_bytes=2 * captured_by(model, microbatches[0], case.loss))
     sizes_run.clear()
     found = parameter_grams(model, microbatches, loss=case.loss, limits=four_rows)
     assert sizes_run == [2, 4, 4, 2]
@@ -128,7 +128,7 @@ def test_kronecker_factors_do_not_depend_on_it():
     model, microbatches = case.model(), equally_long(case, (2, 1, 3, 1))
     together, apart = (
         parameter_grams(model, microbatches, loss=case.loss, sharing="expand", limits=limits)
-        for limits in (Limits(), Limits(joined_bytes=0))
+        for limits in (GramLimits(), GramLimits(joined_bytes=0))
     )
     assert list(together.kronecker) == list(apart.kronecker) != []
     for name, layer in together.kronecker.items():

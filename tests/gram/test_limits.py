@@ -1,10 +1,10 @@
-"""Limits of a Gram's computation: what is refused, and that the numbers are the same within any of them."""
+"""GramLimits of a Gram's computation: what is refused, and that the numbers are the same within any of them."""
 
 import pytest
 import torch
 
 from curvature_callbacks.errors import ConfigurationError
-from curvature_callbacks.gram.context import Limits
+from curvature_callbacks.gram.context import GramLimits
 from curvature_callbacks.gram.memory import GramMemory
 from curvature_callbacks.model.loss.fisher_type import FisherType
 from tests.cases import CASES
@@ -17,14 +17,14 @@ def test_grams_that_would_not_fit_are_refused_before_they_are_computed():
     """Six rows and six parameters take 8 x 6 x 6 x 6 bytes."""
     model, microbatches = CASES["mlp"].model(), CASES["mlp"].microbatches((3, 1, 2))
     limit = 8 * 6**2 * len(list(model.parameters()))
-    assert parameter_grams(model, microbatches, limits=Limits(gram_bytes=limit)).fallback == {}
+    assert parameter_grams(model, microbatches, limits=GramLimits(gram_bytes=limit)).fallback == {}
     with pytest.raises(ConfigurationError, match="6 pseudo-samples of 6 parameters need Grams of 0 GiB"):
-        parameter_grams(model, microbatches, limits=Limits(gram_bytes=limit - 1))
+        parameter_grams(model, microbatches, limits=GramLimits(gram_bytes=limit - 1))
 
 
 def test_every_draw_counts_as_a_sample():
     model, microbatches = CASES["mlp"].model(), CASES["mlp"].microbatches((3, 1, 2))
-    limits = Limits(gram_bytes=8 * 6**2 * len(list(model.parameters())))
+    limits = GramLimits(gram_bytes=8 * 6**2 * len(list(model.parameters())))
     with pytest.raises(ConfigurationError, match="pseudo-samples of 6 parameters need Grams"):
         parameter_grams(model, microbatches, limits=limits, fisher_type=FisherType(fisher="sampled", num_draws=2))
 
@@ -35,7 +35,7 @@ def test_gradients_taken_row_by_row_are_held_in_any_number_of_pieces(row_bytes: 
     """From one element of each sample at a time to all at once."""
     model, microbatches = CASES["mlp"].model(), CASES["mlp"].microbatches((3, 1, 2))
     refused = dict.fromkeys((name for name, _ in model.named_parameters()), "for the test")
-    options = {"limits": Limits(row_bytes=row_bytes), "fisher_type": fisher_type}
+    options = {"limits": GramLimits(row_bytes=row_bytes), "fisher_type": fisher_type}
     found = parameter_grams(model, microbatches, GramMemory(refused=refused), **options)
     ruled = parameter_grams(model, microbatches, fisher_type=fisher_type)
     assert set(found.fallback) == set(refused)

@@ -13,7 +13,7 @@ from curvature_callbacks.compute.offline import offline_problem
 from curvature_callbacks.gram import passes as passes_module
 from curvature_callbacks.gram.capture.derived import Placed, View
 from curvature_callbacks.gram.capture.rules import LINEAR
-from curvature_callbacks.gram.context import GramOptions, Limits
+from curvature_callbacks.gram.context import GramLimits, GramOptions
 from curvature_callbacks.gram.memory import GramMemory
 from curvature_callbacks.gram.passes import run_passes
 from curvature_callbacks.gram.result import BlockGrams
@@ -58,7 +58,7 @@ def grams(
     **options: Any,
 ) -> BlockGrams:
     """Of microbatches that are not put together."""
-    limits = Limits(joined_bytes=0, kept_form=form)
+    limits = GramLimits(joined_bytes=0, kept_form=form)
     return model_grams(model, microbatches, memory, loss=case.loss, limits=limits, budget=budget, **options)
 
 
@@ -325,7 +325,7 @@ def test_what_is_kept_stays_within_the_budget(name: str, limit: int):
     """By share of the microbatches done."""
     case, storage = CASES[name], WatchedStorage(limit)
     with offline_problem(case.model(), case.microbatches(), loss=case.loss, params_filter=None) as problem:
-        context = context_of(problem, limits=Limits(joined_bytes=0))
+        context = context_of(problem, limits=GramLimits(joined_bytes=0))
         run_passes(context, problem.microbatches, FisherType(), storage, unruled={}, consume=lambda *parameter: None)
     assert storage.mode.endswith("block groups")
     assert any(kept > 0.2 * allowed for kept, allowed in storage.held)

@@ -13,7 +13,7 @@ from torch import Tensor
 from curvature_callbacks.linalg.combination import LinearCombination
 from curvature_callbacks.linalg.eigenpairs import Eigenpairs
 from curvature_callbacks.linalg.inner_products import InnerProducts
-from curvature_callbacks.linalg.lanczos.limits import Limits
+from curvature_callbacks.linalg.lanczos.limits import LanczosLimits
 from curvature_callbacks.linalg.lanczos.options import LanczosOptions
 from curvature_callbacks.linalg.lanczos.solver import lanczos, solve
 from curvature_callbacks.linalg.operator import MatrixOperator
@@ -179,7 +179,7 @@ def test_shards_with_different_memory_choose_the_same_mode():
 
     def work(rank: int, shard: Shard) -> Eigenpairs:
         room = (14, 28)[rank]
-        return solve(shard, replace(options, seed=rank), limits=Limits(basis_bytes=room * 8 * 55))
+        return solve(shard, replace(options, seed=rank), limits=LanczosLimits(basis_bytes=room * 8 * 55))
 
     first, second = on_both(symmetric(VALUES), work)
     assert first.reorth_mode == second.reorth_mode == "thick_restart"

@@ -9,7 +9,7 @@ from transformers import GPT2LMHeadModel, Trainer
 
 from curvature_callbacks.processes.world import SINGLE
 from curvature_callbacks.transformers.callback import CurvatureCallback
-from curvature_callbacks.transformers.loss import loss_of
+from curvature_callbacks.transformers.loss import loss_of_trainer
 from tests.configurations.transformers_parts import Unpadded
 from tests.training_cases import callback_options, seed_everything
 from tests.transformers_runs import language_model, training_arguments
@@ -54,7 +54,7 @@ def batch_of(trainer: Trainer, rows: int = 5) -> dict[str, Tensor]:
 
 
 def evaluated(trainer: Trainer, batch: dict[str, Tensor]) -> Any:
-    function: Any = loss_of(trainer, SINGLE)
+    function: Any = loss_of_trainer(trainer, SINGLE)
     return function(trainer.model.eval(), batch)
 
 

@@ -17,7 +17,7 @@ from curvature_callbacks.model.loss.sample_losses import SampleLosses
 from curvature_callbacks.processes.world import SINGLE
 from curvature_callbacks.transformers import loss as trainer_loss
 from curvature_callbacks.transformers.callback import CurvatureCallback
-from curvature_callbacks.transformers.loss import loss_of
+from curvature_callbacks.transformers.loss import loss_of_trainer
 from tests.configurations.transformers_parts import focal, mask_filler
 from tests.training_cases import assert_probed, callback_options
 from tests.transformers.loss_cases import SMOOTHING, Passing, adapted, batch_of, evaluated, new_callback, trainer_for, unlisted
@@ -46,7 +46,7 @@ def test_a_batch_without_labels_is_not_smoothed(tmp_path: Path) -> None:
             self.weight = nn.Parameter(torch.ones(3))
 
     trainer = trainer_for(tmp_path, **SMOOTHING)
-    function: Any = loss_of(trainer, SINGLE)
+    function: Any = loss_of_trainer(trainer, SINGLE)
     losses = function(LossFirst(), {"input_ids": torch.ones(2, 4)})
     assert (losses.total / losses.num_targets.sum()).item() == 3
 
@@ -61,7 +61,7 @@ def test_a_smoother_of_the_users_own_is_only_called(changed: dict[str, Any], tmp
 
 
 def test_a_trainer_without_a_loss_of_its_own_is_measured_for_the_models(tmp_path: Path) -> None:
-    assert loss_of(trainer_for(tmp_path), SINGLE) is None
+    assert loss_of_trainer(trainer_for(tmp_path), SINGLE) is None
 
 
 def hessian(records: list[Record]) -> float:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from curvature_callbacks import ConfigurationError
 from curvature_callbacks.transformers import loss as trainer_loss
 from curvature_callbacks.transformers.callback import CurvatureCallback
-from curvature_callbacks.transformers.loss import ComputeLossWatch, loss_of
+from curvature_callbacks.transformers.loss import ComputeLossWatch, loss_of_trainer
 from tests.configurations.transformers_cases import CASES
 from tests.configurations.transformers_parts import PenalisedTrainer, collected, collecting_focal, penalties
 from tests.configurations.transformers_sessions import assert_same_bits
@@ -143,7 +143,7 @@ class TwoProcesses:
 
 def test_an_overridden_compute_loss_is_refused_with_several_processes(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="an overridden `compute_loss` must run in a single process, got 2"):
-        loss_of(trainer_for(tmp_path, kind=PenalisedTrainer), TwoProcesses())  # type: ignore[arg-type]
+        loss_of_trainer(trainer_for(tmp_path, kind=PenalisedTrainer), TwoProcesses())  # type: ignore[arg-type]
 
 
 def test_a_name_that_is_none_is_answered_with_those_there_are() -> None:

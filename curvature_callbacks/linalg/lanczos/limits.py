@@ -1,4 +1,4 @@
-"""Limits: budgets of a Lanczos run that change what it costs, not what it finds."""
+"""Limits of Lanczos: budgets of a Lanczos run that change what it costs, not what it finds."""
 
 from dataclasses import dataclass
 from typing import Final, final
@@ -6,7 +6,7 @@ from typing import Final, final
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class LanczosLimits:
     """Budgets that nobody but a test has had to change.
 
     Attributes:
@@ -20,4 +20,4 @@ class Limits:
     basis_bytes: int | None = None
 
 
-DEFAULT_LIMITS: Final = Limits()
+DEFAULT_LIMITS: Final = LanczosLimits()

@@ -13,7 +13,7 @@ from curvature_callbacks.linalg.eigenpairs import Eigenpairs
 from curvature_callbacks.linalg.inner_products import InnerProducts
 from curvature_callbacks.linalg.lanczos.iteration import Iteration
 from curvature_callbacks.linalg.lanczos.krylov import Krylov
-from curvature_callbacks.linalg.lanczos.limits import DEFAULT_LIMITS, Limits
+from curvature_callbacks.linalg.lanczos.limits import DEFAULT_LIMITS, LanczosLimits
 from curvature_callbacks.linalg.lanczos.options import LEAST_ROOM, LanczosOptions, ReorthMode
 from curvature_callbacks.linalg.lanczos.reorthogonalisation import Full, Off, Partial, Reorthogonalisation, Selective
 from curvature_callbacks.linalg.lanczos.ritz import Ritz
@@ -122,7 +122,11 @@ def lanczos(
 
 
 def solve(
-    operator: Operator, options: LanczosOptions, *, initial_vectors: Tensor | None = None, limits: Limits = DEFAULT_LIMITS
+    operator: Operator,
+    options: LanczosOptions,
+    *,
+    initial_vectors: Tensor | None = None,
+    limits: LanczosLimits = DEFAULT_LIMITS,
 ) -> Eigenpairs:
     """`lanczos` with its options as an object.
 
@@ -157,7 +161,11 @@ def solve(
 
 
 def iteration(
-    operator: Operator, options: LanczosOptions, *, initial_vectors: Tensor | None = None, limits: Limits = DEFAULT_LIMITS
+    operator: Operator,
+    options: LanczosOptions,
+    *,
+    initial_vectors: Tensor | None = None,
+    limits: LanczosLimits = DEFAULT_LIMITS,
 ) -> Iteration:
     """The run that `solve` makes, before its first step."""
     deadline = None if options.max_seconds is None else time.perf_counter() + options.max_seconds
@@ -190,7 +198,7 @@ def _check_initial_vectors(vectors: Tensor | None, operator: Operator) -> None:
         )
 
 
-def _basis(operator: Operator, options: LanczosOptions, limits: Limits) -> tuple[ReorthMode, int]:
+def _basis(operator: Operator, options: LanczosOptions, limits: LanczosLimits) -> tuple[ReorthMode, int]:
     """The mode that runs, and how many basis vectors it has."""
     k, mode, budget = options.k, options.reorth_mode, options.most_matvecs
     if mode == "thick_restart":
@@ -206,7 +214,7 @@ def _basis(operator: Operator, options: LanczosOptions, limits: Limits) -> tuple
     return "thick_restart", max(k + LEAST_ROOM, fitting)
 
 
-def _policy(mode: ReorthMode, operator: Operator, options: LanczosOptions, limits: Limits) -> Reorthogonalisation:
+def _policy(mode: ReorthMode, operator: Operator, options: LanczosOptions, limits: LanczosLimits) -> Reorthogonalisation:
     eps = torch.finfo(operator.dtype).eps
     if mode == "partial":
         return Partial(eps=eps, ahead=1 if InnerProducts(operator).reads_are_free else limits.look_every)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from curvature_callbacks.linalg.lanczos.limits import DEFAULT_LIMITS, Limits
+from curvature_callbacks.linalg.lanczos.limits import DEFAULT_LIMITS, LanczosLimits
 from curvature_callbacks.linalg.lanczos.options import LanczosOptions
 from curvature_callbacks.linalg.lanczos.solver import iteration, lanczos
 from tests.linalg.lanczos.lanczos_cases import Counted, outliers_and_bulk, symmetric
@@ -18,7 +18,7 @@ def test_no_more_products_than_by_looks_at_every_step_but_two(mode: str):
     for seed in range(5):
         operator = Counted(symmetric(outliers_and_bulk(300, seed=seed), seed=seed))
         options = LanczosOptions(k=10, which="BE", tol=1e-3, max_matvecs=200, reorth_mode=mode, seed=seed)  # type: ignore[arg-type]
-        usual, closest = iteration(operator, options), iteration(operator, options, limits=Limits(look_every=1))
+        usual, closest = iteration(operator, options), iteration(operator, options, limits=LanczosLimits(look_every=1))
         looks = len(list(usual.looks()))
         assert looks <= usual.krylov.num_matvecs / LOOK_EVERY + 5
         closest.result()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from curvature_callbacks.linalg.lanczos.limits import Limits
+from curvature_callbacks.linalg.lanczos.limits import LanczosLimits
 from curvature_callbacks.linalg.lanczos.options import LanczosOptions
 from curvature_callbacks.linalg.lanczos.solver import iteration, lanczos, solve
 from tests.linalg.lanczos.lanczos_cases import (
@@ -105,7 +105,7 @@ def test_auto_restarts_where_the_device_has_no_room(room: int, dtype: torch.dtyp
     values = outliers_and_bulk(SIZE)
     A = symmetric(values)
     options = LanczosOptions(k=6, which="BE", tol=1e-4, max_matvecs=150)
-    pairs = solve(Counted(A.to(dtype)), options, limits=Limits(basis_bytes=(room + 1) * SIZE * dtype.itemsize))
+    pairs = solve(Counted(A.to(dtype)), options, limits=LanczosLimits(basis_bytes=(room + 1) * SIZE * dtype.itemsize))
     assert pairs.reorth_mode == "thick_restart"
     assert pairs.num_matvecs > room
     assert pairs.converged.all()

@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvature_callbacks.linalg.lanczos.krylov import Krylov
-from curvature_callbacks.linalg.lanczos.limits import Limits
+from curvature_callbacks.linalg.lanczos.limits import LanczosLimits
 from curvature_callbacks.linalg.lanczos.options import LanczosOptions
 from curvature_callbacks.linalg.lanczos.reorthogonalisation import Full, Off, Partial, Reorthogonalisation, Selective
 from curvature_callbacks.linalg.lanczos.solver import solve
@@ -108,7 +108,7 @@ def test_reads_depend_on_the_looks_and_not_on_the_steps(mode: str):
             basis_size=120 if mode == "thick_restart" else None,
         )
         with Reads() as reads, ScalarReads() as scalars:
-            pairs = solve(operator, options, limits=Limits(look_every=every))
+            pairs = solve(operator, options, limits=LanczosLimits(look_every=every))
         assert pairs.num_matvecs == 4 * every
         counts.add((reads.count, scalars.count))
     assert len(counts) == 1

@@ -8,7 +8,7 @@ import scipy.sparse.linalg
 import torch
 
 from curvature_callbacks.linalg.lanczos.krylov import Krylov
-from curvature_callbacks.linalg.lanczos.limits import Limits
+from curvature_callbacks.linalg.lanczos.limits import LanczosLimits
 from curvature_callbacks.linalg.lanczos.options import LanczosOptions
 from curvature_callbacks.linalg.lanczos.ritz import Ritz
 from curvature_callbacks.linalg.lanczos.solver import iteration, lanczos, solve
@@ -73,7 +73,7 @@ def test_memory_is_one_basis():
     options = LanczosOptions(
         k=4, which="BE", tol=1e-5, reorth_mode="thick_restart", basis_size=16, max_matvecs=390, return_eigenvectors=True
     )
-    in_pieces = solve(Counted(symmetric(NORMAL)), options, limits=Limits(restart_columns=37))
+    in_pieces = solve(Counted(symmetric(NORMAL)), options, limits=LanczosLimits(restart_columns=37))
     at_once = solve(Counted(symmetric(NORMAL)), options)
     assert torch.allclose(in_pieces.eigenvalues, at_once.eigenvalues, rtol=1e-9)
     assert in_pieces.eigenvectors is not None
