@@ -12,9 +12,10 @@ Chart = Literal["histogram", "density"]
 
 PROBE: Final = "probe"  # the record each probe writes about itself: seconds, failures
 VERSION: Final = 1  # of JSON lines, raised when a key changes its meaning; the first lines had none
-_NO_CURVE: Final = ("num_samples",)  # constant over a run: in the JSON-lines file only
 
 # What is drawn of a record that does not say so: one of version 0, or of a user's measurement.
+_USUAL_UNTAGGED: Final = ("num_samples", "full_num_samples", "block_diagonal_num_samples")
+_USUAL_RANKING: Final = "condition_number"
 _USUAL_CURVES: Final = ("condition_number", "lambda_max", "effective_rank", "trace", "kfac_cosine")
 _USUAL_SPECTRA: Final = ("eigenvalues", "full_eigenvalues", "block_diagonal_eigenvalues")
 
@@ -27,11 +28,14 @@ class Record:
     Attributes:
         step: optimizer steps completed when the parameters were measured.
         measurement: what was measured, with the Fisher type where it is one (`empirical_fisher`, `hessian`, ...).
-        block: block name, or None for the whole model.
+        block: block name, or None for a record of the model.
         scalars: metric name to value; non-finite values are kept here and in JSON, never written as curves.
         headline: the metrics that belong on the first page, in progress bars and in training logs; None for all of them.
         curves: of a block's record the metrics drawn as one curve a block, of the others only minimum, median and maximum over
             blocks; None for `condition_number`, `lambda_max`, `effective_rank`, `trace` and `kfac_cosine`.
+        untagged: the metrics without a tag, which are constant over a run and stand in the JSON-lines file only; None for
+            `num_samples`, `full_num_samples` and `block_diagonal_num_samples`.
+        ranked_by: the metric whose largest values make the worst blocks; None for `condition_number`.
         arrays: spectra and the like, each a list of floats.
         charts: array name to its drawing: `histogram` for a full spectrum (of log10, where all of it is positive), `density`
             for values over the array `grid` with the errors `<name>_standard_error`; arrays not named are not drawn. None for a
@@ -49,6 +53,8 @@ class Record:
     scalars: Mapping[str, float] = field(default_factory=dict)
     headline: tuple[str, ...] | None = None
     curves: tuple[str, ...] | None = None
+    untagged: tuple[str, ...] | None = None
+    ranked_by: str | None = None
     arrays: Mapping[str, list[float]] = field(default_factory=dict)
     charts: Mapping[str, Chart] | None = None
     seconds: float = 0.0
@@ -78,6 +84,11 @@ def block_curves(record: Record) -> tuple[str, ...]:
     return _USUAL_CURVES if record.curves is None else record.curves
 
 
+def ranking(record: Record) -> str:
+    """The metric by which blocks are ranked, the worst being the largest."""
+    return _USUAL_RANKING if record.ranked_by is None else record.ranked_by
+
+
 def charts(record: Record) -> Mapping[str, Chart]:
     """Array name to its drawing, for the arrays that `record` has."""
     drawn = _usual_charts(record.arrays) if record.charts is None else record.charts
@@ -87,7 +98,7 @@ def charts(record: Record) -> Mapping[str, Chart]:
 def scalar_tags(records: Iterable[Record]) -> dict[str, float]:
     """Tag to value for the finite scalars of one probe, few enough to read.
 
-    Whole model: `curvature/<measurement>_<metric>` for the headline, which TensorBoard shows first, `curvature_<measurement>/
+    Of the model: `curvature/<measurement>_<metric>` for the headline, which TensorBoard shows first, `curvature_<measurement>/
     <metric>` for the others. Of each block the record's `curves`: `curvature_<measurement>_<metric>/<block>`, because the usual
     question is *which block*; of the others the minimum, median and maximum over blocks:
     `curvature_<measurement>_over_blocks/<metric>_{min,median,max}`.
@@ -96,7 +107,7 @@ def scalar_tags(records: Iterable[Record]) -> dict[str, float]:
     over_blocks: dict[str, list[float]] = {}
     for record in records:
         for metric, value in record.scalars.items():
-            if not math.isfinite(value) or metric.removeprefix("full_").removeprefix("block_diagonal_") in _NO_CURVE:
+            if not math.isfinite(value) or metric in _untagged(record):
                 continue
             if record.block is None or metric in block_curves(record):
                 tags[metric_tag(record, metric)] = value
@@ -109,13 +120,18 @@ def scalar_tags(records: Iterable[Record]) -> dict[str, float]:
 
 
 def headline(records: Iterable[Record]) -> dict[str, float]:
-    """Tag to value of the headline metrics, for progress bars and training logs; non-finite ones are left out."""
+    """Tag to value of the headline metrics, for training logs; non-finite ones are left out."""
     return {
         metric_tag(record, metric): record.scalars[metric]
         for record in records
         for metric in (record.scalars if record.headline is None else record.headline)
         if record.block is None and math.isfinite(record.scalars.get(metric, math.nan))
     }
+
+
+def in_progress_bar(records: Iterable[Record]) -> dict[str, float]:
+    """Of `headline` what a progress bar has room for: the largest eigenvalues."""
+    return {tag: value for tag, value in headline(records).items() if tag.endswith("lambda_max")}
 
 
 def metric_tag(record: Record, metric: str) -> str:
@@ -137,6 +153,10 @@ def tag_segment(name: str) -> str:
     """
     padded = re.sub(r"(?<![A-Za-z0-9])\d(?![A-Za-z0-9])", lambda match: match.group().zfill(2), name)
     return re.sub(r"[^A-Za-z0-9_]+", "_", padded).strip("_")
+
+
+def _untagged(record: Record) -> tuple[str, ...]:
+    return _USUAL_UNTAGGED if record.untagged is None else record.untagged
 
 
 def _usual_charts(arrays: Mapping[str, list[float]]) -> dict[str, Chart]:
@@ -167,4 +187,5 @@ _DECODE: Final[Mapping[str, Callable[[Any], Any]]] = {
     "arrays": _float_lists,
     "headline": tuple,
     "curves": tuple,
+    "untagged": tuple,
 }

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from curvature_callbacks import Record
-from curvature_callbacks.record import PROBE, VERSION, charts, headline, metric_tag, scalar_tags, tag_segment
+from curvature_callbacks.record import PROBE, VERSION, charts, headline, in_progress_bar, metric_tag, scalar_tags, tag_segment
 from tests.training_cases import assert_equal
 
 TAGS = Path(__file__).parent / "data" / "tensorboard_tags.json"
@@ -32,6 +32,8 @@ SPECIMENS = {
         metadata={"which": "BE", "uncovered": {"a": "why"}, "list": [1, None, True], "name": "ü\u2028\n"},
         headline=("lambda_max",),
         curves=("third", "tiny"),
+        untagged=("lambda_max",),
+        ranked_by="tiny",
         charts={"eigenvalues": "histogram"},
     ),
     "nothing drawn": record(headline=(), curves=(), charts={}, arrays={"eigenvalues": [1.0]}),
@@ -171,7 +173,8 @@ def test_lines_of_version_0_are_read_and_drawn_as_before() -> None:
     for line, read in zip(lines, records, strict=True):
         before, now = json.loads(line), json.loads(read.to_json())
         assert before.items() <= now.items()
-        assert {key: now[key] for key in now.keys() - before.keys()} == {"version": VERSION, "curves": None, "charts": None}
+        added = dict.fromkeys(("curves", "untagged", "ranked_by", "charts"))
+        assert {key: now[key] for key in now.keys() - before.keys()} == {"version": VERSION} | added
     tags = json.loads(TAGS.read_text())
     for name in ("empirical_fisher", "hessian_density", "kfac_empirical_expand"):
         measured = [read for read in records if read.measurement == name]
@@ -187,6 +190,19 @@ def test_a_record_names_the_curves_of_its_block() -> None:
         "curvature_hessian_norm/b": 2.0,
         **{f"curvature_hessian_over_blocks/trace_{which}": 4.0 for which in ("min", "median", "max")},
     }
+
+
+def test_a_record_names_the_metrics_without_a_tag() -> None:
+    scalars = {"norm": 2.0, "num_rows": 8.0, "num_samples": 4.0}
+    assert scalar_tags([record(scalars=scalars, untagged=("num_rows",))]) == {
+        "curvature/hessian_norm": 2.0,
+        "curvature/hessian_num_samples": 4.0,
+    }
+
+
+def test_a_progress_bar_shows_the_largest_eigenvalues_of_the_headline() -> None:
+    scalars = {"lambda_max": 2.0, "trace": 3.0, "full_lambda_max": 4.0}
+    assert in_progress_bar([record(scalars=scalars, headline=("lambda_max", "trace"))]) == {"curvature/hessian_lambda_max": 2.0}
 
 
 def test_a_record_names_the_charts_of_its_arrays() -> None:

@@ -8,7 +8,7 @@ from torch import tensor
 from typing_extensions import override
 
 from curvature_callbacks.lightning.framework import Logger, Trainer
-from curvature_callbacks.record import Record, headline, scalar_tags
+from curvature_callbacks.record import Record, headline, in_progress_bar, scalar_tags
 from curvature_callbacks.sinks import JSONLinesSink, Sink
 from curvature_callbacks.sinks.loggers import sink_of
 
@@ -33,9 +33,8 @@ class HeadlineSink(Sink):
 
     @override
     def write(self, records: Sequence[Record]) -> None:
-        numbers = headline(records)
-        self._trainer.callback_metrics.update({tag: tensor(value) for tag, value in numbers.items()})
-        self._trainer.progress_bar_metrics.update({tag: each for tag, each in numbers.items() if tag.endswith("lambda_max")})
+        self._trainer.callback_metrics.update({tag: tensor(value) for tag, value in headline(records).items()})
+        self._trainer.progress_bar_metrics.update(in_progress_bar(records))
 
 
 @final

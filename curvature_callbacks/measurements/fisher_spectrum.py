@@ -36,7 +36,7 @@ _logger = logging.getLogger("curvature_callbacks")
 class FisherSpectrum:
     """Per-block spectra of a Fisher matrix, exact for the drawn samples.
 
-    Tags (`<b>`: block; `full` and `block_diagonal`: whole model, sum and union of the blocks). `<f>` names the type, so that
+    Tags (`<b>`: block; `full` and `block_diagonal`: the model, sum and union of its blocks). `<f>` names the type, so that
     no two are ever mistaken for one another: `empirical_fisher` (the default), `sampled_fisher` and `exact_fisher` of rows,
     `empirical_fisher_token`, `sampled_fisher_token` and `exact_fisher_token` of single targets:
 
@@ -46,7 +46,7 @@ class FisherSpectrum:
     | `curvature_<f>_lambda_max/<b>` | largest eigenvalue | >= 0 | one direction all samples push along |
     | `curvature_<f>_effective_rank/<b>` | exp of the entropy | 1..N | many directions |
     | `curvature_<f>_trace/<b>` | mean squared gradient norm | >= 0 | a large share of the gradient |
-    | `curvature/<f>_full_<metric>` | the same four of the whole Fisher | | |
+    | `curvature/<f>_full_<metric>` | the same four of the Fisher of all parameters | | |
     | `curvature/<f>_block_diagonal_condition_number` | of its block-diagonal approximation | >= 1 | |
     | `curvature_<f>/{full,block_diagonal}_<metric>` | all other metrics of both | | |
     | `curvature_<f>/num_clipped` | gradients `max_sample_grad_norm` shortened, where it is set | 0..N | outliers |
@@ -119,7 +119,7 @@ class FisherSpectrum:
         return ()
 
     def measure(self, problem: Problem, state: tuple[str, ...]) -> tuple[list[Record], tuple[str, ...]]:
-        """One record a block and one for the whole model."""
+        """One record of the model, and one a block."""
         spectra = spectra_of_problem(problem, self)
         if spectra.full.num_samples < 2:
             raise ProbeError("fewer than two samples of this probe have a finite gradient.")
@@ -149,6 +149,7 @@ class FisherSpectrum:
             }
             | clipped,
             headline=_HEADLINE,
+            untagged=tuple(f"{part}_num_samples" for part in parts),
             arrays={f"{part}_eigenvalues": spectrum.eigenvalues.tolist() for part, spectrum in parts.items()},
             charts={f"{part}_eigenvalues": "histogram" for part in parts},
             metadata={**spectra.metadata, "damping": self.damping},
@@ -162,6 +163,8 @@ class FisherSpectrum:
                 block=block,
                 scalars=spectrum.metrics(damping=self.damping),
                 curves=_CURVES,
+                untagged=("num_samples",),
+                ranked_by="condition_number",
                 arrays={"eigenvalues": spectrum.eigenvalues.tolist()},
                 charts={"eigenvalues": "histogram"},
                 metadata={"num_params": spectrum.num_params, "jitter": spectrum.jitter},

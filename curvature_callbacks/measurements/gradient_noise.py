@@ -216,6 +216,7 @@ def _model_record(
         measurement=_NAME,
         scalars={**_defined(values), **averaged, **statistics.norm_quantiles(), **counts},
         headline=_HEADLINE,
+        untagged=("num_samples",),
         arrays={"norms": statistics.norms.tolist()},
         charts={},
         metadata={**metadata, "absent": {name: reasons[name] for name, value in values.items() if value is None}},

@@ -9,7 +9,7 @@ import torch
 from typing_extensions import override
 
 from curvature_callbacks._optional import is_available
-from curvature_callbacks.record import Record, block_curves, charts, metric_tag, scalar_tags, tag_segment
+from curvature_callbacks.record import Record, block_curves, charts, metric_tag, ranking, scalar_tags, tag_segment
 from curvature_callbacks.sinks.base import Sink
 
 _REDRAW: Final = 1.5  # growth after which a heat map is drawn again: each takes 0.1 s, as long as a small probe
@@ -23,8 +23,8 @@ class TensorBoardSink(Sink):
     Scalars as in `record.scalar_tags`; for the metrics with a curve a block `curvature_<measurement>_<metric>/heat_map`, block
     against step (needs matplotlib; drawn again when it has grown by half); of the arrays that the record's `charts` name
     `curvature_<measurement>_spectrum/<block>`, a histogram of log10 eigenvalues, and `curvature_<measurement>/density`, a
-    spectral density with two standard errors as a band (needs matplotlib); `curvature/worst_blocks` (by condition number) and
-    `curvature/errors`, text. Non-finite values are not written.
+    spectral density with two standard errors as a band (needs matplotlib); `curvature/worst_blocks` (by the metric
+    they are `ranked_by`) and `curvature/errors`, text. Non-finite values are not written.
 
     Args:
         writer: `torch.utils.tensorboard.SummaryWriter`, or what has its methods.
@@ -86,8 +86,8 @@ class TensorBoardSink(Sink):
 
     def _write_texts(self, records: Sequence[Record], step: int) -> None:
         ranked = sorted(
-            (record for record in records if "condition_number" in record.scalars and record.block is not None),
-            key=lambda record: -record.scalars["condition_number"],
+            (record for record in records if ranking(record) in record.scalars and record.block is not None),
+            key=lambda record: -record.scalars[ranking(record)],
         )
         if ranked:
             names = dict.fromkeys(record.measurement for record in records)
@@ -106,7 +106,7 @@ def _spectrum_of(record: Record, array: str) -> str:
 
 
 def _table(records: Sequence[Record]) -> str:
-    metrics = dict.fromkeys(("condition_number", *block_curves(records[0])))
+    metrics = dict.fromkeys((ranking(records[0]), *block_curves(records[0])))
     columns = [metric for metric in metrics if metric in records[0].scalars]
     header = f"| block ({records[0].measurement}) | " + " | ".join(columns) + " |\n|---|" + "---:|" * len(columns)
     rows = [

@@ -104,6 +104,18 @@ def test_the_worst_blocks_come_first_and_there_are_ten(written: Any) -> None:
     assert table[-1].startswith("| `h.2` |")
 
 
+def test_the_worst_blocks_are_those_of_the_metric_a_record_names(written: Any) -> None:
+    norms = {"a": 1.0, "b": 3.0, "c": 2.0}
+    records = [
+        Record(step=0, measurement="norms", block=name, scalars={"norm": norm}, curves=("norm",), ranked_by="norm")
+        for name, norm in norms.items()
+    ]
+    (event,) = written(records).Tensors("curvature/worst_blocks/text_summary")
+    table = event.tensor_proto.string_val[0].decode().splitlines()
+    assert table[0] == "| block (norms) | norm |"
+    assert [row.split("`")[1] for row in table[2:]] == ["b", "c", "a"]
+
+
 def test_every_measurement_has_a_table_of_its_own(written: Any) -> None:
     records = [block("h.0", condition=2.0), block("h.1", condition=9.0)]
     records += [replace(record, measurement="sampled_fisher") for record in records]
