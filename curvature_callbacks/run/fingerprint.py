@@ -1,8 +1,9 @@
 """Fingerprint: what a run's numbers depend on in its arguments, by which a checkpoint's state is known to belong to them.
 
 The text of an object is made of the fields it had in the first version of its table below, and of those of its later fields
-that differ from the default recorded here. So a field that is added does not change the fingerprints of checkpoints written
-before, while a default that is changed does: the value differs from the one recorded, or is written out in any case.
+that differ from the default recorded here, in the order of the versions they came with. So a field that is added does not
+change the fingerprints of checkpoints written before, while a default that is changed does: the value differs from the one
+recorded, or is written out in any case.
 """
 
 import hashlib
@@ -10,7 +11,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Final, final
 
 DESCRIPTION: Final = "settings"  # where a saved state holds the arguments it was written with
@@ -26,7 +27,7 @@ class Added:
     """A field that came later.
 
     Attributes:
-        version: of the table, in which it came.
+        version: of the table, in which it came; fields of earlier versions are written first.
         default: it had then. It stays when the class has another default.
     """
 
@@ -146,14 +147,16 @@ def _repr(value: Any) -> str:
 
 
 def _written(value: Any) -> dict[str, Any]:
-    """Field to value, of the fields in the text of `value`."""
-    table = FIELD_TABLES[type(value).__qualname__]
-    later = [each for each in fields(value) if each.name not in (*table.first, *table.ignored)]
-    differing = [each.name for each in later if _text(getattr(value, each.name)) != _text(_recorded_default(table, each))]
+    """Field to value, of the fields in the text of `value`.
+
+    Raises:
+        LookupError: a field does not stand in the table: the default that it came with is not known.
+    """
+    cls = type(value).__qualname__
+    table = FIELD_TABLES[cls]
+    unlisted = {each.name for each in fields(value)} - {*table.first, *table.added, *table.ignored}
+    if unlisted:
+        raise LookupError(f"`FIELD_TABLES` lacks {sorted(unlisted)} of `{cls}`: add each as `Added`, with its default of now.")
+    later = sorted(table.added, key=lambda name: table.added[name].version)
+    differing = [name for name in later if _text(getattr(value, name)) != _text(table.added[name].default)]
     return {name: getattr(value, name) for name in [*table.first, *differing]}
-
-
-def _recorded_default(table: FieldTable, added: "Field[Any]") -> Any:
-    if added.name in table.added:
-        return table.added[added.name].default
-    return added.default if added.default_factory is MISSING else added.default_factory()

@@ -3,6 +3,16 @@
 import dataclasses
 from typing import Any
 
+from curvature_callbacks.run import fingerprint
+from curvature_callbacks.run.fingerprint import FIELD_TABLES, Added
+
+
+def record_field(monkeypatch: Any, measurement: type, *, default: int) -> None:
+    """Write the field of `with_field` into the table of fingerprints, as its release would."""
+    table = FIELD_TABLES[measurement.__name__]
+    recorded = dataclasses.replace(table, added={"added": Added(version=2, default=default)})
+    monkeypatch.setattr(fingerprint, "FIELD_TABLES", {**FIELD_TABLES, measurement.__name__: recorded})
+
 
 def with_field(measurement: type, *, default: int) -> Any:
     """The class with one more field, `added`."""

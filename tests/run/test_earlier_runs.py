@@ -15,7 +15,7 @@ from curvature_callbacks.transformers import CurvatureCallback as TransformersCa
 from tests.lightning_runs import LIGHTNING_WARNINGS
 from tests.run import earlier_runs
 from tests.run.earlier_runs import CHECKPOINT, NUM_STEPS, SAVED_AT, callback_arguments
-from tests.run.later_releases import with_default, with_field
+from tests.run.later_releases import record_field, with_default, with_field
 from tests.training_cases import reports
 
 FILES = Path(__file__).parents[1] / "data" / "earlier_runs"
@@ -105,7 +105,8 @@ def replaced(cls: type, measurement: Any) -> list[Any]:
     return [measurement if type(each) is cls else each for each in earlier_runs.measurements()]
 
 
-def test_a_field_that_was_added_since_changes_nothing(tmp_path: Path, caplog: Any) -> None:
+def test_a_field_that_was_added_since_changes_nothing(tmp_path: Path, caplog: Any, monkeypatch: Any) -> None:
+    record_field(monkeypatch, GradientNoise, default=3)
     measure = replaced(GradientNoise, with_field(GradientNoise, default=3)())
     callback = LightningCallback(**callback_arguments(loss_fn="cross_entropy", measure=measure))
     earlier_runs.lightning_training(tmp_path, callback, checkpoint=FILES / "lightning.ckpt")

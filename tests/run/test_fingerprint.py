@@ -24,7 +24,7 @@ from curvature_callbacks import (
 from curvature_callbacks.run import fingerprint as tables
 from curvature_callbacks.run.fingerprint import FIELD_TABLES, Added, FieldTable, warn_of_change
 from curvature_callbacks.run.settings import Settings
-from tests.run.later_releases import with_default, with_field
+from tests.run.later_releases import record_field, with_default, with_field
 from tests.training_cases import Checksum, reports
 
 
@@ -94,19 +94,33 @@ def test_nothing_is_said_of_a_checkpoint_without_our_state(caplog: Any) -> None:
     assert reports(caplog) == []
 
 
-def test_a_field_that_is_added_leaves_the_key_until_it_is_used() -> None:
-    later = with_field(GradientNoise, default=3)
+def test_a_field_that_is_added_leaves_the_key_until_it_is_used(monkeypatch: Any) -> None:
     before = Settings(measure=[GradientNoise(decay=0.8)]).key
+    record_field(monkeypatch, GradientNoise, default=3)
+    later = with_field(GradientNoise, default=3)
     assert Settings(measure=[later(decay=0.8)]).key == before
     assert Settings(measure=[later(decay=0.8, added=4)]).key != before
     assert Settings(measure=[later()]).key != before
 
 
+def test_a_field_that_is_not_recorded_is_refused() -> None:
+    """Else its default of now would be taken, and a later one would not count as a difference."""
+    with pytest.raises(LookupError, match="lacks \\['added'\\] of `GradientNoise`"):
+        _ = Settings(measure=[with_field(GradientNoise, default=3)()]).key
+
+
+def test_later_fields_are_written_in_the_order_they_came(monkeypatch: Any) -> None:
+    """The order of the class does not count: there `decay` is the first."""
+    table = FieldTable((), {"decay": Added(version=3, default=0.9), "added": Added(version=2, default=3)})
+    monkeypatch.setattr(tables, "FIELD_TABLES", {**FIELD_TABLES, "GradientNoise": table})
+    measurement = with_field(GradientNoise, default=3)(decay=0.8, added=4)
+    assert "GradientNoise(added=4, decay=0.8)" in Settings(measure=[measurement]).description["measure"]
+
+
 def test_a_default_that_changes_after_it_was_recorded_is_a_difference(monkeypatch: Any) -> None:
     """What counts is the default that the field came with: 3, also where the class has 5 by then."""
-    table = FieldTable(FIELD_TABLES["GradientNoise"].first, {"added": Added(version=2, default=3)})
-    monkeypatch.setattr(tables, "FIELD_TABLES", {**FIELD_TABLES, "GradientNoise": table})
     before = Settings(measure=[GradientNoise()]).key
+    record_field(monkeypatch, GradientNoise, default=3)
     assert Settings(measure=[with_field(GradientNoise, default=3)()]).key == before
     later = with_field(GradientNoise, default=5)
     assert Settings(measure=[later()]).key != before
