@@ -64,7 +64,7 @@ class Storage:
     @property
     def mode(self) -> str:
         """How uses were kept: `one pass` (none to keep), `factors on device`, `factors on host`, `k block groups` (rounds)."""
-        if self._rounds > 1:
+        if self._rounds > 1:  # a round is called a block group in records, which stay readable
             return f"{self._rounds} block groups"
         if any(self._host.values()):
             return "factors on host"

@@ -5,6 +5,7 @@ from typing import Any, Final, final
 
 from torch import Tensor
 
+from curvature_callbacks.batches import dtype_name
 from curvature_callbacks.linalg.eigenpairs import Eigenpairs
 from curvature_callbacks.linalg.inner_products import InnerProducts
 from curvature_callbacks.linalg.lanczos.options import LanczosOptions
@@ -100,11 +101,9 @@ class EdgeRatio:
         stability = problem.stability()
         if stability.scale is None:
             return [_absent(problem, self.name, stability)], state
-        task, spent = Eigenproblem(operator=problem.hessian(stability.names)), 0
-        if state is None:
-            error, spent = task.check(seed=problem.seed)
-            state = error, None
-        error, previous = state
+        task = Eigenproblem(operator=problem.hessian(stability.names))
+        known, previous = (None, None) if state is None else state
+        error, spent = task.checked_once(known, seed=problem.seed)
         pairs = self._solve(problem, task.operator, stability, task.start(previous))
         assert pairs.eigenvectors is not None
         record = Record(
@@ -118,7 +117,7 @@ class EdgeRatio:
                 "num_params": task.num_params,
                 "tol": self.tol,
                 "reorth_mode": pairs.reorth_mode,
-                "dtype": str(task.operator.dtype).removeprefix("torch."),
+                "dtype": dtype_name(task.operator.dtype),
                 "seed": problem.seed,
                 "asymmetry": max(error, pairs.asymmetry),
                 "warnings": list(pairs.warnings),

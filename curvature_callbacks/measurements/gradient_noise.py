@@ -9,7 +9,7 @@ from typing import Any, Final, TypedDict, final
 import torch
 from torch import Tensor
 
-from curvature_callbacks.batches import map_tensors
+from curvature_callbacks.batches import dtype_name, map_tensors
 from curvature_callbacks.errors import ConfigurationError, ProbeError
 from curvature_callbacks.linalg.accumulate import finite_samples
 from curvature_callbacks.problem.problem import Problem
@@ -181,7 +181,7 @@ def _settings(problem: Problem, usable: Tensor) -> dict[str, Any]:
         "num_samples_requested": len(usable),
         "num_samples": int(usable.sum()),
         "num_targets": int(problem.grams().num_targets.cpu()[usable].sum()),
-        "dtype": str(problem.objective.dtype).removeprefix("torch."),
+        "dtype": dtype_name(problem.objective.dtype),
         "seed": problem.seed,
     }
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, final, get_args
 
+from curvature_callbacks.batches import dtype_name
 from curvature_callbacks.errors import ProbeError, RefusedError, check_choice, check_positive
 from curvature_callbacks.linalg.accumulate import finite_samples
 from curvature_callbacks.linalg.kronecker import LayerKronecker
@@ -153,7 +154,7 @@ class KFACQuality:
             "sharing": self.sharing,
             "centered": False,
             "batch_norm": "eval",
-            "dtype": str(problem.objective.dtype).removeprefix("torch."),
+            "dtype": dtype_name(problem.objective.dtype),
             "seed": problem.seed,
             "num_samples": len(first.gram),
             "normaliser": first.normaliser,

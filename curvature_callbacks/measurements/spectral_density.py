@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Final, final
 
+from curvature_callbacks.batches import dtype_name
 from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.linalg.density import Density
 from curvature_callbacks.linalg.eigenpairs import Eigenpairs
@@ -86,9 +87,8 @@ class SpectralDensity(OfMatrix):
         absent = self._absent(problem, self.name, _HEADLINE)
         if absent is not None:
             return [absent], state
-        task, spent = self.curvature.eigenproblem(problem), 0
-        if state is None:
-            state, spent = task.check(seed=problem.seed)
+        task = self.curvature.eigenproblem(problem)
+        error, spent = task.checked_once(state, seed=problem.seed)
         outer = self._outer(task, problem.seed)
         density = spectral_density(
             task.operator, num_probes=self.num_probes, num_steps=self.num_steps, seed=problem.seed, deflate=outer
@@ -106,9 +106,9 @@ class SpectralDensity(OfMatrix):
             },
             charts={"density": "density"},
             num_matvecs=density.num_matvecs + spent + (outer.num_matvecs if outer is not None else 0),
-            metadata=self._metadata(problem, task, density, state),
+            metadata=self._metadata(problem, task, density, error),
         )
-        return [record], state
+        return [record], error
 
     def _outer(self, task: Eigenproblem, seed: int) -> Eigenpairs | None:
         if self.deflate == 0:
@@ -129,7 +129,7 @@ class SpectralDensity(OfMatrix):
             "num_params": task.num_params,
             "width": density.width,
             "lambda_abs_max": density.lambda_abs_max,
-            "dtype": str(task.operator.dtype).removeprefix("torch."),
+            "dtype": dtype_name(task.operator.dtype),
             "seed": problem.seed,
             "asymmetry": asymmetry,
             **task.about,

@@ -6,6 +6,7 @@ from typing import Any, Final, final
 
 from torch import Tensor
 
+from curvature_callbacks.batches import dtype_name
 from curvature_callbacks.linalg.eigenpairs import Eigenpairs
 from curvature_callbacks.linalg.lanczos.options import LanczosOptions, ReorthMode
 from curvature_callbacks.linalg.lanczos.wanted import Which
@@ -86,8 +87,9 @@ class TopEigenpairs(OfMatrix):
     Cost: in gradients, Hessian 2 to build and 1.6 to 2.5 a product; GGN and Fishers 1.5 and 1.1 to 1.3 (2.2 with convolutions);
     finite differences 2 a product; at most `max_matvecs` products. Memory: `max_matvecs + 1` vectors of size P, fewer where
     these do not fit; with `warm_start` k more at the end, and one on the host between probes (with `per_block` one of each
-    block too), which checkpoints hold as well. From the Gram: `compute_fisher_spectrum`'s, shared with `FisherSpectrum`, and
-    one and a half to two and a half products a pair; from factors those of `KFACQuality`, shared with it.
+    block too), which checkpoints hold as well. From the Gram: `compute_fisher_spectrum`'s, paid once a probe where
+    `FisherSpectrum` takes it too, and one and a half to two and a half products a pair; from factors those of `KFACQuality`,
+    paid once as well.
     """
 
     k: int = 4
@@ -153,12 +155,10 @@ class _Run:
 
     def record(self, block: str | None) -> Record:
         """The record of all parameters (None) or of a block. In the first probe of a run the first call checks the operator."""
-        measurement, problem, spent = self.measurement, self.problem, 0
+        measurement, problem = self.measurement, self.problem
         task = measurement.curvature.eigenproblem(problem, block)
-        if self.error is None:
-            self.error = self.previous.get("error")
-        if self.error is None:
-            self.error, spent = task.check(seed=problem.seed)
+        known = self.previous.get("error") if self.error is None else self.error
+        self.error, spent = task.checked_once(known, seed=problem.seed)
         left = problem.deadline.seconds_left(measurement.max_seconds)
         options = replace(measurement.solver, seed=problem.seed, max_seconds=left)
         pairs = task.solve(options, initial_vectors=self._start(task, block))
@@ -197,7 +197,7 @@ class _Run:
             "tol": pairs.tol,
             "reorth_mode": pairs.reorth_mode,
             "num_params": task.num_params,
-            "dtype": str(task.operator.dtype).removeprefix("torch."),
+            "dtype": dtype_name(task.operator.dtype),
             "seed": self.problem.seed,
             "asymmetry": max(asymmetry, pairs.asymmetry),
             "warnings": list(pairs.warnings),

@@ -99,8 +99,8 @@ class GGNOperator(MicrobatchOperator["_LogitGraph"]):
             return SelfCheck(check_adjoint(self, seed=seed), ADJOINT_PRODUCTS)
 
     @override
-    def _graph(self, place: int) -> "_LogitGraph":
-        return _LogitGraph(self._losses(place, curved=False), self._leaves)
+    def _graph(self, index: int) -> "_LogitGraph":
+        return _LogitGraph(self._losses(index, curved=False), self._leaves)
 
 
 @final

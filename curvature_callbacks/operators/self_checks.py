@@ -12,7 +12,7 @@ from curvature_callbacks.linalg.accumulate import dot
 from curvature_callbacks.linalg.inner_products import InnerProducts
 from curvature_callbacks.linalg.operator import JacobianOperator, Operator
 
-ADJOINT_PRODUCTS: Final = 2  # what `check_adjoint` spends: one and a half
+ADJOINT_PRODUCTS: Final = 2  # what `check_adjoint` spends: 1.5, rounded up
 SYMMETRY_PRODUCTS: Final = 3  # what `check_symmetric` spends
 
 _ADJOINT_DISAGREEMENT: Final = 1e-3  # rounding gives 1e-6 in float32, kinks no more; a dropped kernel its share of `||J'u||^2`

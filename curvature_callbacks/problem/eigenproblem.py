@@ -49,6 +49,14 @@ class Eigenproblem:
         """The operator's self-check; raises a `RefusedError` where its products are wrong."""
         return self_check(self.operator, seed)
 
+    def checked_once(self, error: float | None, *, seed: int) -> SelfCheck:
+        """The operator's self-check, at the first probe of a run: where an earlier one gave its `error`, that and no products.
+
+        Raises:
+            RefusedError: the products are wrong.
+        """
+        return self.check(seed=seed) if error is None else SelfCheck(error, 0)
+
     def solve(self, options: LanczosOptions, *, initial_vectors: Tensor | None = None) -> Eigenpairs:
         """The outer eigenpairs, by the operator's own way where it has one, else by Lanczos."""
         return eigenpairs(self.operator, options, initial_vectors=initial_vectors)

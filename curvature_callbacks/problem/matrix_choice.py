@@ -120,7 +120,7 @@ class MatrixChoice:
         Raises:
             ConfigurationError: a function gave no operator, or none that works over processes.
 
-        Cost: see the operator; shared Grams and Kronecker factors are computed once a probe.
+        Cost: see the operator; Grams and Kronecker factors are computed once a probe and kept for all its measurements.
         """
         request = MatrixRequest(problem=problem, block=block, fisher_type=self.fisher_type, sharing=self.sharing)
         task = self.matrix.build(request)

@@ -175,7 +175,7 @@ class Problem:
         self._refuse_single_derivatives()
         with self.world.together():
             local = HessianOperator(self.objective, self.microbatches, names)
-        return self._over_processes(local, local.num_targets)
+        return self.over_processes(local, local.num_targets)
 
     def finite_difference_hessian(self, names: Names = None) -> FiniteDifferenceHessianOperator | ReplicatedDifferencesOperator:
         """The same by differences of the gradient, for models without a second derivative."""
@@ -195,7 +195,7 @@ class Problem:
         self._refuse_single_derivatives()
         with self.world.together():
             local = GGNOperator(self.objective, self.microbatches, names)
-        return self._over_processes(local, local.num_targets)
+        return self.over_processes(local, local.num_targets)
 
     def stability(self, names: Names = None) -> Stability:
         """Where the optimizer's next step of the named parameters is stable; see `read_stability`.
@@ -279,7 +279,11 @@ class Problem:
         layers = self.grams.kronecker(fisher_type, sharing=sharing)
         return KFACOperator(layers.values(), self.objective.leaves(names), corrected=corrected)
 
-    def _over_processes(self, local: A, num_targets: int) -> A | ReplicatedOperator:
+    def over_processes(self, local: A, num_targets: int) -> A | ReplicatedOperator:
+        """The operator of all rows, from a process's own of the mean loss over `num_targets` valid targets of its microbatches.
+
+        `local` itself where it has all rows: of one process, and of sharded parameters.
+        """
         return local if self._has_all_rows else ReplicatedOperator(local, num_targets, self.world)
 
     @property
