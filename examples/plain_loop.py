@@ -28,24 +28,18 @@ from curvature_callbacks import (
 from curvature_callbacks.sinks.tensorboard import TensorBoardSink
 
 
-def main() -> None:
+def parsed_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--logdir", type=Path, default=Path("runs/plain_loop"))
     parser.add_argument("--max-steps", type=int, default=1000)
     parser.add_argument("--every", type=int, default=50, help="optimizer steps between probes")
-    options = parser.parse_args()
-    torch.set_num_threads(1)  # layers this small lose more to the second thread's waiting than they gain
-    torch.manual_seed(0)
-    logdir = cleared(options.logdir)
+    return parser.parse_args()
 
-    features, malignant = load_breast_cancer(return_X_y=True)
-    rows = TensorDataset(torch.tensor(StandardScaler().fit_transform(features)).float(), torch.tensor(malignant).float())
-    loader = DataLoader(rows, batch_size=64, shuffle=True)
-    model = nn.Sequential(nn.Linear(30, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
 
-    writer = SummaryWriter(str(logdir))
-    monitor = CurvatureMonitor(
+def curvature_monitor(
+    model: nn.Module, loader: DataLoader, *, every: int, logdir: Path, writer: SummaryWriter
+) -> CurvatureMonitor:
+    return CurvatureMonitor(
         model,
         probes=loader,  # its rows are indexed, the loader itself is never advanced
         loss="bce",
@@ -57,12 +51,28 @@ def main() -> None:
             FisherSpectrum(fisher="sampled"),  # labels drawn from the model: what natural gradients are about
             TopEigenpairs(k=2, per_block=True),
         ],
-        when=options.every,
+        when=every,
         sinks=[JSONLinesSink(logdir / "curvature.jsonl"), TensorBoardSink(writer)],
         num_microbatches=1,
         microbatch_size=64,
         draw="fixed",
     )
+
+
+def main() -> None:
+    options = parsed_options()
+    torch.set_num_threads(1)  # layers this small lose more to the second thread's waiting than they gain
+    torch.manual_seed(0)
+    logdir = cleared(options.logdir)
+
+    features, malignant = load_breast_cancer(return_X_y=True)
+    rows = TensorDataset(torch.tensor(StandardScaler().fit_transform(features)).float(), torch.tensor(malignant).float())
+    loader = DataLoader(rows, batch_size=64, shuffle=True)
+    model = nn.Sequential(nn.Linear(30, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+
+    writer = SummaryWriter(str(logdir))
+    monitor = curvature_monitor(model, loader, every=options.every, logdir=logdir, writer=writer)
 
     start = time.perf_counter()
     step = 0

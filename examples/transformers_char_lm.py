@@ -60,12 +60,36 @@ def small_llama(vocab_size: int, length: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def main() -> None:
+def parsed_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--logdir", type=Path, default=Path("runs/transformers_char_lm"))
     parser.add_argument("--max-steps", type=int, default=400)
     parser.add_argument("--every", type=int, default=40, help="optimizer steps between probes")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def training_arguments(max_steps: int, logdir: Path) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(logdir),
+        max_steps=max_steps,
+        per_device_train_batch_size=32,
+        learning_rate=3e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=max_steps // 20,
+        logging_steps=10,
+        eval_strategy="steps",
+        eval_steps=max(1, max_steps // 5),
+        per_device_eval_batch_size=256,
+        save_strategy="no",
+        report_to=["tensorboard"],
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+    )
+
+
+def main() -> None:
+    options = parsed_options()
     logging.set_verbosity_error()
     torch.set_num_threads(1)  # layers this small lose more to the second thread's waiting than they gain
     set_seed(0)
@@ -84,23 +108,7 @@ def main() -> None:
     )
     trainer = Trainer(
         model=small_llama(vocab_size, length),
-        args=TrainingArguments(
-            output_dir=str(logdir),
-            max_steps=options.max_steps,
-            per_device_train_batch_size=32,
-            learning_rate=3e-3,
-            lr_scheduler_type="cosine",
-            warmup_steps=options.max_steps // 20,
-            logging_steps=10,
-            eval_strategy="steps",
-            eval_steps=max(1, options.max_steps // 5),
-            per_device_eval_batch_size=256,
-            save_strategy="no",
-            report_to=["tensorboard"],
-            disable_tqdm=True,
-            use_cpu=True,
-            dataloader_pin_memory=False,
-        ),
+        args=training_arguments(options.max_steps, logdir),
         train_dataset=Windows(symbols[:-held_out], length),
         eval_dataset=Windows(symbols[-held_out:], length),
         callbacks=[curvature],  # the one line a training script needs

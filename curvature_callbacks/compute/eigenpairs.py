@@ -126,13 +126,14 @@ def compute_spectrum(
         true_residuals=true_residuals,
     )
     if not isinstance(operator, str) and isinstance(operator, Operator):
-        task = Eigenproblem(operator=operator)
         with isolated(model, seed=seed):
-            task.check(seed=seed)
-            return task.solve(options)
+            return _checked_pairs(Eigenproblem(operator=operator), options)
     choice = MatrixChoice(operator=operator, sample_unit=sample_unit, fisher=fisher, num_draws=num_draws, sharing=sharing)
     with offline_problem(model, batches, loss=loss, params_filter=params_filter, seed=seed, optimizer=optimizer) as problem:
         choice.check(problem, negative=options.asks_for_negative)
-        task = choice.eigenproblem(problem)
-        task.check(seed=seed)
-        return task.solve(options)
+        return _checked_pairs(choice.eigenproblem(problem), options)
+
+
+def _checked_pairs(task: Eigenproblem, options: LanczosOptions) -> Eigenpairs:
+    task.check(seed=options.seed)
+    return task.solve(options)
