@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final, final
 
 from curvature_callbacks.sinks.base import Sink
@@ -25,11 +26,13 @@ class LoggerType:
     sink: Callable[[Any], Sink]
 
 
-LOGGERS: Final[Mapping[str, LoggerType]] = {
-    "TensorBoard": LoggerType(
-        writers={"TensorBoardLogger": "experiment", "TensorBoardCallback": "tb_writer"}, sink=TensorBoardSink
-    ),
-}
+LOGGERS: Final[Mapping[str, LoggerType]] = MappingProxyType(
+    {
+        "TensorBoard": LoggerType(
+            writers={"TensorBoardLogger": "experiment", "TensorBoardCallback": "tb_writer"}, sink=TensorBoardSink
+        ),
+    }
+)
 
 
 def has_sink(logger: Any) -> bool:
