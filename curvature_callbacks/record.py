@@ -28,7 +28,7 @@ class Record:
     Attributes:
         step: optimizer steps completed when the parameters were measured.
         measurement: what was measured, with the Fisher type where it is one (`empirical_fisher`, `hessian`, ...).
-        block: block name, or None for a record of the model.
+        block: block name, or None for a model-wide record.
         scalars: metric name to value; non-finite values are kept here and in JSON, never written as curves.
         headline: the metrics that belong on the first page, in progress bars and in training logs; None for all of them.
         curves: of a block's record the metrics drawn as one curve a block, of the others only minimum, median and maximum over
@@ -98,7 +98,7 @@ def charts(record: Record) -> Mapping[str, Chart]:
 def scalar_tags(records: Iterable[Record]) -> dict[str, float]:
     """Tag to value for the finite scalars of one probe, few enough to read.
 
-    Of the model: `curvature/<measurement>_<metric>` for the headline, which TensorBoard shows first, `curvature_<measurement>/
+    Model-wide: `curvature/<measurement>_<metric>` for the headline, which TensorBoard shows first, `curvature_<measurement>/
     <metric>` for the others. Of each block the record's `curves`: `curvature_<measurement>_<metric>/<block>`, because the usual
     question is *which block*; of the others the minimum, median and maximum over blocks:
     `curvature_<measurement>_over_blocks/<metric>_{min,median,max}`.

@@ -65,7 +65,7 @@ def compute_fisher_spectrum(
         center_gradients: subtract the mean gradient: the covariance `F - g g'`.
         num_samples: use the first so many rows only; default all.
         precomputed_gradients: one mapping from parameter name to gradient per sample; `batches` and `loss` are then unused.
-        max_params_per_block: most parameters of a block to use, in whole rows of the first axis drawn at random (at least one
+        max_params_per_block: most parameters of a block to use, in slices of the first axis drawn at random (at least one
             a parameter), the same for all samples, the trace rescaled so that it stays unbiased; default all.
         max_sample_grad_norm: scale gradients longer than this (over all parameters) down to it; default none. Not for `exact`.
         memory_budget: bytes on the model's device for the factors of all microbatches but the last; default 2 GiB on a CPU,

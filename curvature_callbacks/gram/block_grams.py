@@ -60,7 +60,7 @@ def block_grams(context: GramContext, microbatches: Sequence[Any], blocks: Block
     """
     objective = context.objective
     if objective.is_sharded and options.max_params_per_block is not None:
-        raise RefusedError("`max_params_per_block` needs whole parameters, and these take too much of the free memory.")
+        raise RefusedError("`max_params_per_block` needs unsharded parameters, and these take too much of the free memory.")
     slices = chosen_slices(objective.parameters, blocks, options.max_params_per_block, seed=context.seed)
     finite: FiniteRows | None = None  # where rows were left out
     error: float | None = None

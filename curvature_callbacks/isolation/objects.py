@@ -67,7 +67,7 @@ def attributes(value: Any) -> dict[str, Any] | None:
 
 
 def slots(value: Any) -> dict[MemberDescriptorType, Any]:
-    """What an object keeps in `__slots__`, by the member of its class that reads and writes it; of those not set nothing."""
+    """Value of each slot that is set, by the descriptor of the class that reads and writes it."""
     contents: dict[MemberDescriptorType, Any] = {}
     for member in slot_members(type(value)):
         with suppress(AttributeError):  # declared and not set
@@ -76,7 +76,7 @@ def slots(value: Any) -> dict[MemberDescriptorType, Any]:
 
 
 def slot_members(cls: type) -> list[MemberDescriptorType]:
-    """What reads and writes the `__slots__` of a class and of its bases."""
+    """The descriptors that read and write the `__slots__` of a class and of its bases."""
     declaring = [vars(base) for base in cls.__mro__ if "__slots__" in vars(base)]  # other classes have members of C code
     return [member for members in declaring for member in members.values() if isinstance(member, MemberDescriptorType)]
 

@@ -21,7 +21,7 @@ _MOST_ELEMENTS: Final = 1 << 20  # copied of tensors and arrays; counts and runn
 
 @contextmanager
 def put_back(values: Iterable[Any]) -> Iterator[None]:
-    """What each of these holds is what it held, also after an exception: they are put back in the given order.
+    """Put back the contents of each value when the block ends, also by an exception, in the given order.
 
     Args:
         values: lists, dicts, sets, deques; strided tensors and NumPy arrays that may be written to; generators, and modules
@@ -121,7 +121,7 @@ def _rewrite_tensor(value: Tensor, saved: Tensor, version: int) -> None:
 
 
 def _rewrite_array(value: Any, saved: Any) -> None:
-    """As of a tensor; of an array of objects their identities are compared."""
+    """Write `saved` back where the bytes differ; those of an array of objects are the objects' addresses."""
     if value.shape == saved.shape and value.tobytes() != saved.tobytes():
         value[...] = saved
 
@@ -148,7 +148,7 @@ def _set_state(generator: Any, state: Any) -> None:
 
 
 def _smallest(values: list[Any], size: Callable[[Any], int], limit: int) -> list[Any]:
-    """Of `values` the smallest, `limit` in all: what is counted in is smaller than the data."""
+    """The smallest of `values`, at most `limit` in all by `size`: counts and running values are smaller than data."""
     chosen, total = [], 0
     for value in sorted(values, key=size):
         total += size(value)

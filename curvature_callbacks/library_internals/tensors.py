@@ -29,7 +29,7 @@ def sparse_parts(tensor: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def storage_address(storage: UntypedStorage) -> int:
-    """Of the storage object, which keeps it when it is resized; used again when the storage is freed."""
+    """Address of the storage object: unchanged when the storage is resized, reused once it is freed."""
     address: int = storage._cdata
     return address
 

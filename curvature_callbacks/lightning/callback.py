@@ -1,4 +1,4 @@
-"""The callback for Lightning."""
+"""CurvatureCallback of Lightning: a monitor in its hooks, with the loss, the loader and the loggers of the run."""
 
 import logging
 from collections.abc import Mapping

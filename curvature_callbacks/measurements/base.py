@@ -1,4 +1,4 @@
-"""The interface of a measurement."""
+"""Measurement: the interface of what a probe computes, and what one can say of itself beforehand."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable

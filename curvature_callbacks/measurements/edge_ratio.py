@@ -94,10 +94,10 @@ class EdgeRatio:
         return True
 
     def init(self, problem: Problem) -> None:
-        """None: the self-check has not run."""
+        """None: the first probe runs the operator's self-check, its error and the eigenvector are the state from then on."""
 
     def measure(self, problem: Problem, state: EdgeRatioState | None) -> tuple[list[Record], EdgeRatioState | None]:
-        """One record for the whole model; the state is the error the self-check measured, and the eigenvector."""
+        """One model-wide record; the state is the error the self-check measured, and the eigenvector."""
         stability = problem.stability()
         if stability.scale is None:
             return [_absent(problem, self.name, stability)], state

@@ -119,7 +119,7 @@ class FisherSpectrum:
         return ()
 
     def measure(self, problem: Problem, state: tuple[str, ...]) -> tuple[list[Record], tuple[str, ...]]:
-        """One record of the model, and one a block."""
+        """One model-wide record, and one a block."""
         spectra = spectra_of_problem(problem, self)
         if spectra.full.num_samples < 2:
             raise ProbeError("fewer than two samples of this probe have a finite gradient.")

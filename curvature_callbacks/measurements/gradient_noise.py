@@ -41,7 +41,7 @@ class _Reference(TypedDict):
 class GradientNoiseState(TypedDict):
     """What `GradientNoise` carries from probe to probe; plain data, so that any checkpoint can hold it."""
 
-    whole: _Averages
+    whole: _Averages  # model-wide; the key stands in checkpoints
     blocks: dict[str, _Averages]
     reference: _Reference | None
 
@@ -110,11 +110,11 @@ class GradientNoise:
         return _NAME
 
     def init(self, problem: Problem) -> GradientNoiseState:
-        """No averages and no reference yet."""
+        """Empty averages, and no reference kernel to measure a drift from."""
         return {"whole": _no_averages(), "blocks": {}, "reference": None}
 
     def measure(self, problem: Problem, state: GradientNoiseState) -> tuple[list[Record], GradientNoiseState]:
-        """One record for the whole model and one a block; the state of averages and reference kernel."""
+        """One model-wide record and one a block; the state of averages and reference kernel."""
         usable = _usable(problem)
         total, blocks = _statistics(problem, usable)
         model_wide = gradient_statistics(total)
@@ -163,7 +163,7 @@ def _usable(problem: Problem) -> Tensor:
 
 
 def _statistics(problem: Problem, usable: Tensor) -> tuple[Tensor, dict[str, GradientStatistics]]:
-    """The Gram of the whole model over the usable samples, and the statistics of every block; one block's copy at a time."""
+    """The model-wide Gram over the usable samples, and the statistics of every block; one block's copy at a time."""
     indices = usable.nonzero()[:, 0].to(problem.objective.device)
     total = torch.zeros(len(indices), len(indices), dtype=torch.float64, device=indices.device)
     blocks = {}

@@ -80,10 +80,10 @@ class SpectralDensity(OfMatrix):
         self.curvature.check(problem, negative=True)
 
     def init(self, problem: Problem) -> None:
-        """None: the self-check has not run."""
+        """None: the first probe runs the operator's self-check, and its error is the state from then on."""
 
     def measure(self, problem: Problem, state: float | None) -> tuple[list[Record], float | None]:
-        """One record for the whole model; the state is the error the self-check measured."""
+        """One model-wide record; the state is the error the self-check measured."""
         absent = self._absent(problem, self.name, _HEADLINE)
         if absent is not None:
             return [absent], state

@@ -82,7 +82,7 @@ class TopEigenpairs(OfMatrix):
         reorth_mode: see `lanczos`; the one that ran is in the metadata.
         warm_start: whether a run starts from the vectors the previous probe found, mixed with noise. Worth it where these still
             point the same way: with `draw="fixed"` and small steps.
-        per_block: one run for each block's own diagonal block of the matrix as well as for the whole model.
+        per_block: one run for each block's own diagonal block of the matrix as well as the model-wide one.
 
     Cost: in gradients, Hessian 2 to build and 1.6 to 2.5 a product; GGN and Fishers 1.5 and 1.1 to 1.3 (2.2 with convolutions);
     finite differences 2 a product; at most `max_matvecs` products. Memory: `max_matvecs + 1` vectors of size P, fewer where
@@ -127,11 +127,11 @@ class TopEigenpairs(OfMatrix):
         self.curvature.check(problem, negative=self.solver.asks_for_negative)
 
     def init(self, problem: Problem) -> EigenpairsState | None:
-        """None: the self-check has not run."""
+        """None: the first probe runs the operator's self-check and starts from random vectors."""
         return None
 
     def measure(self, problem: Problem, state: EigenpairsState | None) -> tuple[list[Record], EigenpairsState | None]:
-        """One record for the whole model, and one a block if asked; the state is what the next probe starts from."""
+        """One model-wide record, and one a block if asked; the state is what the next probe starts from."""
         absent = self._absent(problem, self.name, _HEADLINE)
         if absent is not None:
             return [absent], state

@@ -63,7 +63,7 @@ class _Level:
 
 @final
 class _Judge:
-    """What is known about the whole model when a parameter is judged."""
+    """What is known about the model when one of its parameters is judged."""
 
     def __init__(self, model: nn.Module, layers: Layers) -> None:
         self._layers = layers

@@ -67,7 +67,7 @@ class UpdateRule:
 
 
 def update_rule(optimizer: Optimizer) -> UpdateRule:
-    """Of the class that has the optimizer's `step`: a subclass may add anything but another step.
+    """The rule of the class whose `step` the optimizer has: a subclass may add anything but another step.
 
     Raises:
         RefusedError: the update is not known.

@@ -1,1 +1,1 @@
-"""Matrix-free operators of an objective."""
+"""Hessians, Gauss-Newton matrices, Fishers and K-FAC of an objective, known by their products with vectors."""

@@ -274,7 +274,7 @@ class Problem:
         """
         if self.objective.is_sharded:
             raise RefusedError(
-                "K-FAC's matrix needs whole parameters on every process, and they do not fit: use `KFACQuality`."
+                "K-FAC's matrix needs unsharded parameters on every process, and they do not fit: use `KFACQuality`."
             )
         layers = self.grams.kronecker(fisher_type, sharing=sharing)
         return KFACOperator(layers.values(), self.objective.leaves(names), corrected=corrected)

@@ -254,15 +254,15 @@ def on_use_parameters(model: nn.Module, world: World, device: torch.device) -> O
     uneven = [name for name, value in named.items() if not is_split_evenly(value, world)]
     if uneven:
         raise ConfigurationError(
-            f"whole parameters do not fit a process, and `{uneven[0]}` is not split along its first axis over all {world.size} "
-            "of them: shard over a mesh of one dimension, or measure fewer parameters."
+            f"unsharded parameters do not fit a process, and `{uneven[0]}` is not split along its first axis over all "
+            f"{world.size} of them: shard over a mesh of one dimension, or measure fewer parameters."
         )
     on_use = OnUse(model, world)
     missing = [name for name, parameter in named.items() if parameter.requires_grad and name not in on_use.names]
     if missing:
         raise ConfigurationError(
-            f"`{missing[0]}` is not sharded while others are, and whole parameters do not fit: apply `fully_shard` to the root "
-            "too."
+            f"`{missing[0]}` is not sharded while others are, and unsharded parameters do not fit: apply `fully_shard` to the "
+            "root too."
         )
     return on_use
 

@@ -249,7 +249,7 @@ class CurvatureMonitor:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict`."""
+        """Go on with the clocks, failures and states that `state_dict` gave, also where it left the tensors out."""
         self._pace.load(state)
         self._failures.load(state["failures"])
         self._probing.states.load(state.get("states", {}))  # which the first checkpoints did not have

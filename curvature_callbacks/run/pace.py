@@ -85,13 +85,13 @@ class Pace:
         return probing / (probing + max(self._training_seconds() - seconds, 0.0)) if probing > 0 else 0.0
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs."""
+        """The clocks, the losses spikes are judged by, and the steps of the last probe and spike; JSON-able."""
         clocks = {"probing": self._probe_seconds, "latest": self._last_probe_seconds, "training": self._training_seconds()}
         spikes = {"losses": list(self._losses), "last_spike": self._last_spike, "spiked": self._spiked}
         return {"previous": self.previous, "put_off": self._put_off, **clocks, **spikes}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state`."""
+        """Go on with what `state` gave; what earlier checkpoints lack is as at the start of a run."""
         self.previous = state["previous"]
         self._probe_seconds, self._last_probe_seconds = state.get("probing", 0.0), state.get("latest", 0.0)
         self._earlier_training, self._earlier_probes = state.get("training", 0.0), self._probe_seconds

@@ -65,7 +65,7 @@ class Settings:
 
     @property
     def when(self) -> Schedule:
-        """`schedule`, or every `every_n_steps`."""
+        """When a probe is due: by `schedule` where it is given, else every `every_n_steps` optimizer steps."""
         return self.schedule or EveryNSteps(n=self.every_n_steps)
 
     @property

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 _PLAIN: Final = (bool, int, float, str, type(None))  # what JSON and `torch.load(weights_only=True)` give back
+_WITH_TENSORS: Final = "whole"  # a key of files beside checkpoints: not to be renamed
 
 _logger = logging.getLogger("curvature_callbacks")
 
@@ -62,7 +63,7 @@ def save_with_tensors(path: Path, *, state: dict[str, Any], plain: dict[str, Any
         plain: what the checkpoint in JSON holds, by which `load_with_tensors` knows that the two belong together.
     """
     try:
-        torch.save({"plain": plain, "whole": state}, path)
+        torch.save({"plain": plain, _WITH_TENSORS: state}, path)
     except (OSError, RuntimeError) as error:  # a full disk
         _logger.warning("the state of curvature measurements was not saved to %s: %s. Training is not affected.", path, error)
 
@@ -76,7 +77,7 @@ def load_with_tensors(paths: Sequence[Path], plain: Any) -> dict[str, Any] | Non
             _logger.warning("the state of curvature measurements in %s cannot be read, its vectors begin anew: %s", path, error)
             continue
         if json.loads(json.dumps(content["plain"])) == json.loads(json.dumps(plain)):
-            state: dict[str, Any] = content["whole"]
+            state: dict[str, Any] = content[_WITH_TENSORS]
             return state
     _logger.warning(
         "%s is missing or of another checkpoint: the vectors of curvature measurements begin anew. Training is not affected.",

@@ -1,4 +1,4 @@
-"""The interface of a sink."""
+"""Sink: the interface of what receives the records of each probe."""
 
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable

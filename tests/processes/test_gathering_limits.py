@@ -172,7 +172,7 @@ IMPOSSIBLE = {
     ),
     "options": Impossible(
         model=lambda: sharded(nn.Sequential(nn.Linear(3, 3))),
-        messages=("`max_params_per_block` needs whole parameters", "K-FAC's matrix needs whole parameters"),
+        messages=("`max_params_per_block` needs unsharded parameters", "K-FAC's matrix needs unsharded parameters"),
         measure=(FisherSpectrum(max_params_per_block=2), TopEigenpairs(operator="kfac", k=1)),
     ),
 }

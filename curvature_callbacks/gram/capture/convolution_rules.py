@@ -1,4 +1,4 @@
-"""Rules of the convolutions."""
+"""Rules of convolutions: which use each makes of its weight and its bias, and where these have Kronecker factors."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Final
