@@ -90,7 +90,7 @@ def _add_products(total: Tensor, chunks: Tensor) -> None:
 
 
 def _height(vectors: Tensor) -> int:
-    """How many of the `vectors` (N, P) a tile of their Gram takes."""
+    """The number of rows of a tile of the Gram of `vectors` (N, P)."""
     N = len(vectors)
     few = [height for below, height in _SMALL_TILES if below > N and vectors.device.type == "cpu"]
     return few[0] if few else max(_LEAST_TILE, N // 4)

@@ -35,7 +35,7 @@ class DirectSearch(Protocol):
         ...
 
     def solve(self, ends: Wanted, tol: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Eigenvalues (k,) descending, unit eigenvectors (k, P) as rows, and true residuals (k,) on the CPU."""
+        """Eigenvalues (k,) descending, unit eigenvectors (k, P), and true residuals (k,) on the CPU."""
         ...
 
 
@@ -91,7 +91,7 @@ class NullVectors:
         return torch.randn(size, generator=self._generator, dtype=dtype).to(self._operator.device)
 
     def normalise(self, v: Tensor, before: Tensor, *, passes: int) -> None:
-        """Take from `v` (P,) its components along the rows of `before` (n, P), so many times, then divide it by its length."""
+        """Take from `v` (P,) its components along the vectors `before` (n, P), so many times, then divide it by its length."""
         for _ in range(passes if len(before) else 0):
             subtract_combination(v, before, self._products.coefficients(before, v))
         v /= self._products.norm(v).clamp_min(torch.finfo(v.dtype).tiny)

@@ -106,7 +106,7 @@ class Eigenpairs:
         return both or self.which == "SA" or (self.which == "LM" and self.eigenvalues[-1].item() < 0)
 
     def _relative_residuals(self) -> Tensor:
-        """Of the pairs but zeros to rounding: converged, though the residual is as large as the value."""
+        """`residual / abs(theta)` of each pair but zeros: converged pairs whose value is at most their residual."""
         sizes = self.eigenvalues.abs()
         kept = ~self.converged | (sizes > self.residuals)
         return self.residuals[kept] / sizes[kept].clamp_min(torch.finfo(torch.float64).tiny)

@@ -76,14 +76,14 @@ def spectral_density(
     """
     _check(operator, num_probes, num_steps, num_grid, deflate)
     start = time.perf_counter()
-    sampler = _Sampler(operator, num_steps, seed, deflate)
+    sampler = QuadratureSampler(operator, num_steps, seed, deflate)
     rules = [sampler.rule() for _ in range(num_probes)]
     return _density(rules, sampler, operator, num_grid=num_grid, start=start)
 
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
-class _Rule:
+class QuadratureRule:
     """Nodes and weights (adding up to one), (m,) float64 on CPU: `sum_j weights_j f(nodes_j)` stands for `tr f(A) / P`."""
 
     nodes: Tensor
@@ -102,7 +102,7 @@ class _Rule:
 
 
 @final
-class _Sampler:
+class QuadratureSampler:
     """Draws probes and runs Lanczos from each, in the complement of what is deflated."""
 
     def __init__(self, operator: Operator, num_steps: int, seed: int, deflate: Eigenpairs | None) -> None:
@@ -119,14 +119,14 @@ class _Sampler:
         self.num_matvecs = 0
         self.longest = 0
 
-    def rule(self) -> _Rule:
+    def rule(self) -> QuadratureRule:
         """The Gauss rule of the next probe, with the deflated eigenvalues as exact nodes."""
         exact = torch.full_like(self._values, 1 / self.dimension)
         if self._num_steps == 0:
-            return _Rule(self._values, exact)
+            return QuadratureRule(self._values, exact)
         nodes, weights = self._run(self._probe())
         share = 1 - self.num_deflated / self.dimension
-        return _Rule(torch.cat([self._values, nodes]), torch.cat([exact, share * weights]))
+        return QuadratureRule(torch.cat([self._values, nodes]), torch.cat([exact, share * weights]))
 
     def _probe(self) -> Tensor:
         """(P,) Gaussian; in the complement twice, because rounding of the first projection may be all that is left."""
@@ -191,7 +191,9 @@ def _deflated(operator: Operator, pairs: Eigenpairs | None) -> tuple[Tensor, Ten
     return known.contiguous(), pairs.eigenvalues.cpu().double()[chosen]
 
 
-def _density(rules: list[_Rule], sampler: _Sampler, operator: Operator, *, num_grid: int, start: float) -> Density:
+def _density(
+    rules: list[QuadratureRule], sampler: QuadratureSampler, operator: Operator, *, num_grid: int, start: float
+) -> Density:
     """What the probes' rules say together; the clock read `start` before the first of them."""
     scale = max(rule.nodes.abs().max().item() for rule in rules)
     grid, width = _grid(rules, num_grid, scale)
@@ -223,7 +225,7 @@ def _density(rules: list[_Rule], sampler: _Sampler, operator: Operator, *, num_g
     )
 
 
-def _grid(rules: list[_Rule], num_grid: int, scale: float) -> tuple[Tensor, float]:
+def _grid(rules: list[QuadratureRule], num_grid: int, scale: float) -> tuple[Tensor, float]:
     """Points (n,) over all nodes and a margin, and the width of a Gaussian."""
     low, high = (float(pick(float(pick(rule.nodes.tolist())) for rule in rules)) for pick in (min, max))
     extent = max(high - low, _LEAST_EXTENT * scale) or 1.0
@@ -234,7 +236,7 @@ def _grid(rules: list[_Rule], num_grid: int, scale: float) -> tuple[Tensor, floa
     return grid, _POINTS_PER_WIDTH * spacing
 
 
-def _estimates_with_errors(rules: list[_Rule], scale: float, P: int, eps: float) -> tuple[list[float], list[float]]:
+def _estimates_with_errors(rules: list[QuadratureRule], scale: float, P: int, eps: float) -> tuple[list[float], list[float]]:
     """The estimates (5), as `_estimates` orders them, and their standard errors.
 
     By the jackknife: leaving one probe out tells the spread of a ratio as well as that of a mean.

@@ -1,4 +1,4 @@
-"""Named tensors as flat vectors and back; nothing else in the package flattens parameters."""
+"""Named tensors as flat vectors, the form that operators multiply, and back."""
 
 from collections.abc import Iterable, Sequence
 

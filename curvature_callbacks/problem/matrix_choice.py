@@ -76,12 +76,12 @@ class MatrixChoice:
 
     @property
     def eigenpairs_name(self) -> str:
-        """Of a measurement of its eigenpairs, which is no other measurement's name (`FisherSpectrum`, `KFACQuality`)."""
+        """Name of the measurement of its eigenpairs, distinct from `FisherSpectrum`'s and `KFACQuality`'s."""
         return f"{self.name}_eigenpairs" if self.matrix.of_samples else self.name
 
     @property
     def fisher_type(self) -> FisherType:
-        """Of the samples; the empirical one where the operator has none."""
+        """The type of Fisher the operator stands for; the empirical one where it stands for none."""
         fisher = self.fisher if "fisher" in self.matrix.options else self.matrix.fisher
         return FisherType(fisher=fisher, sample_unit=self.sample_unit, num_draws=self.num_draws)
 

@@ -14,7 +14,7 @@ from curvature_callbacks import ConfigurationError, MatrixOperator, ProbeError
 from curvature_callbacks.linalg.density import ESTIMATES, Density
 from curvature_callbacks.linalg.eigenpairs import Eigenpairs
 from curvature_callbacks.linalg.lanczos.solver import lanczos
-from curvature_callbacks.linalg.quadrature import _Sampler, spectral_density
+from curvature_callbacks.linalg.quadrature import QuadratureSampler, spectral_density
 
 D = torch.float64
 
@@ -129,7 +129,7 @@ def test_probes_lie_in_the_complement():
     assert found.num_deflated == 30
     assert found.trace == pytest.approx(90.0, rel=0.01)
     assert found.trace_standard_error < 0.5
-    nodes = _Sampler(operator, 30, 0, pairs).rule().nodes
+    nodes = QuadratureSampler(operator, 30, 0, pairs).rule().nodes
     assert nodes.min() > 0.99  # no node at zero, where the projected operator alone has the deflated vectors
 
 
@@ -140,7 +140,7 @@ def test_the_complement_keeps_no_deflated_value(dtype: torch.dtype, noise: float
     pairs = lanczos(operator, k=6, which="BE", tol=1e-4, return_eigenvectors=True)
     bent = pairs.eigenvectors + noise * torch.randn(200, 6, generator=torch.Generator().manual_seed(1), dtype=dtype)
     known = replace(pairs, eigenvectors=bent / bent.norm(dim=0))
-    nodes = _Sampler(operator, 60, 0, known).rule().nodes
+    nodes = QuadratureSampler(operator, 60, 0, known).rule().nodes
     assert (nodes.abs() > 7).sum() == 5
     found = spectral_density(operator, num_probes=4, num_steps=60, deflate=known)
     expected = truth(torch.linalg.eigvalsh(operator_of("outliers")._matrix))

@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from curvature_callbacks import Problem
 from curvature_callbacks.compute.offline import offline_problem
 from curvature_callbacks.operators.fisher import EmpiricalFisherOperator
-from tests.cases import CLASSES, Case
+from tests.cases import Case
 from tests.reference import IGNORED, gradients_of, row_loss, rows, sample_gradients, stacked
 
 UNITS = ("sequence", "token")
@@ -36,10 +35,6 @@ def fisher_of(
 
 def prefixed(*prefixes: str) -> dict[str, Any]:
     return {"params_filter": lambda name, _: name.startswith(prefixes)}
-
-
-def dense(operator: EmpiricalFisherOperator) -> Tensor:
-    return operator.matmat(torch.eye(operator.shape[0], dtype=operator.dtype))
 
 
 def row_gradients(case: Case, model: nn.Module, microbatches: Sequence[Any]) -> Tensor:
@@ -68,18 +63,3 @@ def oracle(case: Case, model: nn.Module, microbatches: Sequence[Any], unit: str)
 
 def vector(size: int, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-class Partial(nn.Module):
-    """`unused` is not in the loss, `linear` enters it linearly: its gradient does not depend on it, its Fisher is not zero."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.unused = nn.Parameter(torch.ones(3))
-        self.curved = nn.Linear(5, CLASSES)
-        self.linear = nn.Parameter(torch.ones(2))
-
-
-def partial_loss(model: nn.Module, batch: Any) -> Tensor:
-    losses = F.cross_entropy(model.curved(batch[0]), batch[1], reduction="none")
-    return losses + model.linear.sum() * batch[0][:, 0]

@@ -21,6 +21,7 @@ from curvature_callbacks.operators.fisher import EmpiricalFisherOperator, Sample
 from curvature_callbacks.operators.ggn import GGNOperator
 from curvature_callbacks.operators.hessian import HessianOperator
 from tests.cases import in_general_position
+from tests.operators.operator_cases import dense
 from tests.reference import IGNORED, relative_error
 
 INPUTS, T = 3, 4
@@ -170,10 +171,6 @@ def fisher_of(case: Case, unit: str) -> Tensor:
     if unit == "sequence":
         gradients = [sum(target.gradient for target in targets if target.row == row) for row in range(N)]
     return in_order(sum(torch.outer(g, g) for g in gradients) / len(gradients), case.outputs)
-
-
-def dense(operator: Any) -> Tensor:
-    return operator.matmat(torch.eye(operator.shape[0], dtype=operator.dtype))
 
 
 @contextmanager

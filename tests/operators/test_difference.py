@@ -16,6 +16,7 @@ from curvature_callbacks.model.loss.resolve import resolve_loss
 from curvature_callbacks.model.objective import Objective
 from curvature_callbacks.operators.difference import FiniteDifferenceHessianOperator
 from tests.cases import CASES, CLASSES, in_general_position
+from tests.operators.operator_cases import dense
 from tests.reference import case_loss, dense_hessian, mean_loss, relative_error
 
 SIZES = (2, 1, 2)
@@ -40,10 +41,6 @@ def differences_of(
         yield FiniteDifferenceHessianOperator(problem.objective, problem.microbatches, step=step)
 
 
-def dense(operator: FiniteDifferenceHessianOperator) -> Tensor:
-    return operator.matmat(torch.eye(operator.shape[0], dtype=operator.dtype)).double()
-
-
 @cache
 def dense_truth(name: str) -> Tensor:
     case = CASES[name]
@@ -56,7 +53,7 @@ def dense_truth(name: str) -> Tensor:
 def test_the_matrix_is_the_dense_hessian(name: str, dtype: torch.dtype):
     case, truth = CASES[name], dense_truth(name)
     with differences_of(case.model(dtype), case.microbatches(SIZES), loss=case.loss, prefixes=DENSE[name]) as operator:
-        found = dense(operator)
+        found = dense(operator).double()
         assert operator.dtype == dtype
         assert operator.shape == tuple(truth.shape)
         assert not operator.is_psd
@@ -112,7 +109,7 @@ def test_parameters_of_zero_have_a_hessian():
     batch = CASES["mlp"].microbatches((4,))[0]
     truth = dense_hessian(model, lambda m: F.cross_entropy(m(batch[0]), batch[1]), ["weight", "bias"])
     with differences_of(model, [batch], loss="cross_entropy") as operator:
-        assert relative_error(dense(operator), truth) < 1e-6
+        assert relative_error(dense(operator).double(), truth) < 1e-6
 
 
 def test_named_parameters_are_a_diagonal_block():
@@ -121,7 +118,7 @@ def test_named_parameters_are_a_diagonal_block():
     start = model[0].weight.numel() + model[0].bias.numel()
     with offline_problem(model, case.microbatches(SIZES), loss=case.loss, params_filter=None) as problem:
         operator = FiniteDifferenceHessianOperator(problem.objective, problem.microbatches, ["2.weight", "2.bias"])
-        found = dense(operator)
+        found = dense(operator).double()
     stop = start + len(found)
     assert relative_error(found, truth[start:stop, start:stop]) < 1e-6
 
@@ -134,7 +131,7 @@ def test_microbatches_are_weighted_by_their_targets(empty: int):
     names = names_of(model, ("transformer.ln_f",))
     truth = dense_hessian(model, lambda m: mean_loss(m, microbatches, case.kind), names)
     with differences_of(model, microbatches, prefixes=("transformer.ln_f",)) as operator:
-        assert relative_error(dense(operator), truth) < 1e-5
+        assert relative_error(dense(operator).double(), truth) < 1e-5
 
 
 class OnceTanh(torch.autograd.Function):
@@ -170,7 +167,7 @@ def test_a_kernel_without_a_second_derivative():
     truth = dense_hessian(model, lambda m: F.cross_entropy(m(batch[0]), batch[1]), names_of(model, ("",)))
     model.once = True
     with differences_of(model, [batch], loss="cross_entropy") as operator:
-        assert relative_error(dense(operator), truth) < 1e-6
+        assert relative_error(dense(operator).double(), truth) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -181,7 +178,7 @@ def test_narrow_models_are_measured_in_float32_and_say_so(dtype: torch.dtype):
     with differences_of(model, microbatches, loss=case.loss) as operator:
         assert operator.dtype == torch.float32
         assert (
-            relative_error(dense(operator), truth) < 3e-3
+            relative_error(dense(operator).double(), truth) < 3e-3
         )  # the class's figure for columns of single parameters; 9e-4 to 1.5e-3 here, by processor
 
 

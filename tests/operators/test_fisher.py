@@ -14,15 +14,13 @@ from tests.operators.fisher_cases import (
     TOKENS,
     TOLERANCE,
     UNITS,
-    Partial,
-    dense,
     fisher_of,
     oracle,
-    partial_loss,
     prefixed,
     problem_of,
     vector,
 )
+from tests.operators.operator_cases import PartlyUsed, dense, partial_loss
 from tests.reference import IGNORED, dense_fisher, gradients_of, relative_error, stacked
 
 
@@ -157,7 +155,7 @@ def test_rows_without_a_valid_target_do_not_count(unit: str):
 
 
 def test_unused_and_linear_parameters():
-    model = in_general_position(Partial).double()
+    model = in_general_position(PartlyUsed).double()
     batch = CASES["mlp"].microbatches((4,))[0]
     truth = dense_fisher(stacked(gradients_of(model, [lambda m, i=i: partial_loss(m, batch)[i] for i in range(4)])))
     with fisher_of(CASES["mlp"], model, [batch], loss=partial_loss) as operator:
@@ -169,7 +167,7 @@ def test_unused_and_linear_parameters():
 
 
 def test_a_loss_that_depends_on_nothing_named_has_the_zero_fisher():
-    model = in_general_position(Partial).double()
+    model = in_general_position(PartlyUsed).double()
     batch = CASES["mlp"].microbatches((4,))[0]
     with fisher_of(CASES["mlp"], model, [batch], loss=partial_loss, **prefixed("unused")) as operator:
         assert torch.equal(dense(operator), torch.zeros(3, 3, dtype=torch.float64))

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from curvature_callbacks import ConfigurationError, ProbeError, RefusedError, compute_fisher_spectrum
 from curvature_callbacks.operators.self_checks import check_adjoint
 from tests.cases import CASES, CLASSES, in_general_position
-from tests.operators.fisher_cases import dense, fisher_of, prefixed, problem_of, vector
+from tests.operators.fisher_cases import fisher_of, prefixed, problem_of, vector
+from tests.operators.operator_cases import dense
 from tests.reference import dense_fisher, relative_error, sample_gradients, stacked
 
 

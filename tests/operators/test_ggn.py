@@ -16,6 +16,7 @@ from curvature_callbacks.compute.offline import offline_problem
 from curvature_callbacks.operators.ggn import GGNOperator
 from curvature_callbacks.operators.self_checks import check_adjoint
 from tests.cases import CASES, CLASSES, Case, in_general_position
+from tests.operators.operator_cases import dense
 from tests.reference import IGNORED, case_loss, dense_ggn, dense_hessian, relative_error, rows
 
 # Case to the prefixes of the parameters to differentiate by, few enough for a dense matrix.
@@ -41,10 +42,6 @@ def ggn_of(
     keep = lambda name, _: name.startswith(prefixes)  # noqa: E731
     with offline_problem(model, microbatches, loss=loss, params_filter=keep) as problem:
         yield GGNOperator(problem.objective, problem.microbatches, **options)
-
-
-def dense(operator: Any) -> Tensor:
-    return operator.matmat(torch.eye(operator.shape[0], dtype=operator.dtype))
 
 
 def of_targets(model: nn.Module, case: Case, row: Any) -> Iterator[tuple[Tensor, Tensor]]:
@@ -179,7 +176,7 @@ def test_a_named_block_is_its_diagonal_block():
     assert torch.allclose(part, whole[start : start + len(part), start : start + len(part)])
 
 
-class Partial(nn.Module):
+class WithOffset(nn.Module):
     """`unused` is not in the logits; `offset` is a row of them, alone."""
 
     def __init__(self) -> None:
@@ -194,7 +191,7 @@ class Partial(nn.Module):
 
 @pytest.mark.parametrize("prefix", ["", "unused", "offset", "curved"])
 def test_unused_parameters_have_a_zero_block(prefix: str):
-    model, (batch,) = in_general_position(Partial).double(), CASES["mlp"].microbatches((4,))
+    model, (batch,) = in_general_position(WithOffset).double(), CASES["mlp"].microbatches((4,))
     names = [name for name, _ in model.named_parameters() if name.startswith(prefix)]
     targets = lambda replica: ((replica(x)[0], y[0]) for x, y in rows([batch]))  # noqa: E731
     expected = dense_ggn(model, names, targets, lambda z, label: -z.log_softmax(0)[label])

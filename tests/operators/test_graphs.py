@@ -137,7 +137,7 @@ def chain(x: Tensor) -> Tensor:
     return (x.sin().exp() * x).sum()
 
 
-class Probe:
+class ScalarGraph:
     """The graph of a scalar, or of its gradient."""
 
     def __init__(self, x: Tensor, *, twice: bool) -> None:
@@ -156,10 +156,10 @@ class Probe:
 
 def test_bytes_are_those_of_the_distinct_saved_tensors():
     x = torch.randn(1000, dtype=torch.float64, requires_grad=True)
-    first = Probe(x, twice=False)
+    first = ScalarGraph(x, twice=False)
     assert held_bytes(first) == 2 * 8000  # x and the exponential, which two operations saved each
     assert held_bytes(first, known=[x]) == 8000
-    assert held_bytes(Probe(x, twice=True), known=[x]) > held_bytes(first, known=[x])
+    assert held_bytes(ScalarGraph(x, twice=True), known=[x]) > held_bytes(first, known=[x])
 
 
 @pytest.mark.parametrize("cls", OPERATORS)

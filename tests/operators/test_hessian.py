@@ -13,6 +13,7 @@ from curvature_callbacks import ProbeError, Problem, RefusedError, compute_spect
 from curvature_callbacks.compute.offline import offline_problem
 from curvature_callbacks.operators.hessian import HessianOperator
 from tests.cases import CASES, CLASSES, Case, in_general_position
+from tests.operators.operator_cases import PartlyUsed, dense, partial_loss
 from tests.reference import case_loss, dense_hessian, finite_difference_hessian, hessian_product, relative_error
 
 # Case to the prefixes of the parameters to differentiate by, few enough for a dense matrix.
@@ -48,10 +49,6 @@ def hessian_of(case: Case, model: nn.Module, microbatches: list[Any], **options:
 def problem_of(case: Case, model: nn.Module, microbatches: list[Any], **options: Any) -> Iterator[Problem]:
     with offline_problem(model, microbatches, **{"loss": case.loss, "params_filter": None, **options}) as problem:
         yield problem
-
-
-def dense(operator: HessianOperator) -> Tensor:
-    return operator.matmat(torch.eye(operator.shape[0], dtype=operator.dtype))
 
 
 @cache
@@ -164,23 +161,8 @@ def test_a_microbatch_without_valid_target_changes_nothing(empty: int):
         assert relative_error(operator.matmat(V), expected) < TOLERANCE
 
 
-class Partial(nn.Module):
-    """`unused` is not in the loss, `linear` enters the loss linearly."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.unused = nn.Parameter(torch.ones(3))
-        self.curved = nn.Linear(5, CLASSES)
-        self.linear = nn.Parameter(torch.ones(2))
-
-
-def partial_loss(model: nn.Module, batch: Any) -> Tensor:
-    losses = F.cross_entropy(model.curved(batch[0]), batch[1], reduction="none")
-    return losses + model.linear.sum() * batch[0][:, 0]
-
-
 def test_unused_and_linear_parameters_have_a_zero_block():
-    model = in_general_position(Partial).double()
+    model = in_general_position(PartlyUsed).double()
     batch = CASES["mlp"].microbatches((4,))[0]
     truth = dense_hessian(model, lambda m: partial_loss(m, batch).mean(), names_of(model, ("",)))
     with hessian_of(CASES["mlp"], model, [batch], loss=partial_loss) as operator:
@@ -194,7 +176,7 @@ def test_unused_and_linear_parameters_have_a_zero_block():
 
 @pytest.mark.parametrize("which", ["linear", "unused"])
 def test_a_loss_linear_in_everything_has_the_zero_hessian(which: str):
-    model = in_general_position(Partial).double()
+    model = in_general_position(PartlyUsed).double()
     batch = CASES["mlp"].microbatches((4,))[0]
     with hessian_of(CASES["mlp"], model, [batch], loss=partial_loss, params_filter=lambda name, _: name == which) as operator:
         assert torch.equal(dense(operator), torch.zeros(operator.shape, dtype=torch.float64))
@@ -228,7 +210,7 @@ def test_attention_that_can_be_differentiated_twice(name: str, implementation: s
 
 
 @pytest.mark.parametrize("implementation", ["flash_attention_2", "flash_attention_3", "flex_attention", "paged|sdpa"])
-def test_attention_that_cannot_is_refused(implementation: str):
+def test_attention_that_cannot_is_rewith_fused_kernel(implementation: str):
     case = CASES["gpt2"]
     with problem_of(case, case.model(), case.microbatches((2,))) as problem:
         problem.model.config._attn_implementation = implementation
@@ -284,14 +266,14 @@ def fused_loss(model: nn.Module, batch: Any) -> Tensor:
     return OnceCrossEntropy.apply(model(batch[0]), batch[1])
 
 
-def fused(place: str) -> nn.Module:
+def with_fused_kernel(place: str) -> nn.Module:
     return in_general_position(lambda: Fused(place)).double()
 
 
 def test_a_kernel_without_a_second_derivative_is_refused_with_the_reason():
     batch = CASES["mlp"].microbatches((4,))[0]
     with pytest.raises(RefusedError, match="no second derivative"):
-        compute_spectrum(fused("inside"), batch, loss="cross_entropy", k=2)
+        compute_spectrum(with_fused_kernel("inside"), batch, loss="cross_entropy", k=2)
 
 
 @pytest.mark.parametrize(
@@ -303,13 +285,13 @@ def test_such_a_kernel_after_everything_measured_is_refused_too(place: str, loss
     """Then the product is symmetric though wrong, or plainly zero."""
     batch = CASES["mlp"].microbatches((4,))[0]
     options: Mapping[str, Any] = {"loss": loss, "params_filter": lambda name, _: name.startswith(prefix)}
-    with problem_of(CASES["mlp"], fused(place), [batch], **options) as problem, pytest.raises(RefusedError):
+    with problem_of(CASES["mlp"], with_fused_kernel(place), [batch], **options) as problem, pytest.raises(RefusedError):
         problem.hessian().self_check(0)
 
 
 @pytest.mark.parametrize(("place", "prefix"), [("first", ""), ("inside", "b")])
 def test_such_a_kernel_before_everything_measured_does_no_harm(place: str, prefix: str):
-    model, batch = fused(place), CASES["mlp"].microbatches((4,))[0]
+    model, batch = with_fused_kernel(place), CASES["mlp"].microbatches((4,))[0]
     truth = dense_hessian(model, lambda m: F.cross_entropy(m(batch[0]), batch[1]), names_of(model, (prefix,)))
     with hessian_of(CASES["mlp"], model, [batch], params_filter=lambda name, _: name.startswith(prefix)) as operator:
         assert operator.self_check(0).error < 1e-4
@@ -331,7 +313,7 @@ class TwiceTanh(torch.autograd.Function):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_a_custom_operation_with_a_second_derivative_is_measured(dtype: torch.dtype):
-    model, batch = fused("none").to(dtype), CASES["mlp"].microbatches((4,))[0]
+    model, batch = with_fused_kernel("none").to(dtype), CASES["mlp"].microbatches((4,))[0]
 
     def loss(m: nn.Module, b: Any) -> Tensor:
         return F.cross_entropy(TwiceTanh.apply(m(b[0])), b[1], reduction="none")

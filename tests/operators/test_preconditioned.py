@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from curvature_callbacks import ConfigurationError, MatrixOperator, Operator, ProbeError, Problem, RefusedError, lanczos
 from curvature_callbacks.isolation.model import isolated
 from curvature_callbacks.operators.preconditioned import PreconditionedOperator
+from tests.operators.operator_cases import dense
 from tests.reference import dense_hessian
 
 P = 6
@@ -22,10 +23,6 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def symmetric() -> Tensor:
     A = normal(P, P)
     return A + A.T
-
-
-def dense(operator: Operator) -> Tensor:
-    return operator.matmat(torch.eye(operator.shape[0], dtype=operator.dtype))
 
 
 def test_entries_are_those_of_the_product_between_roots() -> None:

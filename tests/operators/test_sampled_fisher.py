@@ -14,7 +14,8 @@ from curvature_callbacks.operators.fisher import SampledFisherOperator
 from curvature_callbacks.operators.ggn import GGNOperator
 from curvature_callbacks.operators.self_checks import check_adjoint
 from tests.cases import CASES, CLASSES
-from tests.operators.fisher_cases import TOLERANCE, dense, prefixed, problem_of, vector
+from tests.operators.fisher_cases import TOLERANCE, prefixed, problem_of, vector
+from tests.operators.operator_cases import dense
 from tests.operators.test_fisher_refusals import bad_input, row_cross_entropy
 from tests.reference import relative_error
 

@@ -58,17 +58,23 @@ def test_the_error_of_the_differences_is_that_of_the_worse_end(monkeypatch: pyte
 
 
 def test_products_spent_on_the_error_of_the_differences_count(monkeypatch: pytest.MonkeyPatch):
-    made: list[float] = []
-    right = FiniteDifferenceHessianOperator._product
+    spent: dict[str, list[int]] = {"products": [], "estimates": []}
+    multiply, estimate = FiniteDifferenceHessianOperator.matmat, FiniteDifferenceHessianOperator.error_estimate
 
-    def counted(self: FiniteDifferenceHessianOperator, v: Tensor, multiple: float = 1.0) -> Tensor:
-        made.append(multiple)
-        return right(self, v, multiple)
+    def multiplied(self: FiniteDifferenceHessianOperator, V: Tensor) -> Tensor:
+        spent["products"].append(V.shape[1])
+        return multiply(self, V)
 
-    monkeypatch.setattr(FiniteDifferenceHessianOperator, "_product", counted)
+    def estimated(self: FiniteDifferenceHessianOperator, v: Tensor) -> float:
+        spent["estimates"].append(2)  # of a step, and of twice its length
+        return estimate(self, v)
+
+    monkeypatch.setattr(FiniteDifferenceHessianOperator, "matmat", multiplied)
+    monkeypatch.setattr(FiniteDifferenceHessianOperator, "error_estimate", estimated)
     found = compute_spectrum(network(), microbatches(), operator="finite_difference_hessian", loss="cross_entropy", k=2)
-    assert found.num_matvecs == len(made) - 2  # those of the self-check are not the result's
-    assert made.count(2.0) == 3
+    assert len(spent["estimates"]) == 3
+    # those of the self-check are not the result's
+    assert found.num_matvecs == sum(spent["products"]) + sum(spent["estimates"][1:])
     assert found.eigenvectors is None  # which were not asked for
 
 
@@ -85,14 +91,14 @@ class Square(torch.autograd.Function):
         return 2 * gradients[0] * ctx.saved_tensors[0].detach()
 
 
-def fused(model: nn.Module, batch: Any) -> Tensor:
+def fused_loss(model: nn.Module, batch: Any) -> Tensor:
     return Square.apply(model(batch[0])).sum(1)  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.parametrize("cls", [TopEigenpairs, SpectralDensity])
 def test_the_hessian_between_preconditioners_is_checked_like_any_other(cls: Any):
     model = network()
-    options: Any = {"loss": fused, "params_filter": None, "optimizer": adam(model)}
+    options: Any = {"loss": fused_loss, "params_filter": None, "optimizer": adam(model)}
     with offline_problem(model, microbatches(), **options) as problem, pytest.raises(RefusedError, match="finite differences"):
         cls(operator="preconditioned_hessian").measure(problem, None)
 

@@ -9,6 +9,7 @@ import torch
 
 from curvature_callbacks import EveryNSteps, LossSpike, Record
 from curvature_callbacks.batches import batch_size
+from curvature_callbacks.processes.world import SINGLE
 from curvature_callbacks.run.pace import Pace
 from tests.run.monitor_cases import example_batch, new_monitor
 from tests.training_cases import reports
@@ -110,8 +111,9 @@ def test_nothing_is_left_out_in_time_enough() -> None:
 
 
 def test_a_probe_that_waits_and_the_losses_looked_back_at_go_on_after_a_checkpoint() -> None:
+    saved = {"previous": 3, "put_off": 7, "last_spike": 4, "losses": [1.0, 2.0]}
     first, second = (Pace(EveryNSteps(n=5), spike=LossSpike(window=3)) for _ in range(2))
-    first._put_off, first._last_spike = 7, 4
-    first._losses.extend([1.0, 2.0])
+    first.load(saved)
     second.load(json.loads(json.dumps(first.state())))
-    assert (second._put_off, second._last_spike, list(second._losses)) == (7, 4, [1.0, 2.0])
+    assert {name: second.state()[name] for name in saved} == saved
+    assert [second.advance(step, None, SINGLE) for step in range(4, 8)] == [None, None, None, "schedule"]

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from curvature_callbacks import AtSteps, ConfigurationError, EveryNSteps, LossSpike
 from curvature_callbacks.processes.world import SINGLE
+from curvature_callbacks.run import monitor
 from curvature_callbacks.run.pace import Pace
 from tests.run.monitor_cases import new_monitor
 
@@ -117,9 +119,10 @@ def test_clocks_of_processes_are_asked_at_candidates_only() -> None:
     assert len(world.asked) <= 3 * (2000 // 50 + probed)
 
 
-def test_the_monitor_says_what_share_it_took() -> None:
-    clock, watching = Clock(), new_monitor(max_overhead=0.5)
-    watching._pace._clock = clock
+def test_the_monitor_says_what_share_it_took(monkeypatch: Any) -> None:
+    clock = Clock()
+    monkeypatch.setattr(monitor, "Pace", partial(Pace, clock=clock))
+    watching = new_monitor(max_overhead=0.5)
     shares = {}
     for step in range(40):
         for record in watching.step(step):

@@ -114,7 +114,7 @@ def _windows(
 
 
 def _window(size: int, positions: int, stride: int, shift: int) -> tuple[slice, slice]:
-    """Of one axis: output positions t with `0 <= t stride + shift < size`, and these pixels; both may be empty."""
+    """On one axis, the output positions t with `0 <= t stride + shift < size` and the pixels they see; both may be empty."""
     start = max(0, -(shift // stride))
     stop = max(start, min(positions, (size - 1 - shift) // stride + 1))
     return slice(start, stop), slice(start * stride + shift, max(0, (stop - 1) * stride + shift + 1), stride)

@@ -157,13 +157,11 @@ class Lookup(Use):
         layout: where the samples are in the indices; or N, with the samples on axis 0.
         indices: (N, ...) indices looked up.
         padding_idx: the index that receives no gradient, if any.
-        operation: what looked the indices up.
     """
 
-    def __init__(
-        self, layout: Layout | int, indices: Tensor, padding_idx: int | None, *, operation: Operation = EMBEDDING
-    ) -> None:
-        self.operation = operation
+    operation = EMBEDDING
+
+    def __init__(self, layout: Layout | int, indices: Tensor, padding_idx: int | None) -> None:
         self._layout = layout if isinstance(layout, Layout) else Layout(layout)
         self.num_samples = self._layout.num_samples
         self.indices = self._layout.vectors(indices[..., None])[..., 0]  # (N, T)

@@ -169,7 +169,7 @@ class Partial(Reorthogonalisation):
 
     @property
     def estimate(self) -> float:
-        """Of the largest inner product of the latest vector with one before it."""
+        """Estimated size of the largest inner product of the latest vector with an earlier one."""
         return self._estimate.largest
 
     @override

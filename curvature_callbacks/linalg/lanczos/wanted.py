@@ -24,7 +24,7 @@ class Wanted:
         return self.upper + self.lower
 
     def at_most(self, n: int) -> "Wanted":
-        """As many as there are among n values, both ends in turn."""
+        """The same request cut down to n values; where both ends lose, they keep half each."""
         lower = min(self.lower, max(n - self.upper, n // 2))
         return Wanted(min(self.upper, n - lower), lower, self.by_magnitude)
 
