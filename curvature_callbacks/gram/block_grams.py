@@ -34,6 +34,7 @@ from curvature_callbacks.gram.storage import Storage, memory_budget
 from curvature_callbacks.gram.subsample import chosen_slices
 from curvature_callbacks.linalg.accumulate import finite_samples
 from curvature_callbacks.model.blocks import Blocks
+from curvature_callbacks.model.objective import Objective
 
 
 def block_grams(context: GramContext, microbatches: Sequence[Any], blocks: Blocks, options: GramOptions) -> BlockGrams:
@@ -64,9 +65,10 @@ def block_grams(context: GramContext, microbatches: Sequence[Any], blocks: Block
     slices = chosen_slices(objective.parameters, blocks, options.max_params_per_block, seed=context.seed)
     finite: FiniteRows | None = None  # where rows were left out
     error: float | None = None
+    refused: Mapping[str, str] = {}  # at this probe, beside those that the memory refuses
     # Every attempt but the last moves a parameter on (twice each), leaves rows out (once) or gives all rules up (once).
     for _ in range(2 * len(objective.parameters) + 3):
-        attempt = _attempt(context, microbatches, slices, options)
+        attempt = _attempt(context, microbatches, slices, options, refused)
         if attempt.layout in context.memory.certified:
             break
         if not finite_samples(attempt.grams).all():
@@ -74,7 +76,7 @@ def block_grams(context: GramContext, microbatches: Sequence[Any], blocks: Block
             if not rows.of_all.any():
                 return without_finite_rows(objective, blocks, len(rows.of_all), attempt.fallback)
             if rows.of_all.all():
-                context = _without_rules(context, attempt.fallback)
+                refused = _all_others(objective, attempt.fallback)
             else:
                 finite, microbatches = rows, rows.restricted(microbatches)
             continue
@@ -114,7 +116,13 @@ class _Attempt:
     mode: str
 
 
-def _attempt(context: GramContext, microbatches: Sequence[Any], slices: Mapping[str, Tensor], options: GramOptions) -> _Attempt:
+def _attempt(
+    context: GramContext,
+    microbatches: Sequence[Any],
+    slices: Mapping[str, Tensor],
+    options: GramOptions,
+    refused: Mapping[str, str],
+) -> _Attempt:
     objective, world = context.objective, context.world
     collector = Collector(context, options, slices)
     exchange = None if world.size == 1 else Exchange(context, collector)
@@ -130,7 +138,7 @@ def _attempt(context: GramContext, microbatches: Sequence[Any], slices: Mapping[
                 microbatches,
                 options.fisher_type,
                 storage,
-                unruled=collector.unruled,
+                unruled={**context.memory.refused, **refused},
                 consume=collector.consume,
                 finish=None if exchange is None else exchange.finish,
             )
@@ -138,7 +146,8 @@ def _attempt(context: GramContext, microbatches: Sequence[Any], slices: Mapping[
         context.memory.scratch.forget()
     observed = passed.observed if exchange is None or exchange.observed is None else exchange.observed
     mode = max(world.gathered(storage.mode), key=lambda mode: (len(mode), mode))
-    fallback = {name: reason for name, reason in collector.unruled.items() if name in objective.parameters}
+    unruled = {**passed.unruled, **collector.without_gram}
+    fallback = {name: reason for name, reason in unruled.items() if name in objective.parameters}
     if objective.is_sharded:
         _refuse_row_by_row(fallback)
     grams = {name: gram for name, gram in collector.grams.items() if name not in fallback}
@@ -172,13 +181,12 @@ def _certificate_errors(context: GramContext, attempt: _Attempt) -> dict[str, fl
     return certificate_errors(context, attempt.passed, attempt.grams, slices)
 
 
-def _without_rules(context: GramContext, fallback: Mapping[str, str]) -> GramContext:
-    """The same with every parameter row by row, at this probe only: the batch overflows though no row does."""
-    others = [name for name in context.objective.parameters if name not in fallback]
+def _all_others(objective: Objective, fallback: Mapping[str, str]) -> dict[str, str]:
+    """Every other parameter to why it is taken row by row at this probe: the batch overflows though no row does."""
+    others = [name for name in objective.parameters if name not in fallback]
     if not others:
         raise ProbeError("the inner products of this probe's gradients are not finite, though the gradients are.")
-    refused = context.memory.refused | dict.fromkeys(others, "not finite in the batch")
-    return replace(context, memory=replace(context.memory, refused=refused))
+    return dict.fromkeys(others, "not finite in the batch")
 
 
 def _result(context: GramContext, attempt: _Attempt, blocks: Blocks, error: float | None) -> BlockGrams:

@@ -35,7 +35,7 @@ class ParameterResult:
 
 @final
 class Collector:
-    """Holds the Grams and factors of the parameters that are complete, and why others have no rule.
+    """Holds the Grams and factors of the parameters that are complete.
 
     Args:
         context: memory of the run.
@@ -43,7 +43,7 @@ class Collector:
         slices: parameter to the slices of its first axis that are counted, where not all are.
 
     Attributes:
-        unruled: parameter to why it has no valid rule: refused before, met by the passes, or with views that overlap.
+        without_gram: parameter to why its complete uses gave no Gram.
     """
 
     def __init__(self, context: GramContext, options: GramOptions, slices: Mapping[str, Tensor]) -> None:
@@ -51,7 +51,7 @@ class Collector:
         self._options = options
         self._slices = slices
         self._results: dict[str, ParameterResult] = {}
-        self.unruled = dict(context.memory.refused)
+        self.without_gram: dict[str, str] = {}
 
     @property
     def grams(self) -> dict[str, Tensor]:
@@ -86,7 +86,7 @@ class Collector:
     def add(self, name: str, result: ParameterResult) -> None:
         """Keep the result of one parameter, computed here or by another process."""
         if result.gram is None:
-            self.unruled[name] = "views of it overlap"
+            self.without_gram[name] = "views of it overlap"
         else:
             self._results[name] = result
 

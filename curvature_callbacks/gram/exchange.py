@@ -13,7 +13,7 @@ import torch
 
 from curvature_callbacks.gram.collector import Collector
 from curvature_callbacks.gram.context import GramContext
-from curvature_callbacks.gram.passed import Observed, Uses
+from curvature_callbacks.gram.passed import Observed, Remainder, Uses
 from curvature_callbacks.processes.parcels import delivered, handed_round, packed
 
 
@@ -39,27 +39,25 @@ class Exchange:
         self._names = sorted(sizes, key=lambda name: -sizes[name])
         self.observed: Observed | None = None
 
-    def finish(self, uses: Mapping[str, Uses], postponed: Sequence[str], observed: Observed) -> list[str]:
-        """Compute the Grams of this round across processes; return the names that any process postponed.
+    def finish(self, uses: Mapping[str, Uses], local: Remainder, observed: Observed) -> Remainder:
+        """Compute the Grams of this round across processes; return what remains on any of them.
 
         Args:
             uses: of this process, of every parameter that it has not postponed.
-            postponed: by this process.
+            local: what remains on this process.
             observed: the passes of this process.
         """
-        parts = self._world.gathered((self._collector.unruled, list(postponed), [*uses, *postponed]))
+        parts = self._world.gathered((dict(local.unruled), list(local.postponed), [*uses, *local.postponed]))
         if self.observed is None:
             self.observed = Observed.joined(self._world.gathered(observed))
         reasons = _first_reasons([unruled for unruled, *_ in parts])
-        self._collector.unruled.clear()
-        self._collector.unruled.update(reasons)
         later = {name for _, names, _ in parts for name in names} - reasons.keys()
         complete = {name for *_, names in parts for name in names} - later - reasons.keys()
         names = [name for name in self._names if name in complete]
         with torch.no_grad():
             for start in range(0, len(names), self._world.size):
                 self._turn(names[start : start + self._world.size], uses, len(observed.sizes))
-        return [name for name in self._names if name in later]
+        return Remainder(postponed=[name for name in self._names if name in later], unruled=reasons)
 
     def _turn(self, names: Sequence[str], uses: Mapping[str, Uses], num_passes: int) -> None:
         """Compute one parameter on every process and hand the results round."""

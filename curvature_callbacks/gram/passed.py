@@ -61,11 +61,27 @@ class Passed:
         microbatches: as they were run: the first, and small ones after it together.
         surrogates: for each microbatch what its backward passes differentiate; `[None]` for its sum of losses.
         observed: what its forward passes saw.
+        unruled: parameter to why it has no valid rule, on any process.
     """
 
     microbatches: Sequence[Any]
     surrogates: Sequence[Sequence[Surrogate | None]]
     observed: Observed = Observed()
+    unruled: Mapping[str, str] = field(default_factory=dict)
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Remainder:
+    """The parameters whose Grams a round of passes does not give.
+
+    Attributes:
+        postponed: names left to the next round.
+        unruled: name to why the parameter has no valid rule, in this round or before.
+    """
+
+    postponed: Sequence[str]
+    unruled: Mapping[str, str]
 
 
 def merged(parts: Iterable[Mapping[str, Sequence[T]]]) -> dict[str, list[T]]:

@@ -24,7 +24,7 @@ from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.gram.capture.derived import Placed
 from curvature_callbacks.gram.capture.interception import Capture
 from curvature_callbacks.gram.context import GramContext
-from curvature_callbacks.gram.passed import Observed, Passed, Uses
+from curvature_callbacks.gram.passed import Observed, Passed, Remainder, Uses
 from curvature_callbacks.gram.row_by_row import check_rows
 from curvature_callbacks.gram.storage import Storage
 from curvature_callbacks.model.loss.fisher_type import EMPIRICAL, FisherType
@@ -39,7 +39,7 @@ _ANY_KERNEL: Final = [
 
 Consume = Callable[[str, Uses, Observed], None]
 
-Finish = Callable[[Mapping[str, Uses], Sequence[str], Observed], list[str]]
+Finish = Callable[[Mapping[str, Uses], Remainder, Observed], Remainder]
 
 
 def run_passes(
@@ -48,7 +48,7 @@ def run_passes(
     fisher_type: FisherType,
     storage: Storage,
     *,
-    unruled: dict[str, str],
+    unruled: Mapping[str, str],
     consume: Consume,
     finish: Finish | None = None,
 ) -> Passed:
@@ -63,21 +63,26 @@ def run_passes(
         microbatches: of this process.
         fisher_type: what the surrogates are of.
         storage: keeps captured uses, and says which parameters are postponed.
-        unruled: parameter to why it has no valid rule; those known are not captured, those met here are added.
+        unruled: parameter to why it has no valid rule, as known before; it is not captured. Those met here are in the result.
         consume: gets a parameter and its uses in every pass, as soon as they are complete.
-        finish: at the end of a round gets the uses of every parameter and the names postponed by this process, instead of
-            `consume`; returns the names postponed by any.
+        finish: at the end of a round gets the uses of every parameter and what remains on this process, instead of `consume`;
+            returns what remains on any.
 
     Cost: forward passes, and backward passes for activation gradients only; each further round the same again.
     """
     may_join = fisher_type == EMPIRICAL and finish is None and context.memory.row_limit is None  # others draw by microbatch
     plan = _Plan(context, fisher_type, microbatches, may_join=may_join)
-    names = [name for name in context.objective.parameters if name not in unruled]
+    remainder = Remainder(postponed=[name for name in context.objective.parameters if name not in unruled], unruled=unruled)
     while True:
-        names = _Round(context, plan, storage, unruled, consume, finish, names).run()
+        remainder = _Round(context, plan, storage, consume, finish, remainder.postponed, remainder.unruled).run()
         plan.is_complete = True
-        if not names:
-            return Passed(microbatches=plan.microbatches, surrogates=plan.surrogates, observed=plan.observed)
+        if not remainder.postponed:
+            return Passed(
+                microbatches=plan.microbatches,
+                surrogates=plan.surrogates,
+                observed=plan.observed,
+                unruled=remainder.unruled,
+            )
         storage.start_round()
 
 
@@ -182,16 +187,16 @@ class _Round:
     context: GramContext
     plan: _Plan
     storage: Storage
-    unruled: dict[str, str]
     consume: Consume
     finish: Finish | None
     names: Sequence[str]
+    unruled: Mapping[str, str]  # before this round, then with those met in it
     uses: dict[str, Uses] = field(init=False)  # kept so far
     num_passes: int = 0  # done so far
     observed: Observed | None = None  # once the last forward pass is done
 
-    def run(self) -> list[str]:
-        """Process every parameter that fits the memory budget; return the names postponed to another round."""
+    def run(self) -> Remainder:
+        """Process every parameter that fits the memory budget; return what remains."""
         self.uses = {name: [] for name in self.names}
         postponed: list[str] = []
         index = 0
@@ -202,12 +207,13 @@ class _Round:
             index += 1
         observed = self.plan.observed if self.observed is None else self.observed
         if self.finish is not None:
-            return self.finish({name: self._padded(uses) for name, uses in self.uses.items()}, postponed, observed)
+            local = Remainder(postponed=postponed, unruled=self.unruled)
+            return self.finish({name: self._padded(uses) for name, uses in self.uses.items()}, local, observed)
         with torch.no_grad():
             for name, uses in self.uses.items():  # used by no microbatch's loss, or not by the last one
                 if name not in self.unruled:
                     self.consume(name, self.storage.returned(name, self._padded(uses)), observed)
-        return [name for name in self.names if name in set(postponed)]
+        return Remainder(postponed=[name for name in self.names if name in set(postponed)], unruled=self.unruled)
 
     def _microbatch(self, index: int) -> list[str]:
         """Run one microbatch; return the names postponed."""
@@ -216,6 +222,7 @@ class _Round:
         capture = self._capture(values, batch)
         with objective.saving(), capture, sdpa_kernel(_ANY_KERNEL):
             losses = objective(map_tensors(batch, torch.Tensor.detach), values, watch=capture)
+        self.unruled = capture.unruled
         chosen = self.plan.chosen(index, losses, capture)
         is_last = index == len(self.plan.microbatches) - 1
         if is_last:

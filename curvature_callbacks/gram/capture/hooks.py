@@ -1,7 +1,7 @@
 """Taps: hooks on activations that collect a parameter's uses in the backward pass."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import final
 
 import torch
@@ -24,19 +24,20 @@ class Taps:
     Args:
         derived: the tensors that depend on parameters alone.
         num_samples: N of the microbatch.
-        unruled: parameters without a valid rule, which are not tapped; those met here are added.
+        unruled: parameter to why it has no valid rule; it is not tapped.
 
     Attributes:
         completed: called in a backward pass with a parameter and its uses once all of them have their gradient.
         operations: parameter to the operations seen.
+        unruled: parameter to why it has no valid rule: those known before, then those met here.
     """
 
-    def __init__(self, derived: DerivedTensors, num_samples: int, unruled: dict[str, str]) -> None:
+    def __init__(self, derived: DerivedTensors, num_samples: int, unruled: Mapping[str, str]) -> None:
         self.completed: Completed = _ignore
         self.operations: dict[str, list[Operation]] = {}
+        self.unruled = dict(unruled)
         self._derived = derived
         self._num_samples = num_samples
-        self._unruled = unruled
         self._expected: Counter[str] = Counter()
         self._open: Counter[str] = Counter()
         self._again = False
@@ -51,7 +52,7 @@ class Taps:
         for derived, tap in chosen:
             for name in self._derived.names(derived):
                 self.operations.setdefault(name, []).append(_operation(tap, derived))
-        wanted = [pair for pair in chosen if any(name not in self._unruled for name in self._derived.names(pair[0]))]
+        wanted = [pair for pair in chosen if any(name not in self.unruled for name in self._derived.names(pair[0]))]
         if not wanted:
             return output
         if not output.requires_grad:
@@ -83,7 +84,7 @@ class Taps:
         for name in [name for derived in operands for name in self._derived.names(derived)]:
             if operation is not None:
                 self.operations.setdefault(name, []).append(operation)
-            self._unruled.setdefault(name, reason)
+            self.unruled.setdefault(name, reason)
 
     def backward(self, total: Tensor, *, again: bool) -> None:
         """Send the gradient of `total`, 0-d, through the graph and finish what it does not reach; see `Capture.backward`."""
@@ -129,7 +130,7 @@ class Taps:
     def _finish(self, name: str) -> None:
         self._open[name] = 0
         uses = self._uses.pop(name, [])
-        if name not in self._unruled:
+        if name not in self.unruled:
             self.completed(name, uses)
 
 

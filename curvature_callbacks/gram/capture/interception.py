@@ -43,7 +43,7 @@ class Capture(TorchFunctionMode):
     Args:
         parameters: name to the very tensor the forward pass will use.
         num_samples: N of the microbatch.
-        unruled: name to why the parameter has no valid rule; those known are not tapped, those met here are added.
+        unruled: name to why the parameter has no valid rule, as known before; it is not tapped.
         positions_first: parameters whose activations are to be read sequence-first where both ways are possible.
         constants: buffers and frozen parameters of the model.
         sharded: names of parameters that are put together on the way, see `adopt`.
@@ -59,7 +59,7 @@ class Capture(TorchFunctionMode):
         parameters: Mapping[str, Tensor],
         num_samples: int,
         *,
-        unruled: dict[str, str],
+        unruled: Mapping[str, str],
         positions_first: Set[str] = frozenset(),
         constants: Iterable[Tensor] = (),
         sharded: Set[str] = frozenset(),
@@ -89,6 +89,11 @@ class Capture(TorchFunctionMode):
     def operations(self) -> Mapping[str, list[Operation]]:
         """Name to the operations seen, with or without a rule."""
         return self._taps.operations
+
+    @property
+    def unruled(self) -> Mapping[str, str]:
+        """Name to why the parameter has no valid rule: those known before, then those met by this capture."""
+        return self._taps.unruled
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation, record what it did with tracked parameters."""
