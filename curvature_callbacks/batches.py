@@ -9,7 +9,7 @@ from torch import Tensor
 
 from curvature_callbacks.errors import ConfigurationError
 
-_PLAIN: Final = (bool, int, float, str)  # values of a batch that are the same where they are equal
+_COMPARED_BY_VALUE: Final = (bool, int, float, str)  # values of a batch that are the same where they are equal
 
 
 def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
@@ -99,7 +99,7 @@ def at_most(microbatches: Sequence[Any], rows: int) -> list[Any]:
     return smaller
 
 
-def joined(first: Any, second: Any) -> Any | None:
+def joined_batches(first: Any, second: Any) -> Any | None:
     """The rows of two batches in one, or None where they differ in more than their rows (types, keys, lengths, constants)."""
     return _joined(first, second, (batch_size(first), batch_size(second)))
 
@@ -121,7 +121,7 @@ def _joined(first: Any, second: Any, sizes: tuple[int, int]) -> Any | None:
         if any(value is None for value in parts):
             return None
         return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
-    return first if isinstance(first, _PLAIN) and first == second else None
+    return first if isinstance(first, _COMPARED_BY_VALUE) and first == second else None
 
 
 def _joined_tensors(first: Tensor, second: Tensor, sizes: tuple[int, int]) -> Tensor | None:

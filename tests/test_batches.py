@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import BatchEncoding
 
-from curvature_callbacks.batches import joined, take_rows
+from curvature_callbacks.batches import joined_batches, take_rows
 
 Pair = namedtuple("Pair", ["inputs", "targets"])
 ids, labels = torch.arange(20).view(5, 4), torch.arange(5)
@@ -43,7 +43,7 @@ def same(first: Any, second: Any) -> bool:
 )
 def test_pieces_of_a_batch_make_the_batch(batch: Any):
     first, second = take_rows(batch, torch.tensor([0, 1])), take_rows(batch, torch.tensor([2, 3, 4]))
-    assert same(joined(first, second), batch)
+    assert same(joined_batches(first, second), batch)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_pieces_of_a_batch_make_the_batch(batch: Any):
     ids=["length", "keys", "order", "dtype", "axes", "kind", "container"],
 )
 def test_batches_that_differ_in_more_than_rows_stay_apart(second: Any):
-    assert joined({"ids": ids, "labels": labels}, second) is None
+    assert joined_batches({"ids": ids, "labels": labels}, second) is None
 
 
 @pytest.mark.parametrize(
@@ -76,4 +76,4 @@ def test_batches_that_differ_in_more_than_rows_stay_apart(second: Any):
     ids=["scalar", "vector", "name", "object", "length of a list", "content of a list"],
 )
 def test_what_is_no_row_must_be_the_same(one: Any, other: Any):
-    assert joined({"labels": labels, "x": one}, {"labels": labels, "x": other}) is None
+    assert joined_batches({"labels": labels, "x": one}, {"labels": labels, "x": other}) is None

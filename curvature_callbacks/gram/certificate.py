@@ -18,7 +18,7 @@ from curvature_callbacks.linalg.accumulate import dot
 from curvature_callbacks.model.loss.surrogates import Surrogate
 from curvature_callbacks.model.objective import Objective, gradients
 
-_ROUNDING: Final = 1e-8  # share of the squared gradient norm below which a parameter may be rounding: (1000 eps)^2 of float32
+_ROUNDING_SHARE: Final = 1e-8  # of the squared gradient norm: below it a parameter may be rounding, (1000 eps)^2 of float32
 
 _PASSES: Final = 4  # backward passes of a microbatch that are proved; all go through the same uses
 
@@ -55,7 +55,7 @@ def certificate_errors(
     w = torch.cat([w for of_process in world.gathered(local) for w in of_process]).to(torch.float64)
     if not objective.is_sharded:  # gradients by shards are sums over processes already
         totals = {name: world.total(gradient) for name, gradient in totals.items()}
-    floor = _ROUNDING * sum(gram.diagonal().sum().item() for gram in grams.values())
+    floor = _ROUNDING_SHARE * sum(gram.diagonal().sum().item() for gram in grams.values())
     lengths = {name: objective.space.total(_length(_counted(totals[name], slices.get(name)))).item() for name in grams}
     return {name: _error(gram, w, lengths[name], floor) for name, gram in grams.items()}
 

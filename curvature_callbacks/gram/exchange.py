@@ -14,7 +14,7 @@ import torch
 from curvature_callbacks.gram.collector import Collector
 from curvature_callbacks.gram.context import GramContext
 from curvature_callbacks.gram.passed import Observed, Remainder, Uses
-from curvature_callbacks.processes.parcels import delivered, handed_round, packed
+from curvature_callbacks.processes.parcels import delivered_parcels, handed_round, packed
 
 
 @final
@@ -63,7 +63,7 @@ class Exchange:
         """Compute one parameter on every process and hand the results round."""
         assert self.observed is not None
         nothing: Uses = [[] for _ in range(num_passes)]
-        parts = delivered([packed(uses.get(name) or nothing) for name in names], self._world, self._device)
+        parts = delivered_parcels([packed(uses.get(name) or nothing) for name in names], self._world, self._device)
         result = None
         with self._world.together():
             if self._world.rank < len(names):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from curvature_callbacks.batches import batch_size, joined, map_tensors
+from curvature_callbacks.batches import batch_size, joined_batches, map_tensors
 from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.gram.capture.derived import Placed
 from curvature_callbacks.gram.capture.interception import Capture
@@ -136,7 +136,7 @@ class _Plan:
         run = [first]
         for batch in rest:
             is_small = len(run) > 1 and batch_size(run[-1]) + batch_size(batch) <= most_rows
-            together = joined(run[-1], batch) if is_small else None
+            together = joined_batches(run[-1], batch) if is_small else None
             run[-1:] = [run[-1], batch] if together is None else [together]
         self.microbatches = run
 
@@ -242,7 +242,7 @@ class _Round:
 
     def _capture(self, values: dict[str, Tensor], batch: Any) -> Capture:
         objective = self.context.objective
-        unsharded = objective.unsharded
+        unsharded = objective.unsharded_parameters
         captured = {name: values[name] for name in self.names if name in unsharded}
         others = [value for name, value in values.items() if name not in captured and name in unsharded]
         return Capture(

@@ -127,7 +127,7 @@ def _watched_operations(context: GramContext, batch: Any) -> Mapping[str, list[O
     objective, world = context.objective, context.world
     with world.together():
         values = {name: parameter.detach() for name, parameter in objective.parameters.items()}
-        unsharded = objective.unsharded
+        unsharded = objective.unsharded_parameters
         capture = Capture(
             {name: values[name] for name in unsharded},
             batch_size(batch),

@@ -16,7 +16,7 @@ from curvature_callbacks.library_internals.modules import internal_attributes, r
 _LARGEST_TENSOR: Final = 1 << 22  # elements; larger tensors and arrays hold data, not running values
 _LONGEST_CONTAINER: Final = 1 << 16  # entries; of longer ones the entries are shared
 _DEPTH: Final = 3  # of plain objects within each other
-_LIBRARIES: Final = frozenset({"builtins", "torch", "lightning", "pytorch_lightning", "transformers", "accelerate", "peft"})
+_NOT_COPIED: Final = frozenset({"builtins", "torch", "lightning", "pytorch_lightning", "transformers", "accelerate", "peft"})
 
 
 def replica(value: Any, memo: dict[int, Any]) -> Any:
@@ -111,7 +111,7 @@ def _is_plain(value: Any, depth: int = 0) -> bool:
     cls = type(value)
     if cls is SimpleNamespace:
         return all(_is_simple(item, depth) for item in vars(value).values())
-    if isinstance(value, nn.Module | type) or cls.__module__.partition(".")[0] in _LIBRARIES:
+    if isinstance(value, nn.Module | type) or cls.__module__.partition(".")[0] in _NOT_COPIED:
         return False
     hooks = ("__copy__", "__deepcopy__", "__getstate__", "__reduce__", "__reduce_ex__", "__new__")
     has_own = any(getattr(cls, hook, None) is not getattr(object, hook, None) for hook in hooks)

@@ -9,7 +9,7 @@ from torch import Tensor, UntypedStorage, nn
 
 from curvature_callbacks.library_internals.tensors import dispatch_mode, storage_address, written_arguments
 
-_PLAIN: Final = (Tensor, nn.Parameter, nn.Buffer)
+_TENSOR_CLASSES: Final = (Tensor, nn.Parameter, nn.Buffer)
 
 
 @final
@@ -60,7 +60,7 @@ class WriteWatch:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    if type(value) in _PLAIN:
+    if type(value) in _TENSOR_CLASSES:
         yield value
     elif isinstance(value, list | tuple):
         for item in value:

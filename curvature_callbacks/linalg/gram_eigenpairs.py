@@ -1,4 +1,4 @@
-"""Eigenpairs of `J' J / c` from the Gram `J J'` of its S rows: no Krylov space, no S x P matrix."""
+"""Eigenpairs of `J' J / c` from the Gram `J J'` (S, S): no Krylov space, and J (S, P) is never held."""
 
 import time
 from typing import final

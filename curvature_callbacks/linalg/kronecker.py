@@ -1,7 +1,7 @@
 """Kronecker factors of layers: `A x G` by the eigenpairs of A and G, with nothing P x P.
 
-A layer's parameters are the matrix (d_out, d_in), with the bias as a last column; `A` (d_in, d_in) acts on its columns, `G`
-(d_out, d_out) on its rows: `(A x G) vec(V) = vec(G V A)`. The eigenvalues of `A x G` are the products of those of the factors.
+A layer's parameters are the matrix (d_out, d_in), with the bias as a last column; `A` (d_in, d_in) acts from the right, `G`
+(d_out, d_out) from the left: `(A x G) vec(V) = vec(G V A)`. The eigenvalues of `A x G` are the products of the factors'.
 """
 
 from dataclasses import dataclass

@@ -182,7 +182,7 @@ class Objective:
         return {name: shapes.get(name, value.shape).numel() for name, value in self.parameters.items()}
 
     @property
-    def unsharded(self) -> dict[str, Tensor]:
+    def unsharded_parameters(self) -> dict[str, Tensor]:
         """Name to value of the parameters of which `parameters` has no shard."""
         return {name: value for name, value in self.parameters.items() if name not in self._sharded}
 

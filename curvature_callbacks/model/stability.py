@@ -14,7 +14,9 @@ from curvature_callbacks.processes.fsdp import shard
 
 Optimizers = Optimizer | Sequence[Optimizer]
 
-_EQUAL: Final = 1e-3  # limits this close count as one: decoupled decay of weights but not of biases moves them by 1e-6 to 1e-4
+_EQUAL_LIMITS: Final = (
+    1e-3  # limits so close count as one: decoupled decay of weights but not biases moves them by 1e-6 to 1e-4
+)
 
 
 @final
@@ -98,7 +100,7 @@ def read_stability(
         preconditioner=_concatenated(stepped.values()),
         scale=_concatenated(1 / (limit * diagonal) for limit, diagonal in zip(limits, stepped.values(), strict=True)),
         decay=_decay(stepped, dynamics),
-        limit=min(limits) if max(limits) - min(limits) <= _EQUAL * min(limits) else None,
+        limit=min(limits) if max(limits) - min(limits) <= _EQUAL_LIMITS * min(limits) else None,
         learning_rates=learning_rates,
         optimizers=acting_optimizers,
     )

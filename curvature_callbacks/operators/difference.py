@@ -27,7 +27,7 @@ _LONGEST: Final = {torch.float32: 1e-3, torch.float64: 1e-4}
 _SHORTEST: Final = 1e-2
 _EVEN: Final = 0.1
 _ESTIMATE_PRODUCTS: Final = 2  # what `error_estimate` spends
-_DISAGREEMENT: Final = 0.1  # of two steps; smooth models had 1e-3, a ResNet with max pooling at too long a step 0.8
+_STEP_DISAGREEMENT: Final = 0.1  # of two steps; smooth models had 1e-3, a ResNet with max pooling at too long a step 0.8
 
 
 @final
@@ -118,7 +118,7 @@ class FiniteDifferenceHessianOperator:
         generator = InnerProducts(self).random(seed)
         v = torch.randn(self.shape[0], generator=generator, dtype=self.dtype).to(self.device)
         error = self.error_estimate(v)
-        if not error <= _DISAGREEMENT:
+        if not error <= _STEP_DISAGREEMENT:
             raise RefusedError(
                 f"finite differences with two steps are {error:.1e} apart: the loss has kinks that they step over (ReLU, max "
                 "pooling), or its gradient is noisy. Use `operator`='hessian' with eager implementations of the model's "

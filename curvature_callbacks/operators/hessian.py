@@ -19,7 +19,7 @@ from curvature_callbacks.operators.graphs import MicrobatchOperator, ProductGrap
 from curvature_callbacks.operators.self_checks import SYMMETRY_PRODUCTS, check_symmetric
 
 _PACKAGE: Final = __name__.partition(".")[0]
-_DISAGREEMENT: Final = 2e-2  # central differences are good to 5e-5 on smooth models; a dropped kernel missed by 0.7
+_KERNEL_DISAGREEMENT: Final = 2e-2  # central differences are good to 5e-5 on smooth models; a dropped kernel missed by 0.7
 
 
 @final
@@ -150,7 +150,7 @@ def check_second_order(hessian: HessianOperator, *, seed: int) -> float:
     product, difference = hessian.matmat(v[:, None])[:, 0], hessian.difference_product(v)
     scale = max(norm(product).item(), norm(difference).item())
     disagreement = norm(product - difference).item() / scale if scale > 0 else 0.0
-    if not disagreement <= _DISAGREEMENT:
+    if not disagreement <= _KERNEL_DISAGREEMENT:
         raise RefusedError(
             f"the Hessian product differs from finite differences by {disagreement:.1e}: one of the custom operations "
             f"{', '.join(hessian.custom_functions)} has no second derivative and was taken as a constant (or the loss has "

@@ -129,7 +129,7 @@ class MatrixChoice:
         return task
 
     def blocks(self, problem: Problem) -> list[str]:
-        """The blocks that have an operator: factors are of whole layers, and an optimizer may not move every parameter."""
+        """The blocks that have an operator: factors are of complete layers, and an optimizer may not move every parameter."""
         if self.matrix.is_kronecker:
             layers = problem.grams.kronecker(self.fisher_type, sharing=self.sharing).values()
             members = [{layer.weight} | ({layer.bias} if layer.bias else set()) for layer in layers]

@@ -34,7 +34,7 @@ from curvature_callbacks.processes.world import World
 _MOST_NOTED: Final = 1 << 10  # storages noted before those that are freed are dropped
 _VECTORS: Final = 4  # of parameters, in float32: their values, a vector, its product, and one to work with
 
-G = TypeVar("G")
+Built = TypeVar("Built")
 
 
 class Watch(Protocol):
@@ -66,7 +66,7 @@ class _Member:
     shape: torch.Size
     world: World
 
-    def gathered(self, shard: Tensor) -> Tensor:
+    def gathered_parameter(self, shard: Tensor) -> Tensor:
         """(shape) from the shards of all processes."""
         return self.world.concatenated(shard, self.shape[0], label=self.name)
 
@@ -133,7 +133,7 @@ class OnUse:
         with saved_tensors_hooks(self._pack, self._unpack):
             yield
 
-    def size_of(self, build: Callable[[], G]) -> tuple[G, int]:
+    def size_of(self, build: Callable[[], Built]) -> tuple[Built, int]:
         """What `build` builds, and the bytes it saved on the way: the most over processes, which must keep the same graphs."""
         self.saved_bytes = 0
         graph = build()
@@ -142,7 +142,7 @@ class OnUse:
     def _gathered(self, member: _Member, shard: Tensor) -> Tensor:
         with without_torch_function():  # what is put together here is not what the model computes
             differentiable = shard.requires_grad
-            result: Tensor = _Gather.apply(shard, member) if differentiable else member.gathered(shard)  # type: ignore[no-untyped-call]
+            result: Tensor = _Gather.apply(shard, member) if differentiable else member.gathered_parameter(shard)  # type: ignore[no-untyped-call]
             self.storages.note(result, member, shard)
             return result
 
@@ -158,7 +158,7 @@ class OnUse:
         if isinstance(packed, Tensor):
             return packed
         member, shard, shape, stride, offset = packed
-        gathered: Tensor = member.gathered(shard)
+        gathered: Tensor = member.gathered_parameter(shard)
         self.storages.note(gathered, member, shard)  # a graph of this backward pass may save it again
         return gathered.as_strided(shape, stride, offset)
 
@@ -280,7 +280,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, shard: Tensor, member: _Member) -> Tensor:
         ctx.member = member
-        return member.gathered(shard)
+        return member.gathered_parameter(shard)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:

@@ -14,7 +14,7 @@ from curvature_callbacks.processes.world import World
 Parcel = tuple[bytes, list[Tensor]]  # pickled without its tensors, and these, each once
 
 
-def delivered(parcels: Sequence[Parcel], world: World, device: torch.device) -> list[Any]:
+def delivered_parcels(parcels: Sequence[Parcel], world: World, device: torch.device) -> list[Any]:
     """What the processes packed for this one, by rank; nothing for those of a rank to which nobody sends in this turn.
 
     Args:

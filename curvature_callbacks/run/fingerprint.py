@@ -12,11 +12,12 @@ import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import Any, Final, final
 
 DESCRIPTION: Final = "settings"  # where a saved state holds the arguments it was written with
 
-_PACKAGE: Final = "curvature_callbacks."
+_OWN_MODULES: Final = "curvature_callbacks."
 
 _logger = logging.getLogger("curvature_callbacks")
 
@@ -55,43 +56,45 @@ _EIGEN: Final = ("operator", "sample_unit", "fisher", "num_draws", "sharing")  #
 
 # A new field is a new `Added(version=2, default=...)`; nothing that stands here is ever changed. A class that is not here, a
 # user's own measurement for one, is written out with all its fields.
-FIELD_TABLES: Final[Mapping[str, FieldTable]] = {
-    "Settings": FieldTable(
-        (
-            "every_n_steps",
-            "measure",
-            "num_microbatches",
-            "microbatch_size",
-            "draw",
-            "loss_fn",
-            "params_filter",
-            "block_structure",
-            "seed",
-            "schedule",
-            "probe_dataset",
-            "probe_dataloader",
-            "max_sequence_length",
+FIELD_TABLES: Final[Mapping[str, FieldTable]] = MappingProxyType(
+    {
+        "Settings": FieldTable(
+            (
+                "every_n_steps",
+                "measure",
+                "num_microbatches",
+                "microbatch_size",
+                "draw",
+                "loss_fn",
+                "params_filter",
+                "block_structure",
+                "seed",
+                "schedule",
+                "probe_dataset",
+                "probe_dataloader",
+                "max_sequence_length",
+            ),
+            ignored=("max_overhead", "max_seconds", "spike"),
         ),
-        ignored=("max_overhead", "max_seconds", "spike"),
-    ),
-    "FisherSpectrum": FieldTable(
-        (
-            *("fisher", "sample_unit", "num_draws", "num_targets", "center_gradients", "damping", "max_params_per_block"),
-            *("max_sample_grad_norm", "memory_budget", "eigensolve_device", "deterministic"),
-        )
-    ),
-    "TopEigenpairs": FieldTable(
-        (*_EIGEN, "k", "which", "tol", "max_matvecs", "max_seconds", "reorth_mode", "warm_start", "per_block")
-    ),
-    "SpectralDensity": FieldTable((*_EIGEN, "num_probes", "num_steps", "deflate")),
-    "EdgeRatio": FieldTable(("tol", "max_matvecs")),
-    "GradientNoise": FieldTable(("decay",)),
-    "KFACQuality": FieldTable(("sharing", "fisher", "sample_unit", "num_draws", "num_targets", "k")),
-    "KFACCoverage": FieldTable(()),
-    "EveryNSteps": FieldTable(("n",)),
-    "AtSteps": FieldTable(("steps",)),
-    "LogSpaced": FieldTable(("per_decade", "first")),
-}
+        "FisherSpectrum": FieldTable(
+            (
+                *("fisher", "sample_unit", "num_draws", "num_targets", "center_gradients", "damping", "max_params_per_block"),
+                *("max_sample_grad_norm", "memory_budget", "eigensolve_device", "deterministic"),
+            )
+        ),
+        "TopEigenpairs": FieldTable(
+            (*_EIGEN, "k", "which", "tol", "max_matvecs", "max_seconds", "reorth_mode", "warm_start", "per_block")
+        ),
+        "SpectralDensity": FieldTable((*_EIGEN, "num_probes", "num_steps", "deflate")),
+        "EdgeRatio": FieldTable(("tol", "max_matvecs")),
+        "GradientNoise": FieldTable(("decay",)),
+        "KFACQuality": FieldTable(("sharing", "fisher", "sample_unit", "num_draws", "num_targets", "k")),
+        "KFACCoverage": FieldTable(()),
+        "EveryNSteps": FieldTable(("n",)),
+        "AtSteps": FieldTable(("steps",)),
+        "LogSpaced": FieldTable(("per_decade", "first")),
+    }
+)
 
 
 def argument_texts(settings: Any, *, instead: Mapping[str, Any]) -> dict[str, str]:
@@ -141,7 +144,7 @@ def _text(value: Any) -> str:
 
 
 def _repr(value: Any) -> str:
-    if type(value).__qualname__ not in FIELD_TABLES or not type(value).__module__.startswith(_PACKAGE):
+    if type(value).__qualname__ not in FIELD_TABLES or not type(value).__module__.startswith(_OWN_MODULES):
         return repr(value)
     return f"{type(value).__qualname__}({', '.join(f'{name}={each!r}' for name, each in _written(value).items())})"
 

@@ -7,7 +7,7 @@ from typing import Any, Final, Protocol, final, runtime_checkable
 
 from curvature_callbacks.errors import ConfigurationError, check_positive
 
-_ROUNDING: Final = 1e-9  # of a logarithm: a power of ten must count as reached
+_LOG_ROUNDING: Final = 1e-9  # of a logarithm: a power of ten must count as reached
 
 
 @runtime_checkable
@@ -95,8 +95,8 @@ class LogSpaced:
         """How many of them are at most `step`."""
         if step < self.first:
             return 0
-        count = math.floor(self.per_decade * math.log10(step / self.first) + _ROUNDING)
-        return count + 1 if self.first * 10 ** (count / self.per_decade) <= step + _ROUNDING else count
+        count = math.floor(self.per_decade * math.log10(step / self.first) + _LOG_ROUNDING)
+        return count + 1 if self.first * 10 ** (count / self.per_decade) <= step + _LOG_ROUNDING else count
 
 
 @final

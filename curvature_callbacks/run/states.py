@@ -10,7 +10,7 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor
 
-_PLAIN: Final = (bool, int, float, str, type(None))  # what JSON and `torch.load(weights_only=True)` give back
+_SAVED_AS_THEY_ARE: Final = (bool, int, float, str, type(None))  # what JSON and `torch.load(weights_only=True)` give back
 _WITH_TENSORS: Final = "whole"  # a key of files beside checkpoints: not to be renamed
 
 _logger = logging.getLogger("curvature_callbacks")
@@ -91,7 +91,7 @@ def _can_be_saved(state: Any) -> bool:
         return all(isinstance(key, str) and _can_be_saved(value) for key, value in state.items())
     if type(state) in (list, tuple):
         return all(map(_can_be_saved, state))
-    return type(state) in _PLAIN or type(state) is Tensor
+    return type(state) in _SAVED_AS_THEY_ARE or type(state) is Tensor
 
 
 def _without_tensors(state: Any) -> Any:

@@ -24,7 +24,7 @@ from curvature_callbacks.model.loss.resolve import Loss
 from curvature_callbacks.model.loss.sample_losses import IGNORED, SampleLosses, cross_entropies, shifted_cross_entropies
 from curvature_callbacks.processes.world import World
 
-_LIBRARIES: Final = frozenset({"transformers", "accelerate", "datasets"})
+_SHARED_FROM: Final = frozenset({"transformers", "accelerate", "datasets"})
 _SHARED: Final = (nn.Module, Optimizer, LRScheduler, Dataset)  # which a loss does not change, and large
 _MATCH: Final = 1e-5  # relative; float32 means of a few rows differ by 1e-7, those with other weights seldom by less than 1e-4
 _LEFT_ALONE: Final = frozenset(  # data (lists are data sets too), functions that no loss calls, and our own watch
@@ -242,4 +242,4 @@ def _trainer_without_trace(trainer: Trainer) -> Iterator[None]:
 
 
 def _is_shared(value: Any) -> bool:
-    return isinstance(value, _SHARED) or any(cls.__module__.partition(".")[0] in _LIBRARIES for cls in type(value).__mro__)
+    return isinstance(value, _SHARED) or any(cls.__module__.partition(".")[0] in _SHARED_FROM for cls in type(value).__mro__)

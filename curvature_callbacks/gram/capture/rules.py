@@ -11,6 +11,7 @@ To add one, write the function here and its line in `RULES`.
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from inspect import signature
+from types import MappingProxyType
 from typing import Any, Final, final
 
 import torch
@@ -155,18 +156,20 @@ def _leaves_samples_apart(layout: Layout, output: Tensor, parameter: Any) -> boo
     return parameter.ndim == output.ndim and parameter.shape[1 if layout.samples_on_second_axis(output) else 0] == 1
 
 
-RULES: Final[dict[Any, Rule]] = {
-    F.linear: _linear_rule,
-    torch.addmm: _addmm_rule,
-    F.embedding: _embedding_rule,
-    F.bilinear: _bilinear_rule,
-    F.prelu: _prelu_rule,
-    **CONVOLUTION_RULES,
-    **NORM_RULES,
-    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm), _matmul_rule),
-    **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _multiply_rule),
-    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__), _add_rule),
-}
+RULES: Final[Mapping[Any, Rule]] = MappingProxyType(
+    {
+        F.linear: _linear_rule,
+        torch.addmm: _addmm_rule,
+        F.embedding: _embedding_rule,
+        F.bilinear: _bilinear_rule,
+        F.prelu: _prelu_rule,
+        **CONVOLUTION_RULES,
+        **NORM_RULES,
+        **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm), _matmul_rule),
+        **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _multiply_rule),
+        **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__), _add_rule),
+    }
+)
 
 _IN_PLACE: Final = frozenset(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "pow", "matmul"))
 

@@ -12,7 +12,7 @@ from curvature_callbacks.linalg.lanczos.wanted import Wanted
 
 _INDEPENDENT: Final = 0.1  # least part of a unit Ritz vector outside those before it; a ghost's was below 1e-3
 
-_EQUAL: Final = 1e3  # noise floors that two values of one group may be apart
+_GROUP_WIDTH: Final = 1e3  # noise floors that two values of one group may be apart
 
 _COPIES: Final = 8  # of a wanted pair that are looked at, on average; a bulk at zero is no group of ghosts
 
@@ -127,7 +127,7 @@ def _chosen(krylov: Krylov, values: Tensor, vectors: Tensor, indices: Tensor, er
 
 def _candidates(values: Tensor, wanted: Wanted, krylov: Krylov) -> Tensor:
     """Indices among ascending `values`, descending, with all copies of the wanted ones of each end."""
-    radius = _EQUAL * NOISE * krylov.eps * values.abs().max().item()
+    radius = _GROUP_WIDTH * NOISE * krylov.eps * values.abs().max().item()
     if wanted.by_magnitude:
         order = values.abs().argsort(descending=True, stable=True)
         return order[: _reach(values.abs()[order], 2 * wanted.upper, radius)].sort().values.flip(0)
@@ -144,7 +144,7 @@ def _reach(values: Tensor, groups: int, radius: float) -> int:
 
 def _best_of_groups(ritz: Ritz, wanted: Wanted) -> Ritz:
     """The wanted ones among the best estimates of every group of equal values."""
-    radius = _EQUAL * ritz.floor
+    radius = _GROUP_WIDTH * ritz.floor
     best: list[int] = []
     for i in range(len(ritz.values)):
         if best and (ritz.values[best[-1]] - ritz.values[i]).abs() <= radius:

@@ -121,7 +121,7 @@ class OwnLoss:
         """What the evaluation tells about its layout; kept where it is proven, to be looked at again at the next call else."""
         may_call_again = _may_call_again(evaluation.model)
         is_finite = bool(evaluation.loss.isfinite())
-        matching = evaluation.matching_forms()
+        matching = evaluation.forms_of_loss()
         if not matching and not is_finite and may_call_again:
             matching = _forms_of_finite_rows(evaluation)
         settled = _Settled(matching[0] if matching else None)
@@ -146,7 +146,7 @@ class _Evaluation:
         """(N,) valid targets, by the look of labels and model."""
         return count_targets(self.model, self.output, self.batch)
 
-    def matching_forms(self) -> list[LossForm]:
+    def forms_of_loss(self) -> list[LossForm]:
         """The standard forms that give the value of the loss."""
         return matching_forms(self.model, self.output, self.batch, self.loss.detach())
 
@@ -199,7 +199,7 @@ def _forms_of_finite_rows(evaluation: _Evaluation) -> list[LossForm]:
     finite = logits.flatten(1).isfinite().all(1)
     if not finite.any():
         return []
-    return _evaluate(model, take_rows(batch, finite.nonzero()[:, 0])).matching_forms()
+    return _evaluate(model, take_rows(batch, finite.nonzero()[:, 0])).forms_of_loss()
 
 
 def _is_mean_over_rows(evaluation: _Evaluation) -> bool:
