@@ -267,7 +267,7 @@ class _Round:
             self.consume(name, [*kept, uses], self.observed)
 
     def _padded(self, uses: Uses) -> Uses:
-        """With no uses in the passes that did not reach the parameter."""
+        """`uses` with an empty list for every pass so far that did not reach the parameter."""
         return uses + [[] for _ in range(self.num_passes - len(uses))]
 
     def _postpone(self, share: float) -> list[str]:

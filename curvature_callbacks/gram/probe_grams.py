@@ -113,12 +113,12 @@ class ProbeGrams:
         return block_grams(self._context, self._microbatches, self._blocks, options)
 
     def _ordered(self, layers: Mapping[str, LayerKronecker]) -> dict[str, LayerKronecker]:
-        """In the model's order, not that in which the backward pass met them."""
+        """`layers` in the order of the model's parameters; the backward pass completes them in another."""
         return {name: layers[name] for name in self._context.objective.parameters if name in layers}
 
 
 def _key(options: GramOptions) -> tuple[FisherType, int | None, bool]:
-    """Numbers of deterministic algorithms may differ in the last bits from those of others."""
+    """What Grams are kept by: with deterministic algorithms their last bits may differ, so that mode is part of it."""
     return options.fisher_type, options.max_params_per_block, torch.are_deterministic_algorithms_enabled()
 
 

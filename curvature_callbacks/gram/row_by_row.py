@@ -77,7 +77,7 @@ class FiniteRows:
 
 
 def finite_rows(context: GramContext, microbatches: Sequence[Any]) -> FiniteRows:
-    """Which rows have a finite gradient, asked row by row: in a layout not yet proved one bad row may look like all of them.
+    """Which rows have a finite gradient, by one gradient a row: a layout not yet proved may mix one bad row into all.
 
     Cost: N gradients of one row.
     """
@@ -135,7 +135,7 @@ def _row_gradients(
 
 
 def _pass_major(rows: list[list[Tensor]], num_passes: int) -> list[list[Tensor]]:
-    """Sorted by backward pass, then row, as the hooked passes give them."""
+    """`rows`, sorted by row and then pass, in the order of the hooked passes: by backward pass, then row."""
     return [rows[index] for number in range(num_passes) for index in range(number, len(rows), num_passes)]
 
 

@@ -14,9 +14,8 @@ from curvature_callbacks.processes.fsdp import shard
 
 Optimizers = Optimizer | Sequence[Optimizer]
 
-_EQUAL_LIMITS: Final = (
-    1e-3  # limits so close count as one: decoupled decay of weights but not biases moves them by 1e-6 to 1e-4
-)
+# Limits so close count as one: decoupled decay of weights but not of biases moves them by 1e-6 to 1e-4.
+_EQUAL_LIMITS: Final = 1e-3
 
 
 @final

@@ -99,7 +99,7 @@ SIZES = (2, 1, 2)
 
 
 @dataclass(frozen=True)
-class Subject:
+class OperatorUnderTest:
     problem: Problem
     build: Callable[[], Operator]
     tolerance: float
@@ -128,7 +128,7 @@ def model(request: Any) -> tuple[str, torch.dtype]:
 
 
 @pytest.fixture(params=OPERATORS)
-def subject(request: Any, model: tuple[str, torch.dtype]) -> Iterator[Subject]:
+def subject(request: Any, model: tuple[str, torch.dtype]) -> Iterator[OperatorUnderTest]:
     contract, (case, dtype) = OPERATORS[request.param], model
     tolerance = {torch.float32: contract.float32, torch.float64: contract.float64}[dtype]
     options: Any = {"loss": CASES[case].loss, "params_filter": lambda name, _: name.startswith(MODELS[case])}
@@ -136,7 +136,7 @@ def subject(request: Any, model: tuple[str, torch.dtype]) -> Iterator[Subject]:
     optimizer = stepped(trained)
     with offline_problem(trained, CASES[case].microbatches(SIZES), **options) as problem:
         problem.optimizer = optimizer
-        yield Subject(problem, lambda: contract.build(problem), tolerance, contract.covers_all)
+        yield OperatorUnderTest(problem, lambda: contract.build(problem), tolerance, contract.covers_all)
 
 
 def traces(problem: Problem) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def same(found: Any, expected: Any) -> bool:
 
 
 class TestOperator:
-    def test_it_is_an_operator(self, subject: Subject) -> None:
+    def test_it_is_an_operator(self, subject: OperatorUnderTest) -> None:
         operator = subject.build()
         P = operator.shape[0]
         sizes = {name: value.numel() for name, value in subject.problem.objective.parameters.items()}
@@ -184,7 +184,7 @@ class TestOperator:
         assert isinstance(operator.is_psd, bool)
 
     @pytest.mark.parametrize("count", [1, 3])
-    def test_shape_and_dtype_of_products(self, subject: Subject, count: int) -> None:
+    def test_shape_and_dtype_of_products(self, subject: OperatorUnderTest, count: int) -> None:
         operator = subject.build()
         V = vectors(operator, count)
         product = operator.matmat(V)
@@ -195,13 +195,13 @@ class TestOperator:
         assert product.isfinite().all()
         assert product.any()
 
-    def test_it_is_symmetric(self, subject: Subject) -> None:
+    def test_it_is_symmetric(self, subject: OperatorUnderTest) -> None:
         operator = subject.build()
         U = vectors(operator, 4)
         products = U.T @ operator.matmat(U)
         assert relative_error(products, products.T) < subject.tolerance
 
-    def test_it_is_linear(self, subject: Subject) -> None:
+    def test_it_is_linear(self, subject: OperatorUnderTest) -> None:
         operator = subject.build()
         U = vectors(operator, 2)
         combined = operator.matmat(2 * U[:, :1] - 3 * U[:, 1:])
@@ -209,19 +209,19 @@ class TestOperator:
         assert relative_error(combined, 2 * separate[:, :1] - 3 * separate[:, 1:]) < subject.tolerance
         assert torch.equal(operator.matmat(0 * U), 0 * U)
 
-    def test_columns_are_products_of_their_own(self, subject: Subject) -> None:
+    def test_columns_are_products_of_their_own(self, subject: OperatorUnderTest) -> None:
         operator = subject.build()
         U = vectors(operator, 3)
         columns = torch.cat([operator.matmat(column[:, None]) for column in U.T], dim=1)
         assert relative_error(operator.matmat(U), columns) < min(subject.tolerance, 1e-5)
 
-    def test_strided_columns_are_the_same_vectors(self, subject: Subject) -> None:
+    def test_strided_columns_are_the_same_vectors(self, subject: OperatorUnderTest) -> None:
         operator = subject.build()
         U = vectors(operator, 3)
         expected = operator.matmat(U[:, 1:2].clone(memory_format=torch.contiguous_format))
         assert relative_error(operator.matmat(U[:, 1:2]), expected) < min(subject.tolerance, 1e-5)
 
-    def test_the_same_answer_twice_and_built_again(self, subject: Subject) -> None:
+    def test_the_same_answer_twice_and_built_again(self, subject: OperatorUnderTest) -> None:
         operator = subject.build()
         U = vectors(operator, 2)
         kept = U.clone()
@@ -230,20 +230,20 @@ class TestOperator:
         assert torch.equal(subject.build().matmat(U), first)
         assert torch.equal(U, kept)
 
-    def test_what_is_called_positive_is(self, subject: Subject) -> None:
+    def test_what_is_called_positive_is(self, subject: OperatorUnderTest) -> None:
         operator = subject.build()
         U = vectors(operator, 8)
         forms = (U * operator.matmat(U)).sum(0)
         assert not operator.is_psd or (forms >= -subject.tolerance * forms.abs().max()).all()
 
-    def test_its_self_check_passes_with_the_same_numbers_twice(self, subject: Subject) -> None:
+    def test_its_self_check_passes_with_the_same_numbers_twice(self, subject: OperatorUnderTest) -> None:
         operator = subject.build()
         checked = self_check(operator, 0)
         assert 0 <= checked.error < 10 * subject.tolerance
         assert checked.num_matvecs >= 0
         assert self_check(operator, 0) == checked
 
-    def test_its_own_eigenpairs_are_a_matrix_of_eigenvectors(self, subject: Subject) -> None:
+    def test_its_own_eigenpairs_are_a_matrix_of_eigenvectors(self, subject: OperatorUnderTest) -> None:
         operator = subject.build()
         pairs = eigenpairs(operator, LanczosOptions(k=1, tol=1e-2, max_matvecs=40, return_eigenvectors=True))
         v = pairs.eigenvectors
@@ -252,7 +252,7 @@ class TestOperator:
         assert (operator.matmat(v) - v * pairs.eigenvalues.to(v)).norm() <= 2 * pairs.residuals[0] + subject.tolerance
         assert v.norm().item() == pytest.approx(1, abs=1e-5)
 
-    def test_nothing_is_touched(self, subject: Subject) -> None:
+    def test_nothing_is_touched(self, subject: OperatorUnderTest) -> None:
         for parameter in subject.problem.model.parameters():
             parameter.grad = torch.full_like(parameter, 3.0)
         before = traces(subject.problem)
@@ -262,7 +262,7 @@ class TestOperator:
         after = traces(subject.problem)
         assert [name for name in before if not same(after[name], before[name])] == []
 
-    def test_what_a_product_gives_is_the_callers(self, subject: Subject) -> None:
+    def test_what_a_product_gives_is_the_callers(self, subject: OperatorUnderTest) -> None:
         """Writing into it changes no later product."""
         operator = subject.build()
         U = vectors(operator, 1)

@@ -24,7 +24,7 @@ class Interruption(BaseException):
 
 
 @contextmanager
-def probe(model: nn.Module, ending: type[BaseException] | None, seed: int = 3) -> Iterator[None]:
+def isolated_section(model: nn.Module, ending: type[BaseException] | None, seed: int = 3) -> Iterator[None]:
     """An isolated section that ends as told."""
     with nullcontext() if ending is None else pytest.raises(ending), isolated(model, seed=seed):
         yield
@@ -44,7 +44,7 @@ def test_global_generators(ending: Any) -> None:
     model = network()
     seed_everything(11)
     before = global_generators()
-    with probe(model, ending):
+    with isolated_section(model, ending):
         torch.rand(3), np.random.rand(3), random.random()
         torch.manual_seed(0)
     assert_equal(before, global_generators())
@@ -56,7 +56,7 @@ def test_generators_go_on_as_if_nothing_had_been_drawn(ending: Any) -> None:
     seed_everything(5)
     expected = (torch.rand(4).tolist(), np.random.rand(4).tolist(), [random.random() for _ in range(4)])
     seed_everything(5)
-    with probe(model, ending):
+    with isolated_section(model, ending):
         torch.rand(3), np.random.rand(3), random.random()
     assert (torch.rand(4).tolist(), np.random.rand(4).tolist(), [random.random() for _ in range(4)]) == expected
 
@@ -90,7 +90,7 @@ def test_the_seed_determines_every_draw_inside() -> None:
 def test_training_flags_of_every_submodule(ending: Any) -> None:
     model = network().train()
     model[1].eval()
-    with probe(model, ending):
+    with isolated_section(model, ending):
         assert not any(module.training for module in model.modules())
         model.train()
     assert [module.training for module in model.modules()] == [True, True, False, True, True]
@@ -101,7 +101,7 @@ def test_content_of_buffers(ending: Any) -> None:
     model = network().train()
     model[1](torch.randn(8, 4))
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with probe(model, ending):
+    with isolated_section(model, ending):
         model.train()
         model(torch.randn(8, 4))
         model[1].running_mean.fill_(torch.nan)
@@ -114,7 +114,7 @@ def test_identity_and_order_of_buffers(ending: Any) -> None:
     model[1].register_buffer("optional", None)
     model[0].register_buffer("cache", torch.ones(2), persistent=False)
     before = {name: id(buffer) for module in model.modules() for name, buffer in module._buffers.items()}
-    with probe(model, ending):
+    with isolated_section(model, ending):
         model[1].running_mean = torch.zeros(4)
         model[1].optional = torch.ones(1)
         model[0].cache = torch.zeros(5)
@@ -141,7 +141,7 @@ def test_forward_that_accelerate_patched(ending: Any) -> None:
         module.__dict__["_original_forward"] = original
         module.forward = functools.partial(lambda inner, *args: inner(*args) + 1000, original)
     patches = [module.__dict__["forward"] for module in (model, model[patched_child])]
-    with probe(model, ending):
+    with isolated_section(model, ending):
         assert model(torch.zeros(2, 4)).abs().max() < 100
     assert [module.__dict__["forward"] for module in (model, model[patched_child])] == patches
     assert model(torch.zeros(2, 4)).min() > 1000
@@ -167,7 +167,7 @@ SDPA_FLAGS = (
 def test_attention_backend(surrounding: Any, ending: Any) -> None:
     with nullcontext() if surrounding is None else sdpa_kernel(surrounding):
         before = [flag() for flag in SDPA_FLAGS]
-        with probe(network(), ending):
+        with isolated_section(network(), ending):
             assert [flag() for flag in SDPA_FLAGS] == [False, False, True, False]
         assert [flag() for flag in SDPA_FLAGS] == before
 
@@ -195,7 +195,7 @@ def test_matmul_precision(precision: str, ending: Any) -> None:
     torch.set_float32_matmul_precision(precision)
     backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, torch.backends.cudnn.conv]
     before = [backend.fp32_precision for backend in backends]
-    with probe(network(), ending):
+    with isolated_section(network(), ending):
         assert [backend.fp32_precision for backend in backends] == ["ieee"] * 3
     assert torch.get_float32_matmul_precision() == precision  # raises when the old and the new switch disagree
     assert [backend.fp32_precision for backend in backends] == before
@@ -210,7 +210,7 @@ def test_models_may_set_cudnns_own_flags_inside(allowed: bool, ending: Any) -> N
     cudnn.allow_tf32 = allowed
     try:
         before = [cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, cudnn.fp32_precision]
-        with probe(network(), ending):
+        with isolated_section(network(), ending):
             with cudnn.flags(enabled=False):
                 pass
             assert not cudnn.allow_tf32
@@ -228,7 +228,7 @@ def test_settings_that_make_the_old_switch_an_error_are_kept(ending: Any) -> Non
     cudnn.conv.fp32_precision = "ieee" if found == "tf32" else "tf32"
     try:
         before = [cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision]
-        with probe(network(), ending):
+        with isolated_section(network(), ending):
             assert [cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision] == ["ieee", "ieee"]
         assert [cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision] == before
     finally:
@@ -238,14 +238,14 @@ def test_settings_that_make_the_old_switch_an_error_are_kept(ending: Any) -> Non
 @endings
 def test_autocast_grad_mode_and_inference_mode(ending: Any) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
-        with probe(network(), ending):
+        with isolated_section(network(), ending):
             assert not torch.is_autocast_enabled("cpu")
             assert torch.is_grad_enabled()
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
         assert torch.is_autocast_enabled("cpu")
         assert not torch.is_grad_enabled()
     with torch.inference_mode():
-        with probe(network(), ending):
+        with isolated_section(network(), ending):
             assert not torch.is_inference_mode_enabled()
         assert torch.is_inference_mode_enabled()
 
@@ -260,7 +260,7 @@ def test_compiled_functions_run_eagerly_inside_and_compiled_outside(ending: Any)
 
     model = network()
     function = torch.compile(lambda x: model(x).sum(), backend=backend)
-    with probe(model, ending):
+    with isolated_section(model, ending):
         function(torch.zeros(2, 4))
     assert not compiled_calls
     function(torch.zeros(2, 4))
@@ -273,7 +273,7 @@ def test_parameters_gradients_and_hooks_are_not_touched(ending: Any) -> None:
     model(torch.randn(3, 4)).sum().backward()
     model[0].register_forward_hook(lambda *_: None)
     identities = [(id(parameter), parameter._version, id(parameter.grad)) for parameter in model.parameters()]
-    with probe(model, ending):
+    with isolated_section(model, ending):
         model(torch.randn(3, 4))
     assert [(id(parameter), parameter._version, id(parameter.grad)) for parameter in model.parameters()] == identities
     assert len(model[0]._forward_hooks) == 1
@@ -306,7 +306,7 @@ def test_checkpointed_functions_are_plain_calls_inside_and_checkpointed_outside(
         calls.append(1)
         return layer(value).tanh()
 
-    with probe(layer, ending):
+    with isolated_section(layer, ending):
         output = checkpoint(function, x, use_reentrant=use_reentrant)
         torch.autograd.grad(output.sum(), x)
         assert len(calls) == 1
@@ -319,7 +319,7 @@ def test_checkpointed_functions_are_plain_calls_inside_and_checkpointed_outside(
 def test_experts_run_one_by_one_inside(ending: Any) -> None:
     model = family("mixtral")
     model.config._experts_implementation = "grouped_mm"
-    with probe(model, ending):
+    with isolated_section(model, ending):
         assert model.config._experts_implementation == "eager"
         assert all(module.config._experts_implementation == "eager" for module in model.modules() if hasattr(module, "config"))
     assert model.config._experts_implementation == "grouped_mm"

@@ -33,10 +33,6 @@ def assert_same(found: FisherSpectra, expected: FisherSpectra, tolerance: float)
         assert relative_error(found.blocks[block].eigenvalues, spectrum.eigenvalues) <= tolerance, block
 
 
-def joined(microbatches: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.cat([batch[name] for batch in microbatches]) for name in microbatches[0]}
-
-
 def padded(batch: Mapping[str, Tensor], extra: int) -> dict[str, Tensor]:
     """`extra` more padded positions on the right."""
     fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}

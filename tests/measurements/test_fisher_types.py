@@ -67,7 +67,7 @@ def assert_oracle(found: FisherSpectra, blocks: Mapping[str, Sequence[str]], G: 
     assert found.full.num_samples == len(stacked(G))
 
 
-def joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def concatenated(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -79,7 +79,7 @@ def gpt2() -> tuple[nn.Module, list[Any], Mapping[str, Sequence[str]]]:
 
 def test_tokens_by_their_own_gradients(gpt2: Any):
     model, microbatches, blocks = gpt2
-    G = joined(token_gradients(model, microbatches))
+    G = concatenated(token_gradients(model, microbatches))
     found = compute_fisher_spectrum(model, microbatches, sample_unit="token", num_targets=ALL)
     assert_oracle(found, blocks, G, len(stacked(G)))
     assert found.metadata["num_targets"] == found.metadata["num_gradients"] == len(stacked(G))
@@ -89,7 +89,7 @@ def test_tokens_by_their_own_gradients(gpt2: Any):
 def test_exact_by_every_class(gpt2: Any, unit: str):
     model, microbatches, blocks = gpt2
     parts = class_gradients(model, microbatches)
-    G = joined(parts)
+    G = concatenated(parts)
     normaliser = len(parts) if unit == "sequence" else len(stacked(G)) // VOCABULARY
     found = compute_fisher_spectrum(model, microbatches, fisher="exact", sample_unit=unit)
     assert_oracle(found, blocks, G, normaliser)
@@ -101,7 +101,7 @@ def test_centred_tokens(gpt2: Any):
     model, microbatches, _ = gpt2
     parts = token_gradients(model, microbatches)
     found = compute_fisher_spectrum(model, microbatches, sample_unit="token", num_targets=ALL, center_gradients=True)
-    G = stacked(joined(parts))
+    G = stacked(concatenated(parts))
     assert relative_error(found.full.eigenvalues, torch.linalg.svdvals(G - G.mean(0)) ** 2 / len(G)) < 1e-9
 
 

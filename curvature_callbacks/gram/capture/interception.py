@@ -186,7 +186,7 @@ class Capture(TorchFunctionMode):
         return graph[0] if repeated or graph.stride(0) == 0 else None
 
     def _call(self, func: Any, args: Any, kwargs: Any, inputs: Sequence[Tensor]) -> Call:
-        """The operation with its operands told apart."""
+        """The operation, its tensors split into derived ones and activations."""
         derived = {id(value): self._derived[value] for value in inputs if value in self._derived}
         return Call(func, args, kwargs, list(derived.values()), [value for value in inputs if id(value) not in derived])
 
@@ -216,7 +216,7 @@ class Capture(TorchFunctionMode):
         return tapped
 
     def _mark(self, call: Call, output: Tensor) -> None:
-        """Say what `output` depends on, by the activations among the operands; its copies need it again."""
+        """Note which activations `output` depends on; a copy of it must be noted again."""
         self._provenance.mark(call.function, call.args, call.activations, [output])
 
     def _taps_by_rule(self, call: Call, output: Tensor) -> list[Tapped]:

@@ -45,7 +45,7 @@ def add_by_gradients(total: Tensor, factors: KroneckerFactors, inputs: Tensor, o
 
 
 def add_by_positions(total: Tensor, factors: KroneckerFactors, inputs: Tensor, outputs: Tensor, chunk_bytes: int) -> None:
-    """The same, each position rotated first: `sum_s (left_s' right_s)^2` of (n, T, r_G) and (n, T, r_A)."""
+    """Add the same to `total`, each position rotated first: `sum_s (left_s' right_s)^2` of (n, T, r_G) and (n, T, r_A)."""
     left, right = factors.G.rotated(outputs), factors.A.rotated(inputs)
     if left.shape[1] == 1:  # the square of a product is the product of squares
         total += left[:, 0].double().square().T @ right[:, 0].double().square()

@@ -66,7 +66,7 @@ def _nothing(size: int, d1: int, d2: int, example: Tensor) -> tuple[Tensor, Tens
 
 
 def _with_positions(factor: Tensor, T: int) -> Tensor:
-    """With `T` positions: zero ones add nothing."""
+    """`factor` with zeros after its positions, up to `T` of them; they add nothing."""
     missing = T - factor.shape[1]
     return pad(factor, (0, 0, 0, missing)) if missing else factor
 

@@ -62,13 +62,13 @@ def row_gradients(data: Data) -> Tensor:
     return torch.stack(found)
 
 
-def normaliser_of(data: Data) -> float:
+def total_count(data: Data) -> float:
     return float(sum(counts.sum() for _, _, counts in data))
 
 
 def dense_fisher_of(data: Data) -> Tensor:
     g = row_gradients(data)
-    return dense_fisher(g) * len(g) / normaliser_of(data)
+    return dense_fisher(g) * len(g) / total_count(data)
 
 
 def loop_factors(data: Data, sharing: Sharing) -> tuple[Tensor, Tensor]:
@@ -95,7 +95,7 @@ def loop_factors(data: Data, sharing: Sharing) -> tuple[Tensor, Tensor]:
                 A += c * torch.outer(a[i, t], a[i, t])
                 for one in b:
                     G += torch.outer(one[i, t], one[i, t])
-    return A / normaliser_of(data), G / positions
+    return A / total_count(data), G / positions
 
 
 def as_matrix(factor: Factor) -> Tensor:
@@ -115,7 +115,7 @@ def found_of(
 
 def quality_of(found: KroneckerFactors, data: Data) -> Approximation:
     g = row_gradients(data)
-    return approximation(found, g @ g.T, normaliser=normaliser_of(data))
+    return approximation(found, g @ g.T, normaliser=total_count(data))
 
 
 def assert_correct(found: KroneckerFactors, data: Data, sharing: Sharing) -> None:

@@ -69,7 +69,7 @@ def flat_gradient(value: Tensor, model: nn.Module) -> Tensor:
     return torch.cat([part.flatten() for part in found])
 
 
-def pseudo_samples(model: nn.Module, losses: SampleLosses, found: list[Surrogate]) -> tuple[Tensor, Tensor, Tensor]:
+def dense_pseudo_samples(model: nn.Module, losses: SampleLosses, found: list[Surrogate]) -> tuple[Tensor, Tensor, Tensor]:
     """(S, P) gradients, (S,) weights and rows of the active pseudo-samples."""
     gradients, weights, rows = [], [], []
     for surrogate in found:
@@ -89,7 +89,7 @@ def pseudo_samples(model: nn.Module, losses: SampleLosses, found: list[Surrogate
 def fisher_of(kind: str, fisher_type: FisherType, *, seed: int = 0) -> Tensor:
     model, batch, loss = loss_case(kind)
     losses = loss(model, batch)
-    G, _, rows = pseudo_samples(model, losses, surrogates(fisher_type, losses, seed=seed))
+    G, _, rows = dense_pseudo_samples(model, losses, surrogates(fisher_type, losses, seed=seed))
     keep = losses.num_targets[rows] > 0
     return G[keep].T @ G[keep] / fisher_type.normaliser(losses.num_targets[losses.num_targets > 0])
 
@@ -198,7 +198,7 @@ def test_sampled_labels_give_the_exact_fisher_on_average(kind: str, unit: str):
     directions = torch.nn.functional.normalize(randn(len(exact), 4, seed=5), dim=0)
     found = []
     for seed in range(150):
-        G, _, _ = pseudo_samples(model, losses, surrogates(one, losses, seed=seed))
+        G, _, _ = dense_pseudo_samples(model, losses, surrogates(one, losses, seed=seed))
         found.append(torch.cat([(G @ directions).square().sum(0), G.square().sum()[None]]) / normaliser)
     draws_of = torch.stack(found)
     expected = torch.cat([(directions * (exact @ directions)).sum(0), exact.trace()[None]])
@@ -228,7 +228,7 @@ def test_targets_are_chosen_without_replacement_among_the_valid_ones(seed: int):
     model, batch, loss = loss_case("text")
     losses = loss(model, batch)
     found = surrogates(FisherType(sample_unit="token", num_targets=3), losses, seed=seed)
-    G, weights, rows = pseudo_samples(model, losses, found)
+    G, weights, rows = dense_pseudo_samples(model, losses, found)
     truth = {
         row: [flat_gradient(given_loss("text", model, batch, *t), model) for t in targets_of("text", batch) if t[0] == row]
         for row in range(N)
@@ -250,7 +250,7 @@ def test_weights_make_the_mean_gradient(kind: str, fisher: str, unit: str):
     model, batch, loss = loss_case(kind)
     losses = loss(model, batch)
     fisher_type = FisherType(fisher=fisher, sample_unit=unit, num_targets=T)
-    G, weights, rows = pseudo_samples(model, losses, surrogates(fisher_type, losses, seed=0))
+    G, weights, rows = dense_pseudo_samples(model, losses, surrogates(fisher_type, losses, seed=0))
     usable = losses.num_targets[rows] > 0
     normaliser = fisher_type.normaliser(losses.num_targets[losses.num_targets > 0])
     mean = (weights[usable].sqrt()[:, None] * G[usable]).sum(0) / normaliser
@@ -266,7 +266,7 @@ def test_weights_make_the_mean_gradient(kind: str, fisher: str, unit: str):
 def test_the_gradient_of_a_sampled_row_is_that_of_labels_that_can_be_drawn(kind: str):
     model, batch, loss = loss_case(kind)
     losses = loss(model, batch)
-    G, _, rows = pseudo_samples(model, losses, surrogates(FisherType(fisher="sampled", num_draws=5), losses, seed=0))
+    G, _, rows = dense_pseudo_samples(model, losses, surrogates(FisherType(fisher="sampled", num_draws=5), losses, seed=0))
     for g, row in zip(G, rows.tolist(), strict=True):
         outputs = [outputs_of(kind, model, batch, *target) for target in targets_of(kind, batch) if target[0] == row]
         possible = [
