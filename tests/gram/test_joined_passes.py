@@ -62,6 +62,26 @@ def captured_by(model: nn.Module, batch: Any, loss: Any) -> int:
     return storage.captured
 
 
+def test_passes_say_which_parameters_have_no_rule_and_leave_what_they_are_given_as_it_is():
+    model = nn.Sequential(nn.Linear(3, 3), nn.LSTM(3, 2, batch_first=True)).double()
+    known, consumed = {"0.bias": "by hand"}, []
+    options: dict[str, Any] = {"loss": lambda net, batch: net(batch["x"])[0].square().sum((1, 2)), "params_filter": None}
+    with offline_problem(model, [{"x": torch.randn(4, 2, 3, dtype=torch.float64)}], **options) as problem:
+        passed = run_passes(
+            context_of(problem),
+            problem.microbatches,
+            FisherType(),
+            Storage(MemoryBudget(device_bytes=1 << 30)),
+            unruled=known,
+            consume=lambda name, *_: consumed.append(name),
+        )
+    assert known == {"0.bias": "by hand"}
+    assert next(iter(passed.unruled.items())) == ("0.bias", "by hand")
+    assert passed.unruled["1.weight_ih_l0"] == "no rule for `lstm`"
+    assert consumed == ["0.weight"]
+    assert {*passed.unruled, *consumed} == set(dict(model.named_parameters()))
+
+
 def test_passes_are_no_larger_than_allowed(sizes_run: list[int]):
     case = CASES["mlp"]
     model, microbatches = case.model(), equally_long(case, (2, 2, 2, 2, 2, 2))
