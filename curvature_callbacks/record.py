@@ -20,6 +20,21 @@ _USUAL_CURVES: Final = ("condition_number", "lambda_max", "effective_rank", "tra
 _USUAL_SPECTRA: Final = ("eigenvalues", "full_eigenvalues", "block_diagonal_eigenvalues")
 
 
+# Pickles of version 0 hold a list of these fields' values, in this order.
+_FIELDS_OF_VERSION_0: Final = (
+    "step",
+    "measurement",
+    "block",
+    "scalars",
+    "headline",
+    "arrays",
+    "seconds",
+    "num_matvecs",
+    "metadata",
+    "error",
+)
+
+
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
@@ -66,6 +81,15 @@ class Record:
     def failed(self) -> bool:
         """Whether the measurement gave no result."""
         return self.error is not None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+    def __setstate__(self, state: Mapping[str, Any] | list[Any]) -> None:
+        values = dict(zip(_FIELDS_OF_VERSION_0, state, strict=True)) if isinstance(state, list) else state
+        record = Record(**values)
+        for name in self.__dataclass_fields__:
+            object.__setattr__(self, name, getattr(record, name))
 
     def to_json(self) -> str:
         """One line of strict JSON with its `version`; non-finite floats become the strings `nan`, `inf` and `-inf`."""

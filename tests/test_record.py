@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -211,3 +212,26 @@ def test_a_record_names_the_charts_of_its_arrays() -> None:
     assert charts(record(arrays=arrays | {"residuals": [0.1, 0.1]})) == {}
     assert charts(record(arrays=arrays, charts={})) == {}
     assert charts(record(arrays=arrays, charts={"weights": "histogram", "absent": "density"})) == {"weights": "histogram"}
+
+
+def test_pickles_of_version_0_are_read() -> None:
+    eigenpairs, failure = pickle.loads(VERSION_0.with_suffix(".pickle").read_bytes())
+    assert eigenpairs == Record(
+        step=3,
+        measurement="hessian",
+        block="layer_0",
+        scalars={"lambda_max": 2.5},
+        headline=("lambda_max",),
+        arrays={"eigenvalues": [2.5, 1.0]},
+        seconds=0.5,
+        num_matvecs=7,
+        metadata={"seed": 1},
+    )
+    assert failure == Record(step=4, measurement="kfac_coverage", error="why")
+
+
+def test_a_record_survives_a_pickle() -> None:
+    record = Record(
+        step=1, measurement="mine", scalars={"a": 1.0}, curves=("a",), arrays={"x": [1.0]}, charts={"x": "histogram"}
+    )
+    assert pickle.loads(pickle.dumps(record)) == record

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, final
 
@@ -104,7 +104,7 @@ class CurvatureMonitor:
         settings = Settings(
             every_n_steps=EVERY_N_STEPS if isinstance(when, Schedule) else when,
             schedule=when if isinstance(when, Schedule) else None,
-            measure=measure,
+            measure=list(measure) if isinstance(measure, Iterator) else measure,  # read more than once
             num_microbatches=num_microbatches,
             microbatch_size=microbatch_size,
             draw=draw,

@@ -66,7 +66,7 @@ class Settings:
     @property
     def when(self) -> Schedule:
         """When a probe is due: by `schedule` where it is given, else every `every_n_steps` optimizer steps."""
-        return self.schedule or EveryNSteps(n=self.every_n_steps)
+        return EveryNSteps(n=self.every_n_steps) if self.schedule is None else self.schedule
 
     @property
     def key(self) -> str:

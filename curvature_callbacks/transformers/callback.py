@@ -1,6 +1,7 @@
 """The callback for the Hugging Face Trainer."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -31,7 +32,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR  # noqa: E402
 
 from curvature_callbacks.transformers.frames import calling_trainer, resumed_from  # noqa: E402
 from curvature_callbacks.transformers.loss import ComputeLossWatch, departures, loss_of_trainer  # noqa: E402
-from curvature_callbacks.transformers.sinks import TrainerLog, reporter_sinks  # noqa: E402
+from curvature_callbacks.transformers.sinks import ReporterSink, TrainerLog  # noqa: E402
 
 _STATES = "curvature_callbacks: "  # what our keys among the Trainer's callback states begin with
 
@@ -174,7 +175,7 @@ class CurvatureCallback(TrainerCallback):
         sinks: list[Sink] = [
             self._memory,
             JSONLinesSink(Path(args.output_dir or ".") / "curvature.jsonl"),
-            *reporter_sinks(self._trainer),
+            ReporterSink(self._reporters),
             TrainerLog(self._trainer, state),
         ]
         self._monitor = CurvatureMonitor.of_settings(
@@ -214,6 +215,15 @@ class CurvatureCallback(TrainerCallback):
         """Release references: a cycle of Trainer and callback would keep the model alive until garbage is collected."""
         self._stop_watching()
         self._monitor = self._trainer = None
+
+    @property
+    def tensorboard_writer(self) -> Any:
+        """The writer of the Trainer's own TensorBoard callback, None while there is none."""
+        writers = (getattr(reporter, "tb_writer", None) for reporter in self._reporters())
+        return next((writer for writer in writers if writer is not None), None)
+
+    def _reporters(self) -> Sequence[TrainerCallback]:
+        return self._trainer.callback_handler.callbacks if self._trainer is not None else []
 
     @property
     def _state_key(self) -> str:

@@ -1,6 +1,6 @@
 """Where the records of a Hugging Face run go beside the file: reporters that have a sink, and the Trainer's log."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import final
 
 from transformers import Trainer, TrainerCallback, TrainerState
@@ -11,18 +11,12 @@ from curvature_callbacks.sinks.base import Sink
 from curvature_callbacks.sinks.loggers import has_sink, sink_of
 
 
-def reporter_sinks(trainer: Trainer | None) -> list[Sink]:
-    """One sink for each reporter of `trainer` that can show more than the headline numbers."""
-    reporters = trainer.callback_handler.callbacks if trainer is not None else []
-    return [ReporterSink(reporter) for reporter in reporters if has_sink(reporter)]
-
-
 @final
 class ReporterSink(Sink):
-    """A reporter of the Trainer, whose writer may appear after the first records."""
+    """The Trainer's first reporter that has a writer; reporter and writer may appear after the first records."""
 
-    def __init__(self, reporter: TrainerCallback) -> None:
-        self._reporter = reporter
+    def __init__(self, reporters: Callable[[], Sequence[TrainerCallback]]) -> None:
+        self._reporters = reporters
         self._sink: Sink | None = None
         self._waiting: list[Sequence[Record]] = []
 
@@ -30,7 +24,7 @@ class ReporterSink(Sink):
     def write(self, records: Sequence[Record]) -> None:
         self._waiting.append(records)
         if self._sink is None:
-            self._sink = sink_of(self._reporter)
+            self._sink = next(filter(None, map(sink_of, self._reporters())), None)
         while self._sink is not None and self._waiting:
             self._sink.write(self._waiting.pop(0))
 

@@ -10,7 +10,16 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from curvature_callbacks import CapturedProbes, JSONLinesSink, MemorySink, ProbeError, Probes, Record, RefusedError
+from curvature_callbacks import (
+    CapturedProbes,
+    JSONLinesSink,
+    KFACCoverage,
+    MemorySink,
+    ProbeError,
+    Probes,
+    Record,
+    RefusedError,
+)
 from tests.run.monitor_cases import example_batch, new_monitor, outcomes
 from tests.training_cases import Checksum, Raising, Rows, assert_equal, cheap, loader, probed_steps, reports
 
@@ -216,3 +225,8 @@ def test_nothing_of_the_model_changes() -> None:
     kept = [(id(p), id(p.grad), p._version, p.grad._version) for p in model.parameters()]  # type: ignore[union-attr]
     new_monitor(model, measure=cheap()).step(0)
     assert [(id(p), id(p.grad), p._version, p.grad._version) for p in model.parameters()] == kept  # type: ignore[union-attr]
+
+
+def test_measurements_may_come_from_an_iterator() -> None:
+    monitor = new_monitor(measure=iter([KFACCoverage()]))
+    assert "kfac_coverage" in {record.measurement for record in monitor.step(0)}

@@ -11,7 +11,7 @@ from transformers import PrinterCallback
 from transformers.integrations import TensorBoardCallback
 
 from curvature_callbacks import Record
-from curvature_callbacks.transformers.sinks import ReporterSink, reporter_sinks
+from curvature_callbacks.transformers.sinks import ReporterSink
 from tests.sinks.tag_cases import NotingWriter
 
 
@@ -21,7 +21,7 @@ def probe(step: int) -> list[Record]:
 
 def test_records_wait_for_a_writer_that_is_made_later() -> None:
     reporter, writer = TensorBoardCallback(), NotingWriter()
-    sink = ReporterSink(reporter)
+    sink = ReporterSink(lambda: [reporter])
     sink.write(probe(0))
     sink.write(probe(5))
     reporter.tb_writer = writer
@@ -30,8 +30,13 @@ def test_records_wait_for_a_writer_that_is_made_later() -> None:
     assert writer.tags["scalars"] == {f"curvature/hessian_at_{step:02d}" for step in (0, 5, 10)}
 
 
-def test_reporters_of_scalars_have_no_sink_of_their_own() -> None:
-    callbacks: list[Any] = [PrinterCallback(), TensorBoardCallback(NotingWriter())]
-    trainer: Any = SimpleNamespace(callback_handler=SimpleNamespace(callbacks=callbacks))
-    assert len(reporter_sinks(trainer)) == 1
-    assert reporter_sinks(None) == []
+def test_the_first_reporter_with_a_writer_is_written_to_whatever_its_class() -> None:
+    first, second = NotingWriter(), NotingWriter()
+    own: Any = SimpleNamespace(tb_writer=first)
+    reporters: list[Any] = [PrinterCallback(), TensorBoardCallback(), own]
+    sink = ReporterSink(lambda: reporters)
+    sink.write(probe(0))
+    reporters.append(TensorBoardCallback(second))
+    sink.write(probe(5))
+    assert first.tags["scalars"] == {"curvature/hessian_at_00", "curvature/hessian_at_05"}
+    assert second.tags == {}
