@@ -126,11 +126,8 @@ def _attempt(
     objective, world = context.objective, context.world
     collector = Collector(context, options, slices)
     exchange = None if world.size == 1 else Exchange(context, collector)
-    storage = Storage(
-        options.budget or memory_budget(objective.device),
-        form=context.limits.kept_form if options.sharing is None else "factors",
-        device=objective.device,
-    )
+    form = context.limits.kept_form if options.sharing is None else "factors"
+    storage = Storage(options.budget or memory_budget(objective.device), form=form, device=objective.device)
     try:
         with world.together():
             passed = run_passes(
@@ -146,10 +143,7 @@ def _attempt(
         context.memory.scratch.forget()
     observed = passed.observed if exchange is None or exchange.observed is None else exchange.observed
     mode = max(world.gathered(storage.mode), key=lambda mode: (len(mode), mode))
-    unruled = {**passed.unruled, **collector.without_gram}
-    fallback = {name: reason for name, reason in unruled.items() if name in objective.parameters}
-    if objective.is_sharded:
-        _refuse_row_by_row(fallback)
+    fallback = _fallback(objective, {**passed.unruled, **collector.without_gram})
     grams = {name: gram for name, gram in collector.grams.items() if name not in fallback}
     grams |= row_grams(context, passed, sorted(fallback))
     return _Attempt(
@@ -163,13 +157,16 @@ def _attempt(
     )
 
 
-def _refuse_row_by_row(fallback: Mapping[str, str]) -> None:
-    """Raise a `RefusedError` where a sharded parameter has no rule."""
-    for name, reason in fallback.items():
-        raise RefusedError(
-            f"`{name}` has no rule ({reason}) and is sharded: its gradients cannot be taken row by row. Leave it out by "
-            "`params_filter`."
-        )
+def _fallback(objective: Objective, unruled: Mapping[str, str]) -> dict[str, str]:
+    """The `unruled` parameters that are measured, each with its reason; raises a `RefusedError` where one is sharded."""
+    fallback = {name: reason for name, reason in unruled.items() if name in objective.parameters}
+    if objective.is_sharded:
+        for name, reason in fallback.items():
+            raise RefusedError(
+                f"`{name}` has no rule ({reason}) and is sharded: its gradients cannot be taken row by row. Leave it out by "
+                "`params_filter`."
+            )
+    return fallback
 
 
 def _certificate_errors(context: GramContext, attempt: _Attempt) -> dict[str, float]:
