@@ -1,13 +1,12 @@
 """Which trainable parameters a loss depends on: one that our route misses and training does not would be measured as zero."""
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from curvature_callbacks.errors import ConfigurationError
-from curvature_callbacks.library_internals.tensors import has_gradient_hooks
 from curvature_callbacks.model.loss.sample_losses import SampleLosses
 from curvature_callbacks.model.objective import Objective
 from curvature_callbacks.operators.graphs import graph_nodes
@@ -22,8 +21,7 @@ def losses_that_reach(objective: Objective, batch: Any, *, is_proved: bool) -> S
         is_proved: whether that is known: then no graph is built.
 
     Raises:
-        ConfigurationError: a parameter is read past the model's registries; the loss depends on none, or a hook makes its
-            gradient.
+        ConfigurationError: a parameter is read past the model's registries.
 
     Cost: one forward pass, its graph kept to the end of this call; one more by the live parameters where some are not reached.
     """
@@ -46,26 +44,7 @@ def losses_that_reach(objective: Objective, batch: Any, *, is_proved: bool) -> S
             "a closure, or a module outside the model): its curvature would come out as zero. Read it as an attribute of its "
             "module in the forward pass, or exclude it by `requires_grad_(False)` if it is not to train."
         )
-    if int(losses.num_targets.sum()) > 0:
-        _refuse_without_gradient(leaves, {id(leaf) for leaf in stand_ins.values()})
     return losses
-
-
-def _refuse_without_gradient(leaves: Mapping[int, Tensor], parameters: Set[int]) -> None:
-    """Refuse a loss by the `leaves` of its graph, where it has not the gradient that trains; both by id."""
-    others = [leaf for key, leaf in leaves.items() if key not in parameters]
-    if any(leaf.numel() == 1 and has_gradient_hooks(leaf) for leaf in others):
-        raise ConfigurationError(
-            "the loss, or a part of it, is a detached value whose gradient a hook makes in `backward()` (losses that cache "
-            "gradients do that): by `autograd.grad` it is zero, and so is all curvature. Pass the same loss without the cache "
-            "as a loss function for the probes."
-        )
-    if not leaves.keys() & parameters:
-        raise ConfigurationError(
-            "the loss depends on no trainable parameter: its value is detached, computed without gradients or constant, and "
-            "all curvature would be zero. Return the loss as it is before `.detach()`, `.item()` or `no_grad`, or pass "
-            "a loss function that does."
-        )
 
 
 def graph_leaves(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
