@@ -1,7 +1,6 @@
 """The callback for the Hugging Face Trainer."""
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -32,10 +31,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR  # noqa: E402
 
 from curvature_callbacks.transformers.frames import calling_trainer, resumed_from  # noqa: E402
 from curvature_callbacks.transformers.loss import ComputeLossWatch, departures, loss_of_trainer  # noqa: E402
-from curvature_callbacks.transformers.sinks import ReporterSink, TrainerLog  # noqa: E402
+from curvature_callbacks.transformers.sinks import ReporterSink, TrainerLog, reporters_of, tensorboard_writer  # noqa: E402
 
 _STATES = "curvature_callbacks: "  # what our keys among the Trainer's callback states begin with
-
 _logger = logging.getLogger("curvature_callbacks")
 
 
@@ -175,7 +173,7 @@ class CurvatureCallback(TrainerCallback):
         sinks: list[Sink] = [
             self._memory,
             JSONLinesSink(Path(args.output_dir or ".") / "curvature.jsonl"),
-            ReporterSink(self._reporters),
+            ReporterSink(lambda: reporters_of(self._trainer)),
             TrainerLog(self._trainer, state),
         ]
         self._monitor = CurvatureMonitor.of_settings(
@@ -207,8 +205,8 @@ class CurvatureCallback(TrainerCallback):
         """Put the vectors that eigensolvers start from beside the Trainer's state, which is JSON."""
         path = self._tensor_file(args, state)
         if self._monitor is not None and state.is_world_process_zero and path.parent.is_dir():
-            saved: Any = state.stateful_callbacks  # what the Trainer has just written: clocks have gone on since
-            save_with_tensors(path, state=self._monitor.state_dict(), plain=saved[self._state_key])
+            plain: Any = state.stateful_callbacks[self._state_key]  # what the Trainer has just written: clocks have gone on
+            save_with_tensors(path, state=self._monitor.state_dict(), plain=plain)
 
     @override
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -219,11 +217,7 @@ class CurvatureCallback(TrainerCallback):
     @property
     def tensorboard_writer(self) -> Any:
         """The writer of the Trainer's own TensorBoard callback, None while there is none."""
-        writers = (getattr(reporter, "tb_writer", None) for reporter in self._reporters())
-        return next((writer for writer in writers if writer is not None), None)
-
-    def _reporters(self) -> Sequence[TrainerCallback]:
-        return self._trainer.callback_handler.callbacks if self._trainer is not None else []
+        return tensorboard_writer(reporters_of(self._trainer))
 
     @property
     def _state_key(self) -> str:

@@ -1,7 +1,7 @@
 """Where the records of a Hugging Face run go beside the file: reporters that have a sink, and the Trainer's log."""
 
 from collections.abc import Callable, Sequence
-from typing import final
+from typing import Any, final
 
 from transformers import Trainer, TrainerCallback, TrainerState
 from typing_extensions import override
@@ -9,6 +9,17 @@ from typing_extensions import override
 from curvature_callbacks.record import Record, headline
 from curvature_callbacks.sinks.base import Sink
 from curvature_callbacks.sinks.loggers import has_sink, sink_of
+
+
+def reporters_of(trainer: Trainer | None) -> Sequence[TrainerCallback]:
+    """What `trainer` calls, reporters among them; nothing where there is no Trainer."""
+    return trainer.callback_handler.callbacks if trainer is not None else []
+
+
+def tensorboard_writer(reporters: Sequence[TrainerCallback]) -> Any:
+    """The writer of the first reporter that has one for TensorBoard; None while there is none."""
+    writers = (getattr(reporter, "tb_writer", None) for reporter in reporters)
+    return next((writer for writer in writers if writer is not None), None)
 
 
 @final
