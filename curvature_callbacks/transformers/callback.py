@@ -205,9 +205,7 @@ class CurvatureCallback(TrainerCallback):
         """Put the vectors that eigensolvers start from beside the Trainer's state, which is JSON."""
         path = self._tensor_file(args, state)
         if self._monitor is not None and state.is_world_process_zero and path.parent.is_dir():
-            plain = vars(state)["stateful_callbacks"][
-                self._state_key
-            ]  # as the Trainer has just written it: clocks have gone on
+            plain = vars(state)["stateful_callbacks"][self._state_key]  # just written: clocks have gone on since
             save_with_tensors(path, state=self._monitor.state_dict(), plain=plain)
 
     @override
