@@ -19,14 +19,12 @@ class ProbeMemory:
         loss: the run's loss, which settles its form once.
         blocks: names of the measured parameters, and their blocks.
         rewritten: names of the parameters that the loss changes in place.
-        is_reached: whether it is proved that the loss is reached by way of the parameters it trains.
         grams: what is known of the Grams.
     """
 
     loss: LossFunction | None = None
     blocks: tuple[tuple[str, ...], Blocks] | None = None
     rewritten: set[str] = field(default_factory=set)
-    is_reached: bool = False
     grams: GramMemory = field(default_factory=GramMemory)
 
     def loss_of_run(self, loss: Loss, batch: Any) -> LossFunction:

@@ -32,7 +32,6 @@ from curvature_callbacks.operators.preconditioned import PreconditionedOperator
 from curvature_callbacks.operators.replicated import ReplicatedDifferencesOperator, ReplicatedOperator, ShardedFisherOperator
 from curvature_callbacks.problem.deadline import NO_DEADLINE, Deadline
 from curvature_callbacks.problem.memory import ProbeMemory
-from curvature_callbacks.problem.reach import check_reach
 from curvature_callbacks.processes.fsdp import shard, unsharded
 from curvature_callbacks.processes.gathering import in_step, on_use_parameters
 from curvature_callbacks.processes.world import SINGLE, World
@@ -100,7 +99,7 @@ class Problem:
         self.optimizer = optimizer
         self.world = world
         self.deadline = deadline
-        memory = self._memory = ProbeMemory() if memory is None else memory
+        memory = ProbeMemory() if memory is None else memory
         resolved = memory.loss_of_run(loss, self.microbatches[0])
         on_use = on_use_parameters(model, world, device)
         if on_use is not None:
@@ -115,32 +114,23 @@ class Problem:
         self.grams = ProbeGrams(context, self.microbatches, self.blocks, sharing=sharing or {})
 
     def check(self, fisher_types: Sequence[FisherType] = ()) -> None:
-        """Raise a `ConfigurationError` when no sample has a valid target, the loss has not one of these types of Fisher, or our
-        route misses a parameter that the loss trains.
+        """Raise a `ConfigurationError` when no sample has a valid target, or the loss has not one of these types of Fisher.
 
-        Cost: one forward pass, and once a run one or two of one microbatch.
+        Cost: one forward pass.
         """
-        counts = []  # valid targets of each microbatch
+        valid = 0
         with torch.no_grad():
             for batch in self.microbatches:
                 losses = self.objective(batch)
-                counts.append(int(losses.num_targets.sum()))
+                valid += int(losses.num_targets.sum())
                 for fisher_type in fisher_types:
                     if fisher_type != EMPIRICAL:  # which every loss has
                         surrogates(fisher_type, losses, seed=self.seed)
-        if self.world.total(torch.tensor(sum(counts))) == 0:
+        if self.world.total(torch.tensor(valid)) == 0:
             raise ConfigurationError(
                 "every label of the drawn microbatches is ignored (-100): the loss is undefined. Check the collator and the "
                 "labels, or give probe data of its own."
             )
-        if not self._memory.is_reached:
-            check_reach(self.objective, self.microbatches[counts.index(max(counts))])
-            self._memory.is_reached = True
-
-    def prove(self) -> None:
-        """Check once a run: of a stream nothing may have been checked before training."""
-        if not self._memory.is_reached:
-            self.check()
 
     @property
     def num_rows(self) -> int:
