@@ -21,7 +21,7 @@ from curvature_callbacks.processes.world import SINGLE, World
 from curvature_callbacks.space import LOCAL, Space
 
 ParamsFilter = Callable[[str, nn.Parameter], bool]
-G = TypeVar("G")
+Built = TypeVar("Built")
 
 _PREFIX = "model."
 
@@ -31,7 +31,7 @@ _logger = logging.getLogger("curvature_callbacks")
 class SizedBuild(Protocol):
     """A function that builds a graph and returns it with its size in bytes."""
 
-    def __call__(self, build: Callable[[], G], /) -> tuple[G, int]:
+    def __call__(self, build: Callable[[], Built], /) -> tuple[Built, int]:
         """The graph that `build` builds, and the bytes of the tensors it saved."""
         ...
 

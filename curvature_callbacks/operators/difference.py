@@ -1,6 +1,6 @@
 """The Hessian of the mean loss by differences of the gradient, for models that cannot be differentiated twice."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, Protocol, final
 
@@ -20,7 +20,7 @@ from curvature_callbacks.operators.vectors import flatten, unflatten
 # Longest step as a share of ||theta||: the best fixed one for random vectors on seven small models (largest error 1.1e-4 in
 # float32, where 3e-3 gave 1.1e-3 and 3e-4 gave 2.8e-4; in float64 longer than the best, 1e-5, for models that compute their
 # norms and loss in float32: Llama's error is 1.6e-4 at 1e-4, 1.8e-3 at 1e-5).
-_LONGEST: Final = {torch.float32: 1e-3, torch.float64: 1e-4}
+_LONGEST: Final[Mapping[torch.dtype, float]] = {torch.float32: 1e-3, torch.float64: 1e-4}
 # Vectors that move few parameters take shorter steps. On a briefly trained GPT-2 of 0.9 M parameters the best step was 1e-3
 # ||theta|| along a random vector and along the layer norms, whose reach is 0.6 and 0.3, but 1e-5 along the largest
 # eigenvectors, that move about 150 parameters and reach 2e-3: there 1e-3 was off by 0.17.

@@ -1,13 +1,13 @@
 """Agreement: the one exception that all processes raise when some of them failed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import torch
 
 from curvature_callbacks.errors import ConfigurationError, ProbeError, RefusedError, is_out_of_memory, message_of, named
 
-_CATEGORIES: Final[dict[str, type[Exception]]] = {  # of failures, the most decisive first, and what all then raise
+_CATEGORIES: Final[Mapping[str, type[Exception]]] = {  # of failures, the most decisive first, and what all then raise
     "configuration": ConfigurationError,
     "refused": RefusedError,
     "memory": torch.OutOfMemoryError,

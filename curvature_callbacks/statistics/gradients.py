@@ -1,13 +1,14 @@
 """GradientStatistics: scatter and agreement of N per-sample gradients, from their Gram `K_ij = g_i . g_j` alone."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, final
 
 import torch
 from torch import Tensor
 
-_QUANTILES: Final = {"min": 0.0, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95, "max": 1.0}
+_QUANTILES: Final[Mapping[str, float]] = {"min": 0.0, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95, "max": 1.0}
 
 
 @final

@@ -1,6 +1,7 @@
 """Rules of convolutions: which use each makes of its weight and its bias, and where these have Kronecker factors."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final
 
 from torch import Tensor
@@ -67,8 +68,6 @@ def _same_padding(geometry: Geometry) -> list[int]:
     return amounts
 
 
-CONVOLUTION_RULES: Final = {
-    F.conv1d: _convolution_rule(1),
-    F.conv2d: _convolution_rule(2),
-    F.conv3d: _convolution_rule(3),
-}
+CONVOLUTION_RULES: Final[Mapping[Any, Callable[..., RuleTaps]]] = MappingProxyType(
+    {F.conv1d: _convolution_rule(1), F.conv2d: _convolution_rule(2), F.conv3d: _convolution_rule(3)}
+)

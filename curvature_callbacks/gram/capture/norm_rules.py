@@ -1,7 +1,8 @@
 """Rules of the normalisation layers: a scale of the normalised input and a shift."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Final
 
 import torch
@@ -124,13 +125,15 @@ def _affine(
     return taps
 
 
-NORM_RULES: Final[dict[Any, Callable[..., RuleTaps]]] = {
-    F.layer_norm: _layer_norm_rule,
-    torch.layer_norm: _layer_norm_rule,
-    F.rms_norm: _rms_norm_rule,
-    torch.rms_norm: _rms_norm_rule,
-    F.group_norm: _group_norm_rule,
-    torch.group_norm: _group_norm_rule,
-    F.batch_norm: _batch_norm_rule,
-    F.instance_norm: _instance_norm_rule,
-}
+NORM_RULES: Final[Mapping[Any, Callable[..., RuleTaps]]] = MappingProxyType(
+    {
+        F.layer_norm: _layer_norm_rule,
+        torch.layer_norm: _layer_norm_rule,
+        F.rms_norm: _rms_norm_rule,
+        torch.rms_norm: _rms_norm_rule,
+        F.group_norm: _group_norm_rule,
+        torch.group_norm: _group_norm_rule,
+        F.batch_norm: _batch_norm_rule,
+        F.instance_norm: _instance_norm_rule,
+    }
+)

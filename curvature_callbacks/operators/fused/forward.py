@@ -1,6 +1,6 @@
 """Forward passes whose layers have derivatives of a few kernels, for graphs that are multiplied many times."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Final, TypeVar, final
 
@@ -100,7 +100,7 @@ def _pointwise(function: Callable[..., Tensor]) -> Callable[..., Tensor | None]:
     return own
 
 
-_OWN: Final[dict[Any, Callable[..., Tensor | None]]] = {
+_OWN: Final[Mapping[Any, Callable[..., Tensor | None]]] = {
     F.linear: _linear,
     torch.addmm: _addmm,
     F.layer_norm: _layer_norm,
