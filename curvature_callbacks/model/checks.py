@@ -25,8 +25,8 @@ def check_model(model: nn.Module) -> None:
             )
 
 
-def second_order_obstacle(model: nn.Module) -> str | None:
-    """Why this model's attention has no second derivative, or None.
+def check_second_derivatives(model: nn.Module) -> None:
+    """Raise a `RefusedError` for a model whose attention has no second derivative.
 
     Kernels outside PyTorch return first derivatives only, and autograd then treats them as constants without a word: the
     Hessian product of a model with one such activation was off by 71 %.
@@ -35,11 +35,10 @@ def second_order_obstacle(model: nn.Module) -> str | None:
         config: Any = getattr(module, "config", None)
         implementation = attention_implementation(config)
         if implementation is not None and implementation not in _TWICE_DIFFERENTIABLE:
-            return (
+            raise RefusedError(
                 f"`{path or type(module).__name__}` uses attention implementation {implementation!r}, which has no second "
                 f"derivative: load the model with `attn_implementation` {' or '.join(map(repr, _TWICE_DIFFERENTIABLE))}."
             )
-    return None
 
 
 @contextmanager

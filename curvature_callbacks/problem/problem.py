@@ -1,28 +1,25 @@
 """Problem: model, blocks, loss and microbatches of one probe; what measurements share is built once."""
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Final, TypeVar, final
 
 import torch
 from torch import Tensor, nn
 
-from curvature_callbacks.batches import batch_size, to_device
-from curvature_callbacks.device import synchronise
+from curvature_callbacks.batches import batch_size
 from curvature_callbacks.errors import ConfigurationError, ProbeError, RefusedError
 from curvature_callbacks.gram.context import GramContext
 from curvature_callbacks.gram.probe_grams import ProbeGrams
 from curvature_callbacks.linalg.inner_products import InnerProducts
 from curvature_callbacks.linalg.operator import Operator
 from curvature_callbacks.model.blocks import BlockStructure
-from curvature_callbacks.model.checks import check_model, second_order_obstacle
+from curvature_callbacks.model.checks import check_model, check_second_derivatives
 from curvature_callbacks.model.loss.fisher_type import EMPIRICAL, FisherType, SampleUnit
 from curvature_callbacks.model.loss.resolve import Loss
 from curvature_callbacks.model.loss.sharing import Sharing
-from curvature_callbacks.model.loss.surrogates import surrogates
-from curvature_callbacks.model.objective import Objective, ParamsFilter, gradients
-from curvature_callbacks.model.stability import Optimizers, Stability, read_stability
+from curvature_callbacks.model.objective import ParamsFilter
+from curvature_callbacks.model.stability import Optimizers, Stability
 from curvature_callbacks.operators.difference import FiniteDifferenceHessianOperator
 from curvature_callbacks.operators.fisher import EmpiricalFisherOperator, FisherOperator, SampledFisherOperator
 from curvature_callbacks.operators.ggn import GGNOperator
@@ -31,9 +28,12 @@ from curvature_callbacks.operators.kfac import KFACOperator
 from curvature_callbacks.operators.preconditioned import PreconditionedOperator
 from curvature_callbacks.operators.replicated import ReplicatedDifferencesOperator, ReplicatedOperator, ShardedFisherOperator
 from curvature_callbacks.problem.deadline import NO_DEADLINE, Deadline
+from curvature_callbacks.problem.mean_gradient import mean_gradient
 from curvature_callbacks.problem.memory import ProbeMemory
-from curvature_callbacks.processes.fsdp import shard, unsharded
-from curvature_callbacks.processes.gathering import in_step, on_use_parameters
+from curvature_callbacks.problem.occasion import Occasion
+from curvature_callbacks.problem.preconditioner import stability_of
+from curvature_callbacks.problem.subject import Subject
+from curvature_callbacks.problem.targets import check_targets, num_valid_targets
 from curvature_callbacks.processes.world import SINGLE, World
 
 A = TypeVar("A", bound=Operator)
@@ -88,49 +88,50 @@ class Problem:
         world: World = SINGLE,
         deadline: Deadline = NO_DEADLINE,
     ) -> None:
+        subject = Subject(
+            model=model,
+            loss=loss,
+            params_filter=params_filter,
+            block_structure=block_structure,
+            optimizer=optimizer,
+            memory=ProbeMemory() if memory is None else memory,
+        )
+        self._pose(subject, microbatches, Occasion(seed=seed, step=step, world=world, deadline=deadline), sharing or {})
+
+    @classmethod
+    def of(
+        cls, subject: Subject, microbatches: Sequence[Any], occasion: Occasion, sharing: Mapping[FisherType, Sharing]
+    ) -> "Problem":
+        """The problem of one probe of a run, whose subject is the same at every probe."""
+        problem = cls.__new__(cls)
+        problem._pose(subject, microbatches, occasion, sharing)
+        return problem
+
+    def _pose(
+        self, subject: Subject, microbatches: Sequence[Any], occasion: Occasion, sharing: Mapping[FisherType, Sharing]
+    ) -> None:
         if not microbatches:
             raise ConfigurationError("`batches` must hold at least one microbatch, got none.")
-        check_model(model)
-        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        self.model = model
-        self.microbatches = [to_device(batch, device) for batch in microbatches]
-        self.seed = seed
-        self.step = step
-        self.optimizer = optimizer
-        self.world = world
-        self.deadline = deadline
-        memory = ProbeMemory() if memory is None else memory
-        resolved = memory.loss_of_run(loss, self.microbatches[0])
-        on_use = on_use_parameters(model, world, device)
-        if on_use is not None:
-            self.microbatches = in_step(self.microbatches, world)
-        self.objective = Objective(
-            model, resolved, params_filter=params_filter, on_use=on_use, world=world, rewritten=memory.rewritten
-        )
-        self.blocks = memory.blocks_of_run(model, tuple(self.objective.parameters), block_structure)
+        check_model(subject.model)
+        self.model = subject.model
+        self.optimizer = subject.optimizer
+        self.seed = occasion.seed
+        self.step = occasion.step
+        self.world = occasion.world
+        self.deadline = occasion.deadline
+        self.objective, self.microbatches = subject.objective(microbatches, self.world)
+        self.blocks = subject.blocks(self.objective.parameters)
         self.max_gram_rows = _MAX_GRAM_ROWS
         self.gradient_seconds = 0.0  # wall time of one gradient, once `gradients` was asked for
-        context = GramContext(objective=self.objective, memory=memory.grams, seed=seed, world=world)
-        self.grams = ProbeGrams(context, self.microbatches, self.blocks, sharing=sharing or {})
+        context = GramContext(objective=self.objective, memory=subject.memory.grams, seed=self.seed, world=self.world)
+        self.grams = ProbeGrams(context, self.microbatches, self.blocks, sharing=sharing)
 
     def check(self, fisher_types: Sequence[FisherType] = ()) -> None:
         """Raise a `ConfigurationError` when no sample has a valid target, or the loss has not one of these types of Fisher.
 
         Cost: one forward pass.
         """
-        valid = 0
-        with torch.no_grad():
-            for batch in self.microbatches:
-                losses = self.objective(batch)
-                valid += int(losses.num_targets.sum())
-                for fisher_type in fisher_types:
-                    if fisher_type != EMPIRICAL:  # which every loss has
-                        surrogates(fisher_type, losses, seed=self.seed)
-        if self.world.total(torch.tensor(valid)) == 0:
-            raise ConfigurationError(
-                "every label of the drawn microbatches is ignored (-100): the loss is undefined. Check the collator and the "
-                "labels, or give probe data of its own."
-            )
+        check_targets(self.objective, self.microbatches, fisher_types, seed=self.seed, world=self.world)
 
     @property
     def num_rows(self) -> int:
@@ -148,23 +149,17 @@ class Problem:
         Cost: one gradient, whose time is kept as the unit of all others.
         """
         with self.world.together():
-            synchronise(self.objective.device)
-            start = time.perf_counter()
-            leaves = self.objective.leaves()
-            with self.objective.saving():
-                mean = self.objective.mean(self.microbatches, leaves)
-            local = gradients(mean, leaves)
-            synchronise(self.objective.device)
-            self.gradient_seconds = time.perf_counter() - start
+            local = mean_gradient(self.objective, self.microbatches)
+            self.gradient_seconds = local.seconds
         if self._has_all_rows:
-            return local
-        return {name: self.world.total(gradient) for name, gradient in local.items()}
+            return local.by_name
+        return {name: self.world.total(gradient) for name, gradient in local.by_name.items()}
 
     @cached_property
     def _num_targets(self) -> int:
         """Valid targets of this process. Cost: one forward pass."""
-        with self.world.together(), torch.no_grad():
-            return sum(int(self.objective(batch).num_targets.sum()) for batch in self.microbatches)
+        with self.world.together():
+            return num_valid_targets(self.objective, self.microbatches)
 
     def hessian(self, names: Names = None) -> HessianOperator | ReplicatedOperator:
         """The Hessian of the mean loss, restricted to the named parameters.
@@ -172,7 +167,7 @@ class Problem:
         Raises:
             RefusedError: the model's attention has no second derivative.
         """
-        self._refuse_single_derivatives()
+        check_second_derivatives(self.model)
         with self.world.together():
             local = HessianOperator(self.objective, self.microbatches, names)
         return self.over_processes(local, local.num_targets)
@@ -192,7 +187,7 @@ class Problem:
             ConfigurationError: the likelihood of the loss is not known.
             RefusedError: the model's attention has no second derivative, which products with J take as well.
         """
-        self._refuse_single_derivatives()
+        check_second_derivatives(self.model)
         with self.world.together():
             local = GGNOperator(self.objective, self.microbatches, names)
         return self.over_processes(local, local.num_targets)
@@ -204,14 +199,9 @@ class Problem:
             ConfigurationError: the problem has no optimizer, or one of other parameters.
             RefusedError: the optimizer's update is not known.
         """
-        if self.optimizer is None:
-            raise ConfigurationError(
-                "`optimizer` is needed for its preconditioner, got None: pass the one that trains the model."
-            )
         named = dict(self.model.named_parameters())
         chosen = {name: named[name] for name in (self.objective.parameters if names is None else names)}
-        read = shard if self.objective.is_sharded else partial(unsharded, world=self.world)
-        return read_stability(self.optimizer, chosen, dtype=self.objective.dtype, read=read)
+        return stability_of(self.optimizer, chosen, self.objective, self.world)
 
     def preconditioned_hessian(self, names: Names = None) -> PreconditionedOperator:
         """`P^-1/2 H P^-1/2`, P the preconditioner of the optimizer's latest step; of those named parameters that it moves.
@@ -237,7 +227,7 @@ class Problem:
             ConfigurationError: the losses of single rows (`token`: of single targets) are not known.
             RefusedError: as `ggn`.
         """
-        self._refuse_single_derivatives()
+        check_second_derivatives(self.model)
         with self.world.together():
             local = EmpiricalFisherOperator(
                 self.objective,
@@ -255,7 +245,7 @@ class Problem:
             ConfigurationError: the likelihood of the loss is not known.
             RefusedError: as `ggn`.
         """
-        self._refuse_single_derivatives()
+        check_second_derivatives(self.model)
         seed = self.world.seed(self.seed)
         with self.world.together():
             local = SampledFisherOperator(
@@ -290,8 +280,3 @@ class Problem:
     def _has_all_rows(self) -> bool:
         """Whether an operator of the objective has the rows of all processes."""
         return self.world.size == 1 or self.objective.is_sharded
-
-    def _refuse_single_derivatives(self) -> None:
-        obstacle = second_order_obstacle(self.model)
-        if obstacle:
-            raise RefusedError(obstacle)

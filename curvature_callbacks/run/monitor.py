@@ -16,12 +16,13 @@ from curvature_callbacks.model.loss.resolve import Loss
 from curvature_callbacks.model.objective import ParamsFilter
 from curvature_callbacks.model.stability import Optimizers
 from curvature_callbacks.probes import CapturedProbes, Draw, Probes, as_probes, stable_seed
+from curvature_callbacks.problem.subject import Subject
 from curvature_callbacks.processes.group import current_world
 from curvature_callbacks.record import PROBE, Record
 from curvature_callbacks.run.choice import chosen_measurements
 from curvature_callbacks.run.failures import Failures
 from curvature_callbacks.run.pace import Pace, Trigger
-from curvature_callbacks.run.probe import Probe, Probing, Subject, isolated_probe
+from curvature_callbacks.run.probe import Probe, Probing, check_subject, isolated_probe
 from curvature_callbacks.run.probe_record import PROBE_HEADLINE, probe_record
 from curvature_callbacks.run.schedules import LossSpike, Schedule
 from curvature_callbacks.run.settings import EVERY_N_STEPS, Settings
@@ -177,7 +178,7 @@ class CurvatureMonitor:
         """
         world, seed = current_world(), self._probe_seed(step)
         with world.together():
-            self._subject.check(self._measure, world)
+            check_subject(self._subject, self._measure, world)
         self._checked = True
         try:
             with isolated_probe(self._subject, self._probes, seed=seed, step=step, world=world) as probe:

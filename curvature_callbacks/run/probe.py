@@ -4,11 +4,10 @@ import gc
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, final
 
 import torch
-from torch import nn
 
 from curvature_callbacks.batches import at_most, batch_size
 from curvature_callbacks.errors import ConfigurationError, is_out_of_memory
@@ -16,56 +15,21 @@ from curvature_callbacks.gram.memory import GramMemory
 from curvature_callbacks.isolation.model import isolated
 from curvature_callbacks.library_internals.fsdp import reshard
 from curvature_callbacks.measurements import Measurement, OfKronecker
-from curvature_callbacks.model.blocks import BlockStructure, group_blocks
+from curvature_callbacks.model.blocks import group_blocks
 from curvature_callbacks.model.loss.fisher_type import FisherType
-from curvature_callbacks.model.loss.resolve import Loss, is_function
+from curvature_callbacks.model.loss.resolve import is_function
 from curvature_callbacks.model.loss.sharing import Sharing
-from curvature_callbacks.model.objective import ParamsFilter
-from curvature_callbacks.model.stability import Optimizers
 from curvature_callbacks.probes import Probes
 from curvature_callbacks.problem.deadline import NO_DEADLINE, Deadline
-from curvature_callbacks.problem.memory import ProbeMemory
+from curvature_callbacks.problem.occasion import Occasion
 from curvature_callbacks.problem.problem import Problem
+from curvature_callbacks.problem.subject import Subject
 from curvature_callbacks.processes.fsdp import check_model_over_processes, take_buffers
 from curvature_callbacks.processes.world import World
 from curvature_callbacks.record import Record
 from curvature_callbacks.run.choice import check_optimizer
 from curvature_callbacks.run.failures import Failures
 from curvature_callbacks.run.states import States
-
-
-@final
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Subject:
-    """What all probes of a run look at.
-
-    Attributes:
-        model: the module training runs, unwrapped.
-        loss: see `resolve_loss`.
-        params_filter: `(name, parameter) -> bool`, which trainable parameters are measured; None for all.
-        block_structure: see `group_blocks`.
-        optimizer: what trains the model, or several of them; only read.
-        memory: what the probes so far have learnt.
-    """
-
-    model: nn.Module
-    loss: Loss
-    params_filter: ParamsFilter | None
-    block_structure: BlockStructure
-    optimizer: Optimizers | None
-    memory: ProbeMemory = field(default_factory=ProbeMemory)
-
-    def check(self, measure: Sequence[Measurement], world: World) -> None:
-        """Raise a `ConfigurationError` where model, blocks or optimizer rule these measurements out; no data is drawn."""
-        reshard(self.model.modules())
-        check_model_over_processes(self.model, world)
-        trainable = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
-        if not trainable:
-            raise ConfigurationError("the model has no trainable parameter: nothing to measure.")
-        keeps = self.params_filter
-        names = [name for name, value in trainable.items() if keeps is None or keeps(name, value)]
-        group_blocks(self.model, names, self.block_structure)
-        check_optimizer(measure, self.optimizer, {name: trainable[name] for name in names})
 
 
 @final
@@ -77,34 +41,17 @@ class Probe:
     Args:
         subject: of the run.
         microbatches: as they were drawn.
-        seed: of all random choices.
-        step: optimizer steps completed.
-        world: the processes, each with microbatches of its own.
-        max_seconds: after which nothing is begun; None for no limit.
+        occasion: of this probe; nothing is begun after its deadline.
         written: where it is noted what has to be put back after the probe.
 
     Attributes:
         microbatches: as they were drawn.
-        world: the processes.
     """
 
-    def __init__(
-        self,
-        subject: Subject,
-        microbatches: Sequence[Any],
-        *,
-        seed: int,
-        step: int,
-        world: World,
-        max_seconds: float | None,
-        written: ExitStack,
-    ) -> None:
+    def __init__(self, subject: Subject, microbatches: Sequence[Any], occasion: Occasion, written: ExitStack) -> None:
         self.microbatches = microbatches
-        self.world = world
         self._subject = subject
-        self._seed = seed
-        self._step = step
-        self._deadline = Deadline.after(max_seconds)
+        self._occasion = occasion
         self._written = written
 
     def problem(self, microbatches: Sequence[Any], *, sharing: Mapping[FisherType, Sharing]) -> Problem:
@@ -114,21 +61,7 @@ class Probe:
             microbatches: those drawn, or smaller ones of the same rows.
             sharing: types of Fisher whose Grams are to come with Kronecker factors, and how positions enter these.
         """
-        subject = self._subject
-        return Problem(
-            subject.model,
-            microbatches,
-            loss=subject.loss,
-            params_filter=subject.params_filter,
-            block_structure=subject.block_structure,
-            seed=self._seed,
-            step=self._step,
-            memory=subject.memory,
-            sharing=sharing,
-            optimizer=subject.optimizer,
-            world=self.world,
-            deadline=self._deadline,
-        )
+        return Problem.of(self._subject, microbatches, self._occasion, sharing)
 
     def watch_writes(self, problem: Problem) -> None:
         """Find out what the loss changes in place; it is put back now and after the probe. Cost: one forward pass."""
@@ -141,7 +74,21 @@ class Probe:
 
     def is_late(self) -> bool:
         """Whether the time of this probe is up on any process."""
-        return self._deadline != NO_DEADLINE and self.world.anywhere(self._deadline.has_passed)
+        deadline = self._occasion.deadline
+        return deadline != NO_DEADLINE and self._occasion.world.anywhere(deadline.has_passed)
+
+
+def check_subject(subject: Subject, measure: Sequence[Measurement], world: World) -> None:
+    """Raise a `ConfigurationError` where model, blocks or optimizer rule these measurements out; no data is drawn."""
+    reshard(subject.model.modules())
+    check_model_over_processes(subject.model, world)
+    trainable = {name: value for name, value in subject.model.named_parameters() if value.requires_grad}
+    if not trainable:
+        raise ConfigurationError("the model has no trainable parameter: nothing to measure.")
+    keeps = subject.params_filter
+    names = [name for name, value in trainable.items() if keeps is None or keeps(name, value)]
+    group_blocks(subject.model, names, subject.block_structure)
+    check_optimizer(measure, subject.optimizer, {name: trainable[name] for name in names})
 
 
 @contextmanager
@@ -159,8 +106,9 @@ def isolated_probe(
             yield None
             return
         assert microbatches is not None
+        occasion = Occasion(seed=seed, step=step, world=world, deadline=Deadline.after(max_seconds))
         with ExitStack() as written:
-            yield Probe(subject, microbatches, seed=seed, step=step, world=world, max_seconds=max_seconds, written=written)
+            yield Probe(subject, microbatches, occasion, written)
 
 
 @final

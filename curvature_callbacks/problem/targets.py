@@ -1,0 +1,40 @@
+"""The valid targets of a process's microbatches, and whether the loss has what measurements ask of it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from curvature_callbacks.errors import ConfigurationError
+from curvature_callbacks.model.loss.fisher_type import EMPIRICAL, FisherType
+from curvature_callbacks.model.loss.surrogates import surrogates
+from curvature_callbacks.model.objective import Objective
+from curvature_callbacks.processes.world import World
+
+
+def num_valid_targets(objective: Objective, microbatches: Sequence[Any]) -> int:
+    """`sum_i n_i` over these microbatches. Cost: one forward pass."""
+    with torch.no_grad():
+        return sum(int(objective(batch).num_targets.sum()) for batch in microbatches)
+
+
+def check_targets(
+    objective: Objective, microbatches: Sequence[Any], fisher_types: Sequence[FisherType], *, seed: int, world: World
+) -> None:
+    """Raise a `ConfigurationError` when no sample of any process has a valid target, or the loss lacks a type of Fisher.
+
+    Cost: one forward pass.
+    """
+    valid = 0
+    with torch.no_grad():
+        for batch in microbatches:
+            losses = objective(batch)
+            valid += int(losses.num_targets.sum())
+            for fisher_type in fisher_types:
+                if fisher_type != EMPIRICAL:  # which every loss has
+                    surrogates(fisher_type, losses, seed=seed)
+    if world.total(torch.tensor(valid)) == 0:
+        raise ConfigurationError(
+            "every label of the drawn microbatches is ignored (-100): the loss is undefined. Check the collator and the "
+            "labels, or give probe data of its own."
+        )
