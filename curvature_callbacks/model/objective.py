@@ -12,6 +12,7 @@ from torch.func import functional_call
 from curvature_callbacks.batches import to_dtype
 from curvature_callbacks.errors import ConfigurationError, ProbeError, named
 from curvature_callbacks.isolation.writes import WriteWatch
+from curvature_callbacks.model.loss.recording import value_only
 from curvature_callbacks.model.loss.resolve import LossFunction
 from curvature_callbacks.model.loss.sample_losses import SampleLosses
 from curvature_callbacks.processes.fsdp import ShardSpace, shard, unsharded
@@ -116,12 +117,22 @@ class Objective:
     def __call__(self, batch: Any, values: Mapping[str, Tensor] | None = None, *, watch: Watch | None = None) -> SampleLosses:
         """Losses of `batch` with `values` in place of the parameters of the same name.
 
+        Where gradients are off the loss may take derivatives of its own all the same, and nothing is recorded.
+
         Args:
             batch: a microbatch.
             values: shards, where `parameters` has shards.
             watch: observes the parameters that are gathered on the way.
         """
-        merged = {**self._constants, **self.parameters, **(values or {})}
+        values = values or {}
+        if torch.is_grad_enabled():
+            return self._evaluated(batch, values, watch)
+        with value_only():
+            constant = {name: value.detach() if value.requires_grad else value for name, value in values.items()}
+            return self._evaluated(batch, constant, watch).detached()
+
+    def _evaluated(self, batch: Any, values: Mapping[str, Tensor], watch: Watch | None) -> SampleLosses:
+        merged = {**self._constants, **self.parameters, **values}
         merged |= {name: merged[name].clone() for name in self._rewritten}
         shards = {name: merged.pop(name) for name in self._sharded}
         replaced = {_PREFIX + name: tensor for name, tensor in merged.items()}

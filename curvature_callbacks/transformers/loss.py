@@ -20,6 +20,7 @@ from curvature_callbacks.isolation.objects import CONTAINERS, reachable
 from curvature_callbacks.isolation.replicas import replica
 from curvature_callbacks.isolation.snapshot import put_back, undisturbed
 from curvature_callbacks.model.loss.own import OwnLoss
+from curvature_callbacks.model.loss.recording import is_recorded
 from curvature_callbacks.model.loss.resolve import Loss
 from curvature_callbacks.model.loss.sample_losses import IGNORED, SampleLosses, cross_entropies, shifted_cross_entropies
 from curvature_callbacks.processes.world import World
@@ -168,7 +169,7 @@ class _ComputedLoss:
         loss = self._value(model, batch)
         if not isinstance(loss, Tensor) or loss.ndim or not isinstance(batch, Mapping):
             return loss
-        self._is_settled |= torch.is_grad_enabled()  # a pass with gradients may be watched: one evaluation only
+        self._is_settled |= is_recorded()  # such a pass may be watched: one evaluation only
         if not self._is_settled:
             self._settle(self._matching_count(model, batch, loss))
         if self._count is None:

@@ -41,6 +41,7 @@ class Taps:
         self._expected: Counter[str] = Counter()
         self._open: Counter[str] = Counter()
         self._again = False
+        self._is_sent = False  # whether a gradient of ours is on its way
         self._uses: dict[str, list[Placed]] = {}
         self._pullback = Pullback()
         self._pulled: set[str] = set()
@@ -88,7 +89,7 @@ class Taps:
 
     def backward(self, total: Tensor, *, again: bool) -> None:
         """Send the gradient of `total`, 0-d, through the graph and finish what it does not reach; see `Capture.backward`."""
-        self._open, self._again = Counter(self._expected), again
+        self._open, self._again, self._is_sent = Counter(self._expected), again, True
         if self._anchors and total.requires_grad:
             torch.autograd.grad(total, self._anchors, allow_unused=True, retain_graph=again)
         for name, use in self._pullback.finish(self._derived.leaves).items():
@@ -112,7 +113,14 @@ class Taps:
         return output
 
     def _arrive(self, wanted: list[Tapped], gradient: Tensor) -> None:
-        """Complete the taps of one operation, whose output has got its `gradient`."""
+        """Complete the taps of one operation, whose output has got its `gradient`.
+
+        One that comes before ours is sent belongs to a derivative that the loss takes of itself: its graph uses the parameters
+        again, where no tap sees it.
+        """
+        if not self._is_sent:
+            self.refuse([derived for derived, _ in wanted], "the loss takes a derivative through its operation")
+            return
         with torch.no_grad():
             for derived, tap in reversed(wanted):
                 if derived.view is None:

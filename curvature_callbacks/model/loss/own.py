@@ -20,6 +20,7 @@ from curvature_callbacks.model.loss.own_forms import (
     with_reversed_labels,
     without_labels,
 )
+from curvature_callbacks.model.loss.recording import is_recorded
 from curvature_callbacks.model.loss.sample_losses import (
     SampleLosses,
     cross_entropies,
@@ -172,7 +173,7 @@ def _may_call_again(model: nn.Module) -> bool:
 
     A pass with gradients may be watched: one call only.
     """
-    return not torch.is_grad_enabled() and not passes_are_collective(model)
+    return not is_recorded() and not passes_are_collective(model)
 
 
 def _require_cross_entropy(form: LossForm | None, loss: Tensor) -> None:

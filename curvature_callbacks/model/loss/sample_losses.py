@@ -3,7 +3,7 @@
 A form takes logits and labels and gives `SampleLosses`; its name is the plural of its loss, because it gives one per sample.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal, final
 
 import torch
@@ -59,6 +59,17 @@ class SampleLosses:
     per_target: Tensor | None = None
     predictive: Predictive | None = None
     coupled: str | None = None
+
+    def detached(self) -> "SampleLosses":
+        """The same values without what they were computed from."""
+        predictive = self.predictive
+        return replace(
+            self,
+            total=self.total.detach(),
+            per_sample=None if self.per_sample is None else self.per_sample.detach(),
+            per_target=None if self.per_target is None else self.per_target.detach(),
+            predictive=None if predictive is None else replace(predictive, logits=predictive.logits.detach()),
+        )
 
 
 def cross_entropies(
