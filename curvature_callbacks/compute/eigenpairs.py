@@ -10,6 +10,7 @@ from curvature_callbacks.linalg.eigenpairs import Eigenpairs
 from curvature_callbacks.linalg.lanczos.options import LanczosOptions, ReorthMode
 from curvature_callbacks.linalg.lanczos.wanted import Which
 from curvature_callbacks.linalg.operator import Operator
+from curvature_callbacks.model.batch_norm import BatchNorm
 from curvature_callbacks.model.loss.fisher_type import Fisher, SampleUnit
 from curvature_callbacks.model.loss.resolve import Loss
 from curvature_callbacks.model.loss.sharing import Sharing
@@ -32,6 +33,7 @@ def compute_spectrum(
     loss: Loss = None,
     optimizer: Optimizers | None = None,
     params_filter: ParamsFilter | None = None,
+    batch_norm: BatchNorm | None = None,
     k: int = 10,
     which: Which = "BE",
     tol: float = 1e-3,
@@ -74,6 +76,10 @@ def compute_spectrum(
         loss: see `compute_fisher_spectrum`.
         optimizer: for `preconditioned_hessian`: SGD, Adam, AdamW, RMSprop, or several; only read.
         params_filter: `(name, parameter) -> bool`; the operator's diagonal block of these parameters.
+        batch_norm: `batch` for the statistics of each batch, as in training, `eval` for running ones; None for `batch` in the
+            Hessians and the GGN, `eval` in Fishers and their factors. Give batches of the size of training: where batch norms
+            or the loss couple rows, the numbers depend on it. Modules in evaluation mode in a model that is in training mode
+            stay on running statistics; these are left as found.
         k: pairs.
         which: `BE` both ends, `LA` largest, `SA` smallest, `LM` largest magnitude.
         tol: relative tolerance of the residuals, each by its own eigenvalue.
@@ -95,7 +101,7 @@ def compute_spectrum(
         ConfigurationError: a bad choice, an undeterminable loss, no trainable parameter, no valid target; a loss without what
             the operator is made of (single rows, single targets, logits and their likelihood).
         RefusedError: a kernel in the model cannot be differentiated twice, or differences step over kinks; no layer has
-            Kronecker factors; the optimizer's update is not known.
+            Kronecker factors; the optimizer's update is not known; a Fisher on the statistics of the batch.
         ProbeError: the loss or a product is not finite; the optimizer has not stepped yet.
 
     Cost: in gradients, Hessian 2 to build, three products for the self-check, then 1.6 to 2.5 a product; GGN and Fishers 1.5
@@ -129,7 +135,9 @@ def compute_spectrum(
         with isolated(model, seed=seed):
             return _checked_pairs(Eigenproblem(operator=operator), options)
     choice = MatrixChoice(operator=operator, sample_unit=sample_unit, fisher=fisher, num_draws=num_draws, sharing=sharing)
-    with offline_problem(model, batches, loss=loss, params_filter=params_filter, seed=seed, optimizer=optimizer) as problem:
+    with offline_problem(
+        model, batches, loss=loss, params_filter=params_filter, seed=seed, optimizer=optimizer, batch_norm=batch_norm
+    ) as problem:
         choice.check(problem, negative=options.asks_for_negative)
         return _checked_pairs(choice.eigenproblem(problem), options)
 

@@ -11,6 +11,7 @@ from curvature_callbacks.compute.gradient_sources import PerSampleGradients, spe
 from curvature_callbacks.compute.offline import offline_problem
 from curvature_callbacks.errors import check_positive
 from curvature_callbacks.measurements.fisher_spectrum import FisherSpectrum, spectra_of_problem
+from curvature_callbacks.model.batch_norm import BatchNorm
 from curvature_callbacks.model.blocks import BlockStructure
 from curvature_callbacks.model.loss.fisher_type import Fisher, SampleUnit
 from curvature_callbacks.model.loss.resolve import Loss
@@ -29,6 +30,7 @@ def compute_fisher_spectrum(
     num_targets: int = 8,
     block_structure: BlockStructure = "layer",
     params_filter: ParamsFilter | None = None,
+    batch_norm: BatchNorm | None = None,
     center_gradients: bool = False,
     num_samples: int | None = None,
     precomputed_gradients: PerSampleGradients | None = None,
@@ -62,6 +64,8 @@ def compute_fisher_spectrum(
         block_structure: `layer`, `component`, `module`, `parameter`, `none`, `{block: [names]}` or a function; see
             `group_blocks`.
         params_filter: `(name, parameter) -> bool`, which trainable parameters to measure.
+        batch_norm: None and `eval` use running statistics; `batch` is refused where the model has batch norms, because the
+            statistics of a batch couple its samples.
         center_gradients: subtract the mean gradient: the covariance `F - g g'`.
         num_samples: use the first so many rows only; default all.
         precomputed_gradients: one mapping from parameter name to gradient per sample; `batches` and `loss` are then unused.
@@ -131,7 +135,13 @@ def compute_fisher_spectrum(
         check_positive("num_samples", num_samples)
         microbatches = _first_rows(microbatches, num_samples)
     with offline_problem(
-        model, microbatches, loss=loss, params_filter=params_filter, block_structure=block_structure, seed=seed
+        model,
+        microbatches,
+        loss=loss,
+        params_filter=params_filter,
+        block_structure=block_structure,
+        seed=seed,
+        batch_norm=batch_norm,
     ) as problem:
         return warned(spectra_of_problem(problem, options))
 

@@ -60,6 +60,8 @@ def block_grams(context: GramContext, microbatches: Sequence[Any], blocks: Block
     parameters without a rule. Memory: see `compute_fisher_spectrum`.
     """
     objective = context.objective
+    if context.refusal:
+        raise RefusedError(context.refusal)
     if objective.is_sharded and options.max_params_per_block is not None:
         raise RefusedError("`max_params_per_block` needs unsharded parameters, and these take too much of the free memory.")
     slices = chosen_slices(objective.parameters, blocks, options.max_params_per_block, seed=context.seed)

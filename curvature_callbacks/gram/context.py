@@ -58,6 +58,7 @@ class GramContext:
         seed: of draws, of the certificate's weights and of subsampled parameters.
         world: the processes whose microbatches N spans too, by rank.
         limits: what the computation may take.
+        refusal: why rows have no gradients of their own, and there are no Grams; None where they have.
     """
 
     objective: Objective
@@ -65,3 +66,4 @@ class GramContext:
     seed: int
     world: World = SINGLE
     limits: GramLimits = GramLimits()
+    refusal: str | None = None

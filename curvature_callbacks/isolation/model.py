@@ -27,7 +27,7 @@ _DETERMINISTIC_CUBLAS: Final = (":4096:8", ":16:8")  # the two settings PyTorch 
 
 
 @contextmanager
-def isolated(model: nn.Module, *, seed: int) -> Iterator[None]:
+def isolated(model: nn.Module, *, seed: int) -> Iterator[frozenset[nn.Module]]:
     """Evaluation mode, full float32, math attention, eager stance and seeded generators; everything restored on the way out.
 
     Saved and restored, also after an exception: generators (torch CPU, the model's accelerator, NumPy, Python), attributes
@@ -41,10 +41,14 @@ def isolated(model: nn.Module, *, seed: int) -> Iterator[None]:
         model: the module training runs, unwrapped (no DDP, no `torch.compile` wrapper).
         seed: seeds the global generators inside, so that augmentations of a probe are the same in every process.
 
+    Yields:
+        The modules that are in training mode outside.
+
     Cost: one copy of the buffers and of the small attributes.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     modules = list(model.modules())
+    in_training = frozenset(module for module in modules if module.training)
     with ExitStack() as stack:
         stack.enter_context(_generators(device, seed))
         stack.enter_context(attributes_set_aside(modules))
@@ -60,7 +64,7 @@ def isolated(model: nn.Module, *, seed: int) -> Iterator[None]:
         stack.enter_context(_eager_experts(modules))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        yield
+        yield in_training
 
 
 @contextmanager

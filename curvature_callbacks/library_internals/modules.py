@@ -48,6 +48,11 @@ def is_convolution(module: object) -> bool:
     return isinstance(module, torch.nn.modules.conv._ConvNd)
 
 
+def is_batch_norm(module: object) -> bool:
+    """Whether it is a batch norm of torch, lazy or synchronised ones too, or derived from one."""
+    return isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
+
+
 def is_criterion(loss: object) -> TypeIs[nn.Module]:
     """Whether it is one of torch's losses, such as `nn.CrossEntropyLoss`: all derive from one class."""
     return isinstance(loss, torch.nn.modules.loss._Loss)

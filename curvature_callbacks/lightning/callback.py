@@ -13,6 +13,7 @@ from curvature_callbacks.lightning.framework import Callback, LightningModule, T
 from curvature_callbacks.lightning.loss import loss_of_module
 from curvature_callbacks.lightning.sinks import HeadlineSink, logger_sinks
 from curvature_callbacks.measurements import Measurement
+from curvature_callbacks.model.batch_norm import BatchNorm
 from curvature_callbacks.model.blocks import BlockStructure
 from curvature_callbacks.model.loss.resolve import Loss
 from curvature_callbacks.model.objective import ParamsFilter
@@ -63,6 +64,8 @@ class CurvatureCallback(Callback):
         probe_dataset: map-style, what to measure on in place of the training data; collated like it.
         probe_dataloader: a DataLoader with a dataset and a collator of its own to measure on.
         max_sequence_length: cut token sequences of probes to so many positions.
+        batch_norm: statistics of the batch, as in training (`batch`), or running ones (`eval`); None for `batch` in Hessians,
+            the GGN and `EdgeRatio`, on whole batches of the size of training, and for `eval` in Fishers, Grams and K-FAC.
 
     Attributes:
         history: every record so far.
@@ -91,6 +94,7 @@ class CurvatureCallback(Callback):
         probe_dataset: Any = None,
         probe_dataloader: Any = None,
         max_sequence_length: int | None = None,
+        batch_norm: BatchNorm | None = None,
     ) -> None:
         self._settings = Settings(
             every_n_steps=every_n_steps,
@@ -109,6 +113,7 @@ class CurvatureCallback(Callback):
             probe_dataset=probe_dataset,
             probe_dataloader=probe_dataloader,
             max_sequence_length=max_sequence_length,
+            batch_norm=batch_norm,
         )
         self._memory = MemorySink()
         self._monitor: CurvatureMonitor | None = None

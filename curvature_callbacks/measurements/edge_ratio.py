@@ -121,6 +121,7 @@ class EdgeRatio:
                 "seed": problem.seed,
                 "asymmetry": max(error, pairs.asymmetry),
                 "warnings": list(pairs.warnings),
+                **problem.trained.take().about,
             },
         )
         return [record], (error, task.assembled(pairs.eigenvectors[:, 0]))

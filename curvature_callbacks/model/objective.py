@@ -1,5 +1,6 @@
 """Objective: the loss as a function of the trainable parameters, on aliases that leave the model untouched."""
 
+import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping, MutableSet, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -12,6 +13,7 @@ from torch.func import functional_call
 from curvature_callbacks.batches import to_dtype
 from curvature_callbacks.errors import ConfigurationError, ProbeError, named
 from curvature_callbacks.isolation.writes import WriteWatch
+from curvature_callbacks.model.batch_norm import BatchNorms
 from curvature_callbacks.model.loss.recording import value_only
 from curvature_callbacks.model.loss.resolve import LossFunction
 from curvature_callbacks.model.loss.sample_losses import SampleLosses
@@ -98,6 +100,14 @@ class Objective:
         self._constants = self._widened({name: value for name, value in of_model.items() if name not in chosen})
         self._constants |= {name: self._widen(buffer) for name, buffer in model.named_buffers() if _is_narrow(buffer.dtype)}
         self._module = _LossModule(model, loss)
+        self._norms = BatchNorms()
+        self._statistics: dict[str, Tensor] = {}  # buffers that `_norms` write to, by name
+
+    def normalised_by(self, norms: BatchNorms) -> "Objective":
+        """The same loss with these modules normalising by the batch they are given; running statistics stay as they are."""
+        other = copy.copy(self)
+        other._norms, other._statistics = norms, norms.buffers(self._module.model)
+        return other
 
     def leaves(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Aliases of the named parameters (default all) that require gradients."""
@@ -134,9 +144,10 @@ class Objective:
     def _evaluated(self, batch: Any, values: Mapping[str, Tensor], watch: Watch | None) -> SampleLosses:
         merged = {**self._constants, **self.parameters, **values}
         merged |= {name: merged[name].clone() for name in self._rewritten}
+        merged |= {name: merged.get(name, buffer).clone() for name, buffer in self._statistics.items()}
         shards = {name: merged.pop(name) for name in self._sharded}
         replaced = {_PREFIX + name: tensor for name, tensor in merged.items()}
-        with nullcontext() if self._on_use is None else self._on_use.using(shards, watch):
+        with nullcontext() if self._on_use is None else self._on_use.using(shards, watch), self._norms.in_training_mode():
             result: SampleLosses = functional_call(self._module, replaced, (to_dtype(batch, self.dtype),))
         return result
 

@@ -12,7 +12,8 @@ from curvature_callbacks.linalg.operator import Operator
 from curvature_callbacks.model.loss.fisher_type import Fisher, FisherType
 from curvature_callbacks.model.loss.sharing import Sharing
 from curvature_callbacks.problem.eigenproblem import Eigenproblem
-from curvature_callbacks.problem.problem import AnyFisher, Problem
+from curvature_callbacks.problem.operators import AnyFisher
+from curvature_callbacks.problem.problem import Problem
 
 OperatorName = Literal[
     "hessian",
@@ -82,9 +83,20 @@ def from_function(function: OperatorFunction) -> Callable[[MatrixRequest], Eigen
     return lambda request: Eigenproblem(operator=function(request.problem, request.names))
 
 
+def _of_trained_loss(function: OperatorFunction) -> Callable[[MatrixRequest], Eigenproblem]:
+    """Builds what a function gives of the loss that trains; records say of which batches."""
+
+    def build(request: MatrixRequest) -> Eigenproblem:
+        operator = function(request.problem, request.names)
+        return Eigenproblem(operator=operator, about=request.problem.trained.take().about)
+
+    return build
+
+
 def _ggn(request: MatrixRequest) -> Eigenproblem:
     operator = request.problem.ggn(request.names)
-    return Eigenproblem(operator=operator, about={"num_targets": operator.num_targets})
+    about = {**request.problem.trained.take().about, "num_targets": operator.num_targets}
+    return Eigenproblem(operator=operator, about=about)
 
 
 def _empirical_fisher(request: MatrixRequest) -> Eigenproblem:
@@ -122,7 +134,7 @@ def _kronecker(request: MatrixRequest, *, corrected: bool) -> Eigenproblem:
 
 MATRICES: Final[Mapping[OperatorName, Matrix]] = MappingProxyType(
     {
-        "hessian": Matrix(build=from_function(Problem.hessian)),
+        "hessian": Matrix(build=_of_trained_loss(Problem.hessian)),
         "ggn": Matrix(build=_ggn, needs_likelihood=True),
         "empirical_fisher": Matrix(build=_empirical_fisher, options=("sample_unit",), of_samples=True),
         "sampled_fisher": Matrix(
@@ -140,7 +152,7 @@ MATRICES: Final[Mapping[OperatorName, Matrix]] = MappingProxyType(
             of_samples=True,
             is_kronecker=True,
         ),
-        "preconditioned_hessian": Matrix(build=from_function(Problem.preconditioned_hessian), needs_optimizer=True),
-        "finite_difference_hessian": Matrix(build=from_function(Problem.finite_difference_hessian), is_coarse=True),
+        "preconditioned_hessian": Matrix(build=_of_trained_loss(Problem.preconditioned_hessian), needs_optimizer=True),
+        "finite_difference_hessian": Matrix(build=_of_trained_loss(Problem.finite_difference_hessian), is_coarse=True),
     }
 )

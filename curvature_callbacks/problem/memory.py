@@ -19,12 +19,14 @@ class ProbeMemory:
         loss: the run's loss, which settles its form once.
         blocks: names of the measured parameters, and their blocks.
         rewritten: names of the parameters that the loss changes in place.
+        coupled: the part of the loss that is one of all rows of a batch together; None where none is known.
         grams: what is known of the Grams.
     """
 
     loss: LossFunction | None = None
     blocks: tuple[tuple[str, ...], Blocks] | None = None
     rewritten: set[str] = field(default_factory=set)
+    coupled: str | None = None
     grams: GramMemory = field(default_factory=GramMemory)
 
     def loss_of_run(self, loss: Loss, batch: Any) -> LossFunction:

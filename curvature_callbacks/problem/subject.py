@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from curvature_callbacks.batches import to_device
+from curvature_callbacks.model.batch_norm import BatchNorm
 from curvature_callbacks.model.blocks import Blocks, BlockStructure
 from curvature_callbacks.model.loss.resolve import Loss
 from curvature_callbacks.model.objective import Objective, ParamsFilter
@@ -29,6 +30,7 @@ class Subject:
         block_structure: see `group_blocks`.
         optimizer: what trains the model, or several of them; only read.
         memory: what the probes so far have learnt of loss and blocks; updated.
+        batch_norm: by which statistics; see `Problem`.
     """
 
     model: nn.Module
@@ -37,6 +39,7 @@ class Subject:
     block_structure: BlockStructure
     optimizer: Optimizers | None
     memory: ProbeMemory = field(default_factory=ProbeMemory)
+    batch_norm: BatchNorm | None = None
 
     @property
     def device(self) -> torch.device:

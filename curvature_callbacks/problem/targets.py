@@ -20,16 +20,20 @@ def num_valid_targets(objective: Objective, microbatches: Sequence[Any]) -> int:
 
 def check_targets(
     objective: Objective, microbatches: Sequence[Any], fisher_types: Sequence[FisherType], *, seed: int, world: World
-) -> None:
-    """Raise a `ConfigurationError` when no sample of any process has a valid target, or the loss lacks a type of Fisher.
+) -> str | None:
+    """The part of the loss that is one of all rows together, None where none is known.
+
+    Raises:
+        ConfigurationError: no sample of any process has a valid target, or the loss lacks a type of Fisher.
 
     Cost: one forward pass.
     """
-    valid = 0
+    valid, coupled = 0, None
     with torch.no_grad():
         for batch in microbatches:
             losses = objective(batch)
             valid += int(losses.num_targets.sum())
+            coupled = coupled or losses.coupled
             for fisher_type in fisher_types:
                 if fisher_type != EMPIRICAL:  # which every loss has
                     surrogates(fisher_type, losses, seed=seed)
@@ -38,3 +42,4 @@ def check_targets(
             "every label of the drawn microbatches is ignored (-100): the loss is undefined. Check the collator and the "
             "labels, or give probe data of its own."
         )
+    return coupled

@@ -74,6 +74,7 @@ FIELD_TABLES: Final[Mapping[str, FieldTable]] = MappingProxyType(
                 "probe_dataloader",
                 "max_sequence_length",
             ),
+            {"batch_norm": Added(version=2, default=None)},
             ignored=("max_overhead", "max_seconds", "spike"),
         ),
         "FisherSpectrum": FieldTable(

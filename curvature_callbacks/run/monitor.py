@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from curvature_callbacks.errors import ConfigurationError, is_out_of_memory, named
 from curvature_callbacks.measurements import Checked, Measurement, OfFisher
+from curvature_callbacks.model.batch_norm import BatchNorm
 from curvature_callbacks.model.blocks import BlockStructure
 from curvature_callbacks.model.loss.resolve import Loss
 from curvature_callbacks.model.objective import ParamsFilter
@@ -63,6 +64,8 @@ class CurvatureMonitor:
         microbatch_size: rows of each.
         seed: with the step it determines every draw and start vector.
         optimizer: what trains the model, or several of them, for measurements of it (`EdgeRatio`); only read.
+        batch_norm: statistics of the batch, as in training (`batch`), or running ones (`eval`); None for `batch` in Hessians,
+            the GGN and `EdgeRatio`, on whole batches of the size of training, and for `eval` in Fishers, Grams and K-FAC.
 
     Attributes:
         history: every record so far.
@@ -101,6 +104,7 @@ class CurvatureMonitor:
         microbatch_size: int = 8,
         seed: int = 0,
         optimizer: Optimizers | None = None,
+        batch_norm: BatchNorm | None = None,
     ) -> None:
         settings = Settings(
             every_n_steps=EVERY_N_STEPS if isinstance(when, Schedule) else when,
@@ -115,6 +119,7 @@ class CurvatureMonitor:
             max_overhead=max_overhead,
             max_seconds=max_seconds,
             spike=spike,
+            batch_norm=batch_norm,
         )
         source = as_probes(probes, num_microbatches=num_microbatches, microbatch_size=microbatch_size)
         self._set_up(model, settings, probes=source, sinks=sinks, loss=loss, optimizer=optimizer)
@@ -152,6 +157,7 @@ class CurvatureMonitor:
             params_filter=settings.params_filter,
             block_structure=settings.block_structure,
             optimizer=optimizer,
+            batch_norm=settings.batch_norm,
         )
         self._probes = probes
         self._measure = chosen_measurements(settings.measure)

@@ -99,14 +99,14 @@ def isolated_probe(
 
     Processes leave together: all normally, or all with an exception.
     """
-    with world.together(), isolated(subject.model, seed=world.seed(seed)):
+    with world.together(), isolated(subject.model, seed=world.seed(seed)) as in_training:
         take_buffers(subject.model, world)
         microbatches = probes.draw(seed)
         if world.anywhere(microbatches is None):
             yield None
             return
         assert microbatches is not None
-        occasion = Occasion(seed=seed, step=step, world=world, deadline=Deadline.after(max_seconds))
+        occasion = Occasion(seed=seed, step=step, world=world, deadline=Deadline.after(max_seconds), in_training=in_training)
         with ExitStack() as written:
             yield Probe(subject, microbatches, occasion, written)
 

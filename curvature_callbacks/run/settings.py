@@ -9,6 +9,7 @@ from torch.utils.data import default_collate
 from curvature_callbacks.batches import cut_sequences
 from curvature_callbacks.errors import ConfigurationError, check_choice, check_positive, check_seconds, check_share
 from curvature_callbacks.measurements import Measurement
+from curvature_callbacks.model.batch_norm import BatchNorm
 from curvature_callbacks.model.blocks import BlockStructure, check_block_structure
 from curvature_callbacks.model.loss.resolve import Loss, TargetLossName
 from curvature_callbacks.model.objective import ParamsFilter
@@ -45,12 +46,15 @@ class Settings:
     probe_dataset: Any = None
     probe_dataloader: Any = None
     max_sequence_length: int | None = None
+    batch_norm: BatchNorm | None = None
 
     def __post_init__(self) -> None:
         check_positive("every_n_steps", self.every_n_steps)
         check_positive("num_microbatches", self.num_microbatches)
         check_positive("microbatch_size", self.microbatch_size)
         check_choice("draw", self.draw, get_args(Draw))
+        if self.batch_norm is not None:
+            check_choice("batch_norm", self.batch_norm, get_args(BatchNorm))
         check_block_structure(self.block_structure)
         check_measurements(chosen_measurements(self.measure))
         check_share("max_overhead", self.max_overhead)

@@ -11,10 +11,11 @@ from typing_extensions import override
 from curvature_callbacks._optional import require
 from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.measurements import Measurement
+from curvature_callbacks.model.batch_norm import BatchNorm
 from curvature_callbacks.model.blocks import BlockStructure
 from curvature_callbacks.model.loss.resolve import Loss
 from curvature_callbacks.model.objective import ParamsFilter
-from curvature_callbacks.probes import Draw, Probes, stable_seed
+from curvature_callbacks.probes import Draw, Probes
 from curvature_callbacks.processes.group import current_world
 from curvature_callbacks.record import Record
 from curvature_callbacks.run.fingerprint import DESCRIPTION, warn_of_change
@@ -27,13 +28,17 @@ from curvature_callbacks.sinks import JSONLinesSink, MemorySink, Sink
 require("transformers", extra="transformers")
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments  # noqa: E402
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR  # noqa: E402
 
-from curvature_callbacks.transformers.frames import calling_trainer, resumed_from  # noqa: E402
+from curvature_callbacks.transformers.checkpoints import (  # noqa: E402
+    STATES,
+    states_of_nobody,
+    tensor_file,
+    tensor_files,
+)
+from curvature_callbacks.transformers.frames import calling_trainer  # noqa: E402
 from curvature_callbacks.transformers.loss import ComputeLossWatch, departures, loss_of_trainer  # noqa: E402
 from curvature_callbacks.transformers.sinks import ReporterSink, TrainerLog, reporters_of, tensorboard_writer  # noqa: E402
 
-_STATES = "curvature_callbacks: "  # what our keys among the Trainer's callback states begin with
 _logger = logging.getLogger("curvature_callbacks")
 
 
@@ -77,6 +82,8 @@ class CurvatureCallback(TrainerCallback):
         probe_dataset: map-style, what to measure on in place of the training data; collated like it.
         probe_dataloader: a DataLoader with a dataset and a collator of its own to measure on.
         max_sequence_length: cut token sequences of probes to so many positions.
+        batch_norm: statistics of the batch, as in training (`batch`), or running ones (`eval`); None for `batch` in Hessians,
+            the GGN and `EdgeRatio`, on whole batches of the size of training, and for `eval` in Fishers, Grams and K-FAC.
 
     Attributes:
         history: every record so far.
@@ -105,6 +112,7 @@ class CurvatureCallback(TrainerCallback):
         probe_dataset: Any = None,
         probe_dataloader: Any = None,
         max_sequence_length: int | None = None,
+        batch_norm: BatchNorm | None = None,
     ) -> None:
         self._settings = Settings(
             every_n_steps=every_n_steps,
@@ -123,6 +131,7 @@ class CurvatureCallback(TrainerCallback):
             probe_dataset=probe_dataset,
             probe_dataloader=probe_dataloader,
             max_sequence_length=max_sequence_length,
+            batch_norm=batch_norm,
         )
         self._follows_trainer = loss_fn == "trainer"
         self._memory = MemorySink()
@@ -203,7 +212,7 @@ class CurvatureCallback(TrainerCallback):
     @override
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put the vectors that eigensolvers start from beside the Trainer's state, which is JSON."""
-        path = self._tensor_file(args, state)
+        path = tensor_file(args, state, self._state_key)
         if self._monitor is not None and state.is_world_process_zero and path.parent.is_dir():
             plain = vars(state)["stateful_callbacks"][self._state_key]  # just written: clocks have gone on since
             save_with_tensors(path, state=self._monitor.state_dict(), plain=plain)
@@ -221,7 +230,7 @@ class CurvatureCallback(TrainerCallback):
 
     @property
     def _state_key(self) -> str:
-        return f"{_STATES}{self._settings.key}{' trainer' if self._follows_trainer else ''}"
+        return f"{STATES}{self._settings.key}{' trainer' if self._follows_trainer else ''}"
 
     @property
     def _description(self) -> dict[str, str]:
@@ -243,19 +252,10 @@ class CurvatureCallback(TrainerCallback):
         if state.global_step == 0:
             return
         if self._state_key not in saved:
-            callbacks = self._trainer.callback_handler.callbacks if self._trainer is not None else []
-            taken = {getattr(callback, "_state_key", None) for callback in callbacks}
-            others = [value for key, value in saved.items() if key.startswith(_STATES) and key not in taken]
-            warn_of_change(self._description, others)
+            warn_of_change(self._description, states_of_nobody(saved, self._trainer))
             return
-        plain, path = saved[self._state_key], self._tensor_file(args, state)
-        folders = [resumed_from(self._trainer), args.resume_from_checkpoint]
-        paths = [*(Path(folder) / path.name for folder in folders if isinstance(folder, str)), path]
+        plain, paths = saved[self._state_key], tensor_files(args, state, self._state_key, self._trainer)
         self._monitor.load_state_dict(load_with_tensors(paths, plain) or plain)
-
-    def _tensor_file(self, args: TrainingArguments, state: TrainerState) -> Path:
-        folder = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        return folder / f"curvature_{stable_seed(0, self._state_key):08x}.pt"
 
     def _loss(self, args: TrainingArguments) -> Loss:
         """The loss to measure, after saying so where training minimises something else than the model's own."""

@@ -180,6 +180,7 @@ MODULES: Final = [
         _forward_hooks="FSDP2's hooks run inside a probe (isolation/model)",
     ),
     *rows(lambda: nn.modules.module, _global_forward_hooks="no graph of an operator can be built (operators/fused)"),
+    *rows(lambda: nn.modules.batchnorm, _BatchNorm="batch norms are not known as such (model/batch_norm)"),
     *rows(lambda: nn.modules.conv, _ConvNd="convolutions are not told from other matrices (model/components)"),
     *rows(lambda: nn.modules.loss, _Loss="criterions such as nn.CrossEntropyLoss cannot be passed as `loss`"),
     *rows(

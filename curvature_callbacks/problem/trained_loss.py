@@ -1,0 +1,116 @@
+"""TrainedLoss: the loss that trains, on batches of which the rows may depend on each other."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, final
+
+import torch
+
+from curvature_callbacks.batches import batch_size, to_device
+from curvature_callbacks.errors import ProbeError, RefusedError
+from curvature_callbacks.model.batch_norm import BatchNorm, BatchNorms, batch_norms
+from curvature_callbacks.model.objective import Objective
+from curvature_callbacks.problem.occasion import Occasion
+from curvature_callbacks.problem.subject import Subject
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class WholeBatches:
+    """What Hessians and the GGN are made of: a loss that may couple rows, and batches that are never cut.
+
+    Attributes:
+        objective: of a batch, with batch norms as they were chosen.
+        microbatches: whole batches where rows are coupled, else the microbatches of the probe.
+        about: for records: `batch_norm`; `num_rows`, N of all processes; where rows are coupled `coupled`, by what, and
+            `batch_size`, rows of a batch.
+    """
+
+    objective: Objective
+    microbatches: Sequence[Any]
+    about: Mapping[str, Any]
+
+
+@final
+class TrainedLoss:
+    """The loss of a probe as it trains, taken by what needs no rows apart.
+
+    Every process has batches of its own, and batch norms normalise each by itself, as under DDP.
+
+    Args:
+        subject: of the run; its memory knows whether the loss couples rows.
+        occasion: of the probe.
+        objective: the loss on running statistics.
+        microbatches: of the probe.
+
+    Attributes:
+        num_taken: how often it was taken.
+    """
+
+    def __init__(self, subject: Subject, occasion: Occasion, objective: Objective, microbatches: Sequence[Any]) -> None:
+        self._subject = subject
+        self._occasion = occasion
+        self._objective = objective
+        self._microbatches = microbatches
+        self._taken: WholeBatches | None = None
+        self.num_taken = 0
+
+    def take(self) -> WholeBatches:
+        """The loss on whole batches, which are drawn at the first call; called by all processes.
+
+        Raises:
+            RefusedError: a batch norm normalises over several processes.
+            ProbeError: no whole batch has been seen yet.
+
+        Cost: that of drawing, at the first call.
+        """
+        self.num_taken += 1
+        if self._taken is None:
+            norms = self._norms(self._subject.batch_norm or "batch")
+            reasons = [*(["batch norm"] if norms.are_coupling else []), self._subject.memory.coupled]
+            coupled = " and ".join(reason for reason in reasons if reason)
+            microbatches = self._whole() if coupled else self._microbatches
+            self._taken = WholeBatches(
+                objective=self._objective.normalised_by(norms) if norms.switched else self._objective,
+                microbatches=microbatches,
+                about=self._about("batch" if norms.switched else "eval", coupled, list(map(batch_size, microbatches))),
+            )
+        return self._taken
+
+    def refuse_rows(self) -> None:
+        """Raise a `RefusedError` where rows have no gradients of their own, because the statistics of the batch were chosen."""
+        if self.row_refusal is not None:
+            raise RefusedError(self.row_refusal)
+
+    @cached_property
+    def row_refusal(self) -> str | None:
+        """Why rows have no gradients of their own; None where they have, or where a closer look is needed."""
+        if self._subject.batch_norm != "batch" or not self._norms("batch").are_coupling:
+            return None
+        return (
+            "with `batch_norm`='batch' the statistics of a batch couple its samples: they have no gradients of their own, and "
+            "there is no Fisher of them. Leave `batch_norm` at None, or choose 'eval': Fishers are then those of the running "
+            "statistics."
+        )
+
+    def _norms(self, batch_norm: BatchNorm) -> BatchNorms:
+        return batch_norms(self._subject.model, batch_norm=batch_norm, in_training=self._occasion.in_training)
+
+    def _whole(self) -> Sequence[Any]:
+        draw, world = self._occasion.draw_whole, self._occasion.world
+        if draw is None:
+            return self._microbatches
+        with world.together():
+            drawn = draw()
+            if not drawn:
+                raise ProbeError("no whole batch of the training data was seen yet, and the loss couples the rows of a batch.")
+            batches = [to_device(batch, self._subject.device) for batch in drawn]
+        if self._objective.is_sharded:  # every pass gathers parameters, and all processes must take part
+            batches = batches[: min(world.gathered(len(batches)))]
+        return batches
+
+    def _about(self, batch_norm: BatchNorm, coupled: str, sizes: Sequence[int]) -> dict[str, Any]:
+        world = self._occasion.world
+        about = {"batch_norm": batch_norm, "num_rows": int(world.total(torch.tensor(sum(sizes))))}
+        return about | {"coupled": coupled, "batch_size": max(world.gathered(max(sizes)))} if coupled else about
