@@ -80,7 +80,7 @@ def lanczos(
         initial_vectors: (P, j) eigenvectors of a similar operator: the run starts from their sum, with a tenth of random noise.
             Their lengths are weights; `Eigenpairs.starting_vector` gives those that converge late more.
         seed: seed of random vectors, drawn from a private generator.
-        return_eigenvectors: also return the Ritz vectors (P, k).
+        return_eigenvectors: also return the Ritz vectors (P, k), each of unit length.
         true_residuals: replace the residual estimates by `||A v - theta v||_2`, at `k` further products (on top of
             `max_matvecs`).
 
@@ -138,7 +138,7 @@ def solve(
     start = time.perf_counter()
     run = iteration(operator, options, initial_vectors=initial_vectors, limits=limits)
     ritz, krylov = run.result(), run.krylov
-    vectors = krylov.vectors(ritz.coordinates) if options.return_eigenvectors or options.true_residuals else None
+    vectors = _unit_vectors(krylov, ritz) if options.return_eigenvectors or options.true_residuals else None
     num_matvecs = krylov.num_matvecs
     if options.true_residuals and vectors is not None:
         ritz = replace(ritz, residuals=_true_residuals(operator, vectors, ritz))
@@ -232,6 +232,14 @@ def _start(vectors: Tensor | None, operator: Operator, seed: int) -> Tensor | No
     together = vectors.to(operator.device, operator.dtype).sum(1)
     noise = torch.randn(len(together), generator=products.random(seed), dtype=operator.dtype).to(operator.device)
     return together / norm(together).to(together.dtype) + _NOISE_SHARE * noise / norm(noise).to(noise.dtype)
+
+
+def _unit_vectors(krylov: Krylov, ritz: Ritz) -> Tensor:
+    """(P, k) the Ritz vectors at unit length, which a basis orthonormal to half the digits gives to these only."""
+    vectors = krylov.vectors(ritz.coordinates)
+    for column in vectors.T:
+        column /= krylov.products.norm(column).to(column.dtype)
+    return vectors
 
 
 def _true_residuals(operator: Operator, vectors: Tensor, ritz: Ritz) -> Tensor:

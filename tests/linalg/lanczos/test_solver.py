@@ -93,6 +93,7 @@ def test_eigenvectors_are_orthonormal_and_satisfy_the_relation(name: str, dtype:
     eps = torch.finfo(dtype).eps
     assert pairs.eigenvectors.dtype == dtype
     assert (V.T @ V - torch.eye(6)).abs().max() <= 10 * math.sqrt(eps)
+    assert (V.norm(dim=0) - 1).abs().max() <= 4 * eps  # exactly unit, though the basis has half the digits
     assert (A.double() @ V - V * pairs.eigenvalues).norm(dim=0).max() <= 100 * eps * max(A.abs().max().item(), eps) * P
 
 
