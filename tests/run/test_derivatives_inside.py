@@ -123,7 +123,8 @@ def test_nothing_is_recorded_where_gradients_are_off() -> None:
     assert recorded.total.requires_grad
     assert torch.equal(losses.total, recorded.total)
     assert losses.per_sample is not None
-    assert not (losses.total.requires_grad or losses.per_sample.requires_grad)
+    assert not losses.total.requires_grad
+    assert not losses.per_sample.requires_grad
 
 
 def test_a_pass_for_values_is_told_from_a_recorded_one() -> None:
