@@ -167,30 +167,15 @@ def probes_from_loader(
         return None
     if isinstance(loader, DataLoader) and loader.batch_size is None and loader.batch_sampler is None:
         return None
-    return dataset_probes(
-        dataset,
-        collate,
-        num_microbatches=num_microbatches,
-        microbatch_size=microbatch_size,
-        prepare=prepare,
-        rows=_rows_of(loader),
+    rows = _rows_of(loader)
+    check_dataset(dataset, rows)
+    return DatasetProbes(
+        dataset, collate, num_microbatches=num_microbatches, microbatch_size=microbatch_size, prepare=prepare, rows=rows
     )
 
 
-def dataset_probes(
-    dataset: Any,
-    collate: Callable[[list[Any]], Any],
-    *,
-    num_microbatches: int,
-    microbatch_size: int,
-    prepare: Prepare | None = None,
-    rows: Sequence[Any] | None = None,
-) -> DatasetProbes:
-    """`DatasetProbes` with these arguments, for a dataset that was checked.
-
-    Raises:
-        ConfigurationError: it cannot be indexed, or has no rows.
-    """
+def check_dataset(dataset: Any, rows: Sequence[Any] | None = None) -> None:
+    """Raise a `ConfigurationError` for a dataset that cannot be indexed or has no rows, or without one among `rows`."""
     if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")) or isinstance(dataset, IterableDataset):
         raise ConfigurationError(
             f"`probe_dataset` must have `__getitem__` and `__len__`, so that rows can be drawn, got {type(dataset).__name__}."
@@ -199,9 +184,6 @@ def dataset_probes(
         raise ConfigurationError("the dataset is empty: there is nothing to draw a probe from.")
     if rows is not None and len(rows) == 0:
         raise ConfigurationError("the sampler of the data draws no row: there is nothing to draw a probe from.")
-    return DatasetProbes(
-        dataset, collate, num_microbatches=num_microbatches, microbatch_size=microbatch_size, prepare=prepare, rows=rows
-    )
 
 
 def as_probes(probes: Any, *, num_microbatches: int, microbatch_size: int) -> Probes:

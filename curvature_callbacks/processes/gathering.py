@@ -35,6 +35,7 @@ _MOST_NOTED: Final = 1 << 10  # storages noted before those that are freed are d
 _VECTORS: Final = 4  # of parameters, in float32: their values, a vector, its product, and one to work with
 
 Built = TypeVar("Built")
+LinearMap = Callable[[Tensor], Tensor]
 
 
 class Watch(Protocol):
@@ -69,6 +70,11 @@ class _Member:
     def gathered_parameter(self, shard: Tensor) -> Tensor:
         """(shape) from the shards of all processes."""
         return self.world.concatenated(shard, self.shape[0], label=self.name)
+
+    def differentiable(self, shard: Tensor) -> Tensor:
+        """`gathered_parameter` as a function of the shard, whose derivative is `scattered`."""
+        result: Tensor = _Linear.apply(shard, self.gathered_parameter, self.scattered)  # type: ignore[no-untyped-call]
+        return result
 
     def scattered(self, gradient: Tensor) -> Tensor:
         """The part held here of the sum over processes of a `gradient` (shape)."""
@@ -141,8 +147,7 @@ class OnUse:
 
     def _gathered(self, member: _Member, shard: Tensor) -> Tensor:
         with without_torch_function():  # what is put together here is not what the model computes
-            differentiable = shard.requires_grad
-            result: Tensor = _Gather.apply(shard, member) if differentiable else member.gathered_parameter(shard)  # type: ignore[no-untyped-call]
+            result = member.differentiable(shard) if shard.requires_grad else member.gathered_parameter(shard)
             self.storages.note(result, member, shard)
             return result
 
@@ -274,27 +279,15 @@ def in_step(microbatches: Sequence[Any], world: World) -> list[Any]:
     return [take_rows(batch, torch.arange(size)) for batch, size in zip(microbatches, common, strict=False)]
 
 
-class _Gather(torch.autograd.Function):
-    """From the shard held here to the parameter; derivative `_Scatter`."""
+class _Linear(torch.autograd.Function):
+    """`forward_map(x)` of a linear map: its derivative is `adjoint_map`, whose derivative is `forward_map` again."""
 
     @staticmethod
-    def forward(ctx: Any, shard: Tensor, member: _Member) -> Tensor:
-        ctx.member = member
-        return member.gathered_parameter(shard)
+    def forward(ctx: Any, x: Tensor, forward_map: LinearMap, adjoint_map: LinearMap) -> Tensor:
+        ctx.maps = forward_map, adjoint_map
+        return forward_map(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _Scatter.apply(gradient, ctx.member), None  # type: ignore[no-untyped-call]
-
-
-class _Scatter(torch.autograd.Function):
-    """From a gradient by the parameter to the part held here of its sum over processes; derivative `_Gather`."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, member: _Member) -> Tensor:
-        ctx.member = member
-        return member.scattered(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _Gather.apply(gradient, ctx.member), None  # type: ignore[no-untyped-call]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        forward_map, adjoint_map = ctx.maps
+        return _Linear.apply(gradient, adjoint_map, forward_map), None, None  # type: ignore[no-untyped-call]

@@ -13,7 +13,7 @@ from curvature_callbacks.model.batch_norm import BatchNorm
 from curvature_callbacks.model.blocks import BlockStructure, check_block_structure
 from curvature_callbacks.model.loss.resolve import Loss, TargetLossName
 from curvature_callbacks.model.objective import ParamsFilter
-from curvature_callbacks.probes import CapturedProbes, Draw, Prepare, Probes, dataset_probes, probes_from_loader
+from curvature_callbacks.probes import CapturedProbes, DatasetProbes, Draw, Prepare, Probes, check_dataset, probes_from_loader
 from curvature_callbacks.run.choice import check_measurements, chosen_measurements
 from curvature_callbacks.run.fingerprint import argument_texts, fingerprint
 from curvature_callbacks.run.schedules import EveryNSteps, LossSpike, Schedule
@@ -92,7 +92,8 @@ class Settings:
         """Rows of `probe_dataset` or `probe_dataloader`, else of the training data; None where these cannot be indexed."""
         prepare = self._prepare(prepare)
         if self.probe_dataset is not None:
-            return dataset_probes(
+            check_dataset(self.probe_dataset)
+            return DatasetProbes(
                 self.probe_dataset,
                 getattr(loader, "collate_fn", None) or default_collate,
                 num_microbatches=self.num_microbatches,

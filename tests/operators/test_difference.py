@@ -16,7 +16,7 @@ from curvature_callbacks.model.loss.resolve import resolve_loss
 from curvature_callbacks.model.objective import Objective
 from curvature_callbacks.operators.difference import FiniteDifferenceHessianOperator
 from tests.cases import CASES, CLASSES, in_general_position
-from tests.operators.operator_cases import dense
+from tests.operators.operator_cases import PartlyUsed, dense, names_of, partial_loss, with_fused_kernel
 from tests.reference import case_loss, dense_hessian, mean_loss, relative_error
 
 SIZES = (2, 1, 2)
@@ -27,10 +27,6 @@ DENSE = {
     "convnet": ("conv1", "bn1", "fc"),
 }
 ACCURACY = {torch.float32: 2e-3, torch.float64: 1e-6}
-
-
-def names_of(model: nn.Module, prefixes: tuple[str, ...]) -> list[str]:
-    return [name for name, _ in model.named_parameters() if name.startswith(prefixes)]
 
 
 @contextmanager
@@ -134,39 +130,10 @@ def test_microbatches_are_weighted_by_their_targets(empty: int):
         assert relative_error(dense(operator).double(), truth) < 1e-5
 
 
-class OnceTanh(torch.autograd.Function):
-    """A kernel whose backward pass has no derivative."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.tanh()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient * (1 - ctx.saved_tensors[0].tanh() ** 2)
-
-
-class Hidden(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = nn.Linear(5, 4)
-        self.b = nn.Linear(4, CLASSES)
-        self.unused = nn.Parameter(torch.ones(2))
-        self.once = True
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.a(x)
-        return self.b(OnceTanh.apply(hidden) if self.once else hidden.tanh())
-
-
 def test_a_kernel_without_a_second_derivative():
-    model, batch = in_general_position(Hidden).double(), CASES["mlp"].microbatches((4,))[0]
-    model.once = False
-    truth = dense_hessian(model, lambda m: F.cross_entropy(m(batch[0]), batch[1]), names_of(model, ("",)))
-    model.once = True
-    with differences_of(model, [batch], loss="cross_entropy") as operator:
+    plain, batch = with_fused_kernel("none"), CASES["mlp"].microbatches((4,))[0]
+    truth = dense_hessian(plain, lambda m: F.cross_entropy(m(batch[0]), batch[1]), names_of(plain, ("",)))
+    with differences_of(with_fused_kernel("inside"), [batch], loss="cross_entropy") as operator:
         assert relative_error(dense(operator).double(), truth) < 1e-6
 
 
@@ -182,11 +149,11 @@ def test_narrow_models_are_measured_in_float32_and_say_so(dtype: torch.dtype):
         )  # the class's figure for columns of single parameters; 9e-4 to 1.5e-3 here, by processor
 
 
-def test_a_single_narrow_parameter_makes_negative_eigenvalues_unreliable():
-    model = in_general_position(Hidden)
+def test_a_single_narrow_parameter_is_measured_in_float32():
+    model = in_general_position(PartlyUsed)
     model.unused.data = model.unused.data.bfloat16()
     model.unused.requires_grad_(False)
-    with differences_of(model, CASES["mlp"].microbatches((4,)), loss="cross_entropy") as operator:
+    with differences_of(model, CASES["mlp"].microbatches((4,)), loss=partial_loss) as operator:
         assert operator.dtype == torch.float32
 
 

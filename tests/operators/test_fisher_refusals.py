@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 from curvature_callbacks import ConfigurationError, ProbeError, RefusedError, compute_fisher_spectrum
 from curvature_callbacks.operators.self_checks import check_adjoint
-from tests.cases import CASES, CLASSES, in_general_position
+from tests.cases import CASES
 from tests.operators.fisher_cases import fisher_of, prefixed, problem_of, vector
-from tests.operators.operator_cases import dense
+from tests.operators.operator_cases import dense, mean_cross_entropy, row_cross_entropy, with_fused_kernel
 from tests.reference import dense_fisher, relative_error, sample_gradients, stacked
 
 
@@ -54,14 +54,6 @@ def test_a_probe_without_a_usable_row_has_no_fisher():
         problem.empirical_fisher()
 
 
-def mean_cross_entropy(model: nn.Module, batch: Any) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1])
-
-
-def row_cross_entropy(model: nn.Module, batch: Any) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
-
-
 @pytest.mark.parametrize(
     ("loss", "unit", "message"),
     [
@@ -87,39 +79,10 @@ def test_attention_without_a_second_derivative_is_refused(implementation: str):
             problem.empirical_fisher()
 
 
-class OnceTanh(torch.autograd.Function):
-    """What a fused kernel looks like to autograd: a backward pass without a derivative of its own."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.tanh()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient * (1 - ctx.saved_tensors[0].tanh() ** 2)
-
-
-class Fused(nn.Module):
-    """Two layers with the fused function before (`first`), between (`inside`) or after (`last`) them."""
-
-    def __init__(self, place: str) -> None:
-        super().__init__()
-        self.a = nn.Linear(5, 4)
-        self.b = nn.Linear(4, CLASSES)
-        self._place = place
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.a(OnceTanh.apply(x) if self._place == "first" else x)
-        logits = self.b(OnceTanh.apply(hidden) if self._place == "inside" else torch.tanh(hidden))
-        return OnceTanh.apply(logits) if self._place == "last" else logits
-
-
 @pytest.mark.parametrize(("place", "prefix"), [("inside", ""), ("last", ""), ("inside", "a"), ("last", "b")])
 def test_a_kernel_without_a_second_derivative_is_caught(place: str, prefix: str):
     """Also where the wrong product is symmetric (everything before the kernel) or plainly zero."""
-    model = in_general_position(lambda: Fused(place)).double()
+    model = with_fused_kernel(place)
     problem = problem_of(CASES["mlp"], model, CASES["mlp"].microbatches(), **prefixed(prefix))
     with problem as found, pytest.raises(RefusedError, match="no second derivative"):
         check_adjoint(found.empirical_fisher(), seed=0)
@@ -127,7 +90,7 @@ def test_a_kernel_without_a_second_derivative_is_caught(place: str, prefix: str)
 
 @pytest.mark.parametrize(("place", "prefix"), [("first", ""), ("inside", "b")])
 def test_such_a_kernel_before_everything_measured_does_no_harm(place: str, prefix: str):
-    case, model = CASES["mlp"], in_general_position(lambda: Fused(place)).double()
+    case, model = CASES["mlp"], with_fused_kernel(place)
     truth = sample_gradients(model, case.microbatches(), case.kind)
     names = [name for name in truth if name.startswith(prefix)]
     with fisher_of(case, model, case.microbatches(), **prefixed(prefix)) as operator:

@@ -16,7 +16,7 @@ from curvature_callbacks.compute.offline import offline_problem
 from curvature_callbacks.operators.ggn import GGNOperator
 from curvature_callbacks.operators.self_checks import check_adjoint
 from tests.cases import CASES, CLASSES, Case, in_general_position
-from tests.operators.operator_cases import dense
+from tests.operators.operator_cases import dense, mean_cross_entropy, names_of, row_cross_entropy, with_fused_kernel
 from tests.reference import IGNORED, case_loss, dense_ggn, dense_hessian, relative_error, rows
 
 # Case to the prefixes of the parameters to differentiate by, few enough for a dense matrix.
@@ -61,7 +61,7 @@ def of_targets(model: nn.Module, case: Case, row: Any) -> Iterator[tuple[Tensor,
 
 def truth(case: Case, microbatches: Sequence[Any], prefixes: tuple[str, ...]) -> Tensor:
     model = case.model()
-    names = [name for name, _ in model.named_parameters() if name.startswith(prefixes)]
+    names = names_of(model, prefixes)
 
     def targets(replica: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
         for row in rows(microbatches):
@@ -192,7 +192,7 @@ class WithOffset(nn.Module):
 @pytest.mark.parametrize("prefix", ["", "unused", "offset", "curved"])
 def test_unused_parameters_have_a_zero_block(prefix: str):
     model, (batch,) = in_general_position(WithOffset).double(), CASES["mlp"].microbatches((4,))
-    names = [name for name, _ in model.named_parameters() if name.startswith(prefix)]
+    names = names_of(model, (prefix,))
     targets = lambda replica: ((replica(x)[0], y[0]) for x, y in rows([batch]))  # noqa: E731
     expected = dense_ggn(model, names, targets, lambda z, label: -z.log_softmax(0)[label])
     with ggn_of(model, [batch], "cross_entropy", (prefix,)) as operator:
@@ -219,14 +219,6 @@ def test_logits_that_are_a_parameter():
         assert torch.allclose(dense(operator), torch.block_diag(*blocks) / 4)
 
 
-def row_cross_entropy(model: nn.Module, batch: Any) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
-
-
-def mean_cross_entropy(model: nn.Module, batch: Any) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1])
-
-
 @pytest.mark.parametrize("loss", [row_cross_entropy, mean_cross_entropy])
 def test_a_loss_without_a_likelihood_has_no_ggn(loss: Any):
     case = CASES["mlp"]
@@ -247,38 +239,9 @@ def test_a_loss_that_is_undefined_has_no_ggn(spoiled: str, message: str):
             GGNOperator(problem.objective, [(x, y)])
 
 
-class OnceTanh(torch.autograd.Function):
-    """What a fused kernel looks like to autograd: a backward pass without a derivative of its own."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.tanh()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient * (1 - ctx.saved_tensors[0].tanh() ** 2)
-
-
-class Fused(nn.Module):
-    """Two layers with the fused function between or after them."""
-
-    def __init__(self, place: str) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(5, 4), nn.Linear(4, CLASSES)
-        self._place = place
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.a(x)
-        logits = self.b(OnceTanh.apply(hidden) if self._place == "inside" else torch.tanh(hidden))
-        return OnceTanh.apply(logits) if self._place == "last" else logits
-
-
 @pytest.mark.parametrize(("place", "prefix"), [("inside", ""), ("last", ""), ("inside", "a"), ("last", "b")])
 def test_a_kernel_without_a_second_derivative_is_caught(place: str, prefix: str):
-    model = in_general_position(lambda: Fused(place)).double()
-    found = ggn_of(model, CASES["mlp"].microbatches(), "cross_entropy", (prefix,))
+    found = ggn_of(with_fused_kernel(place), CASES["mlp"].microbatches(), "cross_entropy", (prefix,))
     with found as operator, pytest.raises(RefusedError, match="no second derivative"):
         check_adjoint(operator, seed=0)
 

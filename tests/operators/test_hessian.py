@@ -13,7 +13,7 @@ from curvature_callbacks import ProbeError, Problem, RefusedError, compute_spect
 from curvature_callbacks.compute.offline import offline_problem
 from curvature_callbacks.operators.hessian import HessianOperator
 from tests.cases import CASES, CLASSES, Case, in_general_position
-from tests.operators.operator_cases import PartlyUsed, dense, partial_loss
+from tests.operators.operator_cases import PartlyUsed, dense, names_of, partial_loss, with_fused_kernel
 from tests.reference import case_loss, dense_hessian, finite_difference_hessian, hessian_product, relative_error
 
 # Case to the prefixes of the parameters to differentiate by, few enough for a dense matrix.
@@ -29,10 +29,6 @@ DENSE = {
 }
 SIZES = (2, 1, 2)
 TOLERANCE = 1e-5  # float32 inside Hugging Face's norms, rotary embeddings and losses
-
-
-def names_of(model: nn.Module, prefixes: tuple[str, ...]) -> list[str]:
-    return [name for name, _ in model.named_parameters() if name.startswith(prefixes)]
 
 
 def keep(name: str) -> Callable[[str, Any], bool]:
@@ -212,26 +208,12 @@ def test_attention_that_can_be_differentiated_twice(name: str, implementation: s
 
 
 @pytest.mark.parametrize("implementation", ["flash_attention_2", "flash_attention_3", "flex_attention", "paged|sdpa"])
-def test_attention_that_cannot_is_rewith_fused_kernel(implementation: str):
+def test_attention_that_cannot_is_refused(implementation: str):
     case = CASES["gpt2"]
     with problem_of(case, case.model(), case.microbatches((2,))) as problem:
         problem.model.config._attn_implementation = implementation
         with pytest.raises(RefusedError, match=implementation.replace("|", r"\|")):
             problem.hessian()
-
-
-class OnceTanh(torch.autograd.Function):
-    """What a fused kernel looks like to autograd: a backward pass without a derivative of its own."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.tanh()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient * (1 - ctx.saved_tensors[0].tanh() ** 2)
 
 
 class OnceCrossEntropy(torch.autograd.Function):
@@ -249,27 +231,8 @@ class OnceCrossEntropy(torch.autograd.Function):
         return gradient[:, None] * (logits.softmax(1) - F.one_hot(targets, CLASSES)), None
 
 
-class Fused(nn.Module):
-    """Two layers with the custom function between (`inside`), after (`last`) or before (`first`) them."""
-
-    def __init__(self, place: str) -> None:
-        super().__init__()
-        self.a = nn.Linear(5, 4)
-        self.b = nn.Linear(4, CLASSES)
-        self._place = place
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.a(OnceTanh.apply(x) if self._place == "first" else x)
-        logits = self.b(OnceTanh.apply(hidden) if self._place == "inside" else torch.tanh(hidden))
-        return OnceTanh.apply(logits) if self._place == "last" else logits
-
-
 def fused_loss(model: nn.Module, batch: Any) -> Tensor:
     return OnceCrossEntropy.apply(model(batch[0]), batch[1])
-
-
-def with_fused_kernel(place: str) -> nn.Module:
-    return in_general_position(lambda: Fused(place)).double()
 
 
 def test_a_kernel_without_a_second_derivative_is_refused_with_the_reason():

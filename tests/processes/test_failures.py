@@ -206,7 +206,7 @@ def test_the_loss_goes_on_alone_after_no_failure_of_all(two_processes: Ranks) ->
 
 
 def drawn(step: int) -> list[int]:
-    """Which rows a process draws."""
+    """Which rows a process draws at the second probe: the first one draws for the check too."""
     seen: list[int] = []
 
     class Noted(Rows):
@@ -214,17 +214,19 @@ def drawn(step: int) -> list[int]:
             seen.append(index)
             return super().__getitem__(index)
 
+    torch.manual_seed(0)
     probes = DataLoader(Noted(), batch_size=4)
     model = nn.Sequential(nn.Linear(6, 3))
     sizes: dict[str, Any] = {"num_microbatches": 2, "microbatch_size": 3}
-    monitor = CurvatureMonitor(model, probes=probes, loss="cross_entropy", measure=[KFACCoverage()], **sizes)
-    monitor._checked = True
+    monitor = CurvatureMonitor(model, probes=probes, loss="cross_entropy", measure=[KFACCoverage()], when=1, **sizes)
+    monitor.step(0)
+    seen.clear()
     monitor.step(step)
     return seen
 
 
 def test_processes_draw_rows_of_their_own_that_depend_on_the_step(two_processes: Ranks) -> None:
-    first, again, other = two_processes(drawn, 0), two_processes(drawn, 0), two_processes(drawn, 1)
+    first, again, other = two_processes(drawn, 1), two_processes(drawn, 1), two_processes(drawn, 2)
     assert first == again
     assert first != other
     assert len({*first[0], *first[1]}) == 12
