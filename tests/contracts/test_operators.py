@@ -100,10 +100,15 @@ SIZES = (2, 1, 2)
 
 @dataclass(frozen=True)
 class OperatorUnderTest:
+    """Made once for all tests, which only read it; `products` are those of `U`, eight vectors."""
+
     problem: Problem
     build: Callable[[], Operator]
     tolerance: float
     covers_all: bool
+    operator: Operator
+    U: Tensor
+    products: Tensor
 
 
 def vectors(operator: Operator, count: int) -> Tensor:
@@ -122,12 +127,12 @@ def stepped(model: nn.Module) -> torch.optim.Adam:
     return optimizer
 
 
-@pytest.fixture(params=[("gpt2", "float32"), ("convnet", "float32"), ("convnet", "float64")], ids=" ".join)
+@pytest.fixture(scope="module", params=[("gpt2", "float32"), ("convnet", "float32"), ("convnet", "float64")], ids=" ".join)
 def model(request: Any) -> tuple[str, torch.dtype]:
     return request.param[0], getattr(torch, request.param[1])
 
 
-@pytest.fixture(params=OPERATORS)
+@pytest.fixture(scope="module", params=OPERATORS)
 def subject(request: Any, model: tuple[str, torch.dtype]) -> Iterator[OperatorUnderTest]:
     contract, (case, dtype) = OPERATORS[request.param], model
     tolerance = {torch.float32: contract.float32, torch.float64: contract.float64}[dtype]
@@ -136,7 +141,11 @@ def subject(request: Any, model: tuple[str, torch.dtype]) -> Iterator[OperatorUn
     optimizer = stepped(trained)
     with offline_problem(trained, CASES[case].microbatches(SIZES), **options) as problem:
         problem.optimizer = optimizer
-        yield OperatorUnderTest(problem, lambda: contract.build(problem), tolerance, contract.covers_all)
+        operator = contract.build(problem)
+        U = vectors(operator, 8)
+        yield OperatorUnderTest(
+            problem, lambda: contract.build(problem), tolerance, contract.covers_all, operator, U, operator.matmat(U)
+        )
 
 
 def traces(problem: Problem) -> dict[str, Any]:
@@ -168,7 +177,7 @@ def same(found: Any, expected: Any) -> bool:
 
 class TestOperator:
     def test_it_is_an_operator(self, subject: OperatorUnderTest) -> None:
-        operator = subject.build()
+        operator = subject.operator
         P = operator.shape[0]
         sizes = {name: value.numel() for name, value in subject.problem.objective.parameters.items()}
         assert isinstance(operator, Operator)
@@ -183,68 +192,56 @@ class TestOperator:
         assert operator.device == subject.problem.objective.device
         assert isinstance(operator.is_psd, bool)
 
-    @pytest.mark.parametrize("count", [1, 3])
-    def test_shape_and_dtype_of_products(self, subject: OperatorUnderTest, count: int) -> None:
-        operator = subject.build()
-        V = vectors(operator, count)
-        product = operator.matmat(V)
-        assert product.shape == V.shape
-        assert product.dtype == operator.dtype
-        assert product.device == operator.device
-        assert not product.requires_grad
-        assert product.isfinite().all()
-        assert product.any()
+    def test_shape_and_dtype_of_products(self, subject: OperatorUnderTest) -> None:
+        for V, product in (subject.U, subject.products), (subject.U[:, :1], subject.operator.matmat(subject.U[:, :1])):
+            assert product.shape == V.shape
+            assert product.dtype == subject.operator.dtype
+            assert product.device == subject.operator.device
+            assert not product.requires_grad
+            assert product.isfinite().all()
+            assert product.any()
 
     def test_it_is_symmetric(self, subject: OperatorUnderTest) -> None:
-        operator = subject.build()
-        U = vectors(operator, 4)
-        products = U.T @ operator.matmat(U)
-        assert relative_error(products, products.T) < subject.tolerance
+        forms = subject.U.T @ subject.products
+        assert relative_error(forms, forms.T) < subject.tolerance
 
     def test_it_is_linear(self, subject: OperatorUnderTest) -> None:
-        operator = subject.build()
-        U = vectors(operator, 2)
-        combined = operator.matmat(2 * U[:, :1] - 3 * U[:, 1:])
-        separate = operator.matmat(U)
-        assert relative_error(combined, 2 * separate[:, :1] - 3 * separate[:, 1:]) < subject.tolerance
-        assert torch.equal(operator.matmat(0 * U), 0 * U)
+        U, products = subject.U, subject.products
+        combined = subject.operator.matmat(2 * U[:, :1] - 3 * U[:, 1:2])
+        assert relative_error(combined, 2 * products[:, :1] - 3 * products[:, 1:2]) < subject.tolerance
+        assert torch.equal(subject.operator.matmat(0 * U[:, :2]), 0 * U[:, :2])
 
-    def test_columns_are_products_of_their_own(self, subject: OperatorUnderTest) -> None:
-        operator = subject.build()
-        U = vectors(operator, 3)
-        columns = torch.cat([operator.matmat(column[:, None]) for column in U.T], dim=1)
-        assert relative_error(operator.matmat(U), columns) < min(subject.tolerance, 1e-5)
-
-    def test_strided_columns_are_the_same_vectors(self, subject: OperatorUnderTest) -> None:
-        operator = subject.build()
-        U = vectors(operator, 3)
-        expected = operator.matmat(U[:, 1:2].clone(memory_format=torch.contiguous_format))
-        assert relative_error(operator.matmat(U[:, 1:2]), expected) < min(subject.tolerance, 1e-5)
+    @pytest.mark.parametrize("column", [0, 5])
+    def test_columns_are_products_of_their_own(self, subject: OperatorUnderTest, column: int) -> None:
+        """Strided and contiguous ones."""
+        strided = subject.U[:, column : column + 1]
+        expected = subject.products[:, column : column + 1]
+        for v in (strided, strided.clone(memory_format=torch.contiguous_format)):
+            assert relative_error(subject.operator.matmat(v), expected) < min(subject.tolerance, 1e-5)
 
     def test_the_same_answer_twice_and_built_again(self, subject: OperatorUnderTest) -> None:
-        operator = subject.build()
-        U = vectors(operator, 2)
+        """Also where the caller has written into the first one, which is the caller's."""
+        operator, U = subject.operator, subject.U[:, :2].clone()
         kept = U.clone()
         first = operator.matmat(U)
-        assert torch.equal(operator.matmat(U), first)
-        assert torch.equal(subject.build().matmat(U), first)
+        expected = first.clone()
+        first.zero_()
+        assert torch.equal(operator.matmat(U), expected)
+        assert torch.equal(subject.build().matmat(U), expected)
         assert torch.equal(U, kept)
 
     def test_what_is_called_positive_is(self, subject: OperatorUnderTest) -> None:
-        operator = subject.build()
-        U = vectors(operator, 8)
-        forms = (U * operator.matmat(U)).sum(0)
-        assert not operator.is_psd or (forms >= -subject.tolerance * forms.abs().max()).all()
+        forms = (subject.U * subject.products).sum(0)
+        assert not subject.operator.is_psd or (forms >= -subject.tolerance * forms.abs().max()).all()
 
     def test_its_self_check_passes_with_the_same_numbers_twice(self, subject: OperatorUnderTest) -> None:
-        operator = subject.build()
-        checked = self_check(operator, 0)
+        checked = self_check(subject.operator, 0)
         assert 0 <= checked.error < 10 * subject.tolerance
         assert checked.num_matvecs >= 0
-        assert self_check(operator, 0) == checked
+        assert self_check(subject.operator, 0) == checked
 
     def test_its_own_eigenpairs_are_a_matrix_of_eigenvectors(self, subject: OperatorUnderTest) -> None:
-        operator = subject.build()
+        operator = subject.operator
         pairs = eigenpairs(operator, LanczosOptions(k=1, tol=1e-2, max_matvecs=40, return_eigenvectors=True))
         v = pairs.eigenvectors
         assert v is not None
@@ -253,20 +250,12 @@ class TestOperator:
         assert v.double().norm().item() == pytest.approx(1, abs=1e-6)
 
     def test_nothing_is_touched(self, subject: OperatorUnderTest) -> None:
-        for parameter in subject.problem.model.parameters():
+        parameters = list(subject.problem.model.parameters())
+        for parameter in parameters:
             parameter.grad = torch.full_like(parameter, 3.0)
         before = traces(subject.problem)
-        operator = subject.build()
-        U = vectors(operator, 2)
-        operator.matmat(U)
+        subject.build().matmat(subject.U[:, :2])
         after = traces(subject.problem)
+        for parameter in parameters:
+            parameter.grad = None
         assert [name for name in before if not same(after[name], before[name])] == []
-
-    def test_what_a_product_gives_is_the_callers(self, subject: OperatorUnderTest) -> None:
-        """Writing into it changes no later product."""
-        operator = subject.build()
-        U = vectors(operator, 1)
-        first = operator.matmat(U)
-        kept = first.clone()
-        first.zero_()
-        assert torch.equal(operator.matmat(U), kept)
