@@ -290,7 +290,7 @@ def pictured(title: str, name: str, head: str, draw: Draw = image_batch, *, is_q
 
 
 CASES: dict[str, ModelCase] = {
-    "gpt2": causal("GPT-2", "gpt2", "GPT2LMHeadModel", is_quick=True),
+    "gpt2": causal("GPT-2", "gpt2", "GPT2LMHeadModel"),
     "llama": causal("Llama (grouped queries)", "llama", "LlamaForCausalLM", is_quick=True),
     "qwen2": causal("Qwen2", "qwen2", "Qwen2ForCausalLM"),
     "qwen3": causal("Qwen3", "qwen3", "Qwen3ForCausalLM"),
@@ -323,7 +323,6 @@ CASES: dict[str, ModelCase] = {
         lambda: bert("SequenceClassification", num_labels=CLASSES),
         classified_text_batch,
         "row",
-        is_quick=True,
     ),
     "roberta": masked("RoBERTa, masked tokens", "roberta", "RobertaForMaskedLM"),
     "distilbert": masked("DistilBERT, masked tokens", "distilbert", "DistilBertForMaskedLM"),

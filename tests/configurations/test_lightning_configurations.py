@@ -31,27 +31,32 @@ def _imported_modules_are_no_garbage() -> Iterator[None]:
 
 
 LIKELY = [name for name, case in CASES.items() if case.has_likelihood]
-# Repeated with more measurements; the others are by `make test-all`.
+# One of each mechanism that a probe must not disturb; the others of its kind are by `make test-all`.
 QUICK = {
-    "plain",
-    "accumulation",
-    "bf16-mixed",
-    "64-true",
-    "torchmetrics",
-    "stream",
+    *("plain", "accumulation", "16-mixed, scaler", "bf16-mixed", "64-true"),  # numbers
+    *("weight averaging", "exponential averaging", "LBFGS", "manual optimization", "gradients in hooks"),  # optimizers
+    *("late layers", "compiled in place, eager", "frozen at every epoch", "noisy layer"),  # modules
+    *("noise", "metrics", "remembering", "logging directly"),  # what `training_step` keeps
+    *("augmentation", "transform", "reloaded", "transfer hooks", "stream", "max_size"),  # data
+    *("learning rate finder", "checkpoints", "command line, more", "another trainer", "resumed"),  # Trainers
+    *("spike", "probe dataset"),  # options of the callback
 }
+REPEATED = {"plain", "bf16-mixed", "stream"}  # with more measurements
+
+
+assert CASES.keys() >= QUICK | REPEATED
 
 
 def marked(names: Iterable[str], slow: Iterable[str] = ()) -> list[Any]:
     return [pytest.param(name, marks=[pytest.mark.slow] if CASES[name].is_slow or name in slow else []) for name in names]
 
 
-@pytest.mark.parametrize("name", marked(CASES))
+@pytest.mark.parametrize("name", marked(CASES, slow=CASES.keys() - QUICK))
 def test_training_is_bit_identical(name: str, tmp_path: Path) -> None:
     assert_same_bits(CASES[name], tmp_path)
 
 
-@pytest.mark.parametrize("name", marked(LIKELY, slow=[name for name in LIKELY if name not in QUICK]))
+@pytest.mark.parametrize("name", marked(LIKELY, slow=[name for name in LIKELY if name not in REPEATED]))
 def test_training_is_bit_identical_whatever_is_measured(name: str, tmp_path: Path) -> None:
     assert_same_bits(CASES[name], tmp_path, wide(), loss_fn="cross_entropy")
 
@@ -59,19 +64,19 @@ def test_training_is_bit_identical_whatever_is_measured(name: str, tmp_path: Pat
 @pytest.mark.parametrize(
     ("name", "module", "protection"),
     [
-        ("plain", isolation, "_training_flags"),
         ("frozen at every epoch", isolation, "_training_flags"),
         ("augmentation", isolation, "_generators"),
-        ("plain", training_step, "_muted"),
         ("logging directly", training_step, "_muted"),
         ("metrics", training_step, "attributes_set_aside"),
-        ("unregistered metric", training_step, "attributes_set_aside"),
-        ("collecting", training_step, "attributes_set_aside"),
         ("remembering", training_step, "attributes_set_aside"),
-        ("noise", training_step, "attributes_set_aside"),
         ("noise", training_step, "seeded"),
         ("noisy layer", isolation, "attributes_set_aside"),
         ("transform", probes, "undisturbed"),
+        pytest.param("plain", isolation, "_training_flags", marks=pytest.mark.slow),
+        pytest.param("plain", training_step, "_muted", marks=pytest.mark.slow),
+        pytest.param("unregistered metric", training_step, "attributes_set_aside", marks=pytest.mark.slow),
+        pytest.param("collecting", training_step, "attributes_set_aside", marks=pytest.mark.slow),
+        pytest.param("noise", training_step, "attributes_set_aside", marks=pytest.mark.slow),
     ],
 )
 def test_each_protection_is_needed(name: str, module: Any, protection: str, tmp_path: Path, monkeypatch: Any) -> None:

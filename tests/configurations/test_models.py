@@ -172,14 +172,14 @@ def with_experts(case: ModelCase, kind: str) -> ModelCase:
     return replace(case, build=build)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert classifier", "vit", "whisper"])
+@pytest.mark.parametrize("name", marked(["llama", "gpt2", "bert classifier", "vit", "whisper"]))
 def test_attention_implementations_give_the_same_numbers(name: str, tmp_path: Path) -> None:
     sdpa, eager = (numbers(with_attention(CASES[name], kind), tmp_path / kind) for kind in ("sdpa", "eager"))
     assert len(sdpa) > 3
     assert sdpa == pytest.approx(eager, rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", pytest.param("gpt_oss", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", marked(["mixtral", "qwen3_moe", "gpt_oss"]))
 def test_implementations_of_experts_give_the_same_numbers_and_stay_as_set(name: str, tmp_path: Path) -> None:
     """That they stay is a part of every run: see `check` and `first_probe`."""
     kinds = ("grouped_mm", "batched_mm", "eager")
@@ -244,7 +244,15 @@ def named_attention(case: ModelCase, kind: str) -> ModelCase:
 
 
 @pytest.mark.parametrize(
-    "kind", ["a kernel of my own", "flash_attention_2", "flash_attention_3", "flex_attention", "kernels-community/flash-attn3"]
+    "kind",
+    [
+        "a kernel of my own",
+        "flash_attention_2",
+        *(
+            pytest.param(kind, marks=pytest.mark.slow)
+            for kind in ("flash_attention_3", "flex_attention", "kernels-community/flash-attn3")
+        ),
+    ],
 )
 def test_attention_of_other_names_has_a_fisher_and_no_second_derivative(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

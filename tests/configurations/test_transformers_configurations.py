@@ -25,29 +25,31 @@ def _imported_modules_are_no_garbage() -> Iterator[None]:
 
 
 LIKELY = [name for name, case in CASES.items() if case.has_likelihood]
-# Repeated with more measurements; the others are by `make test-all`.
+# One of each mechanism that a probe must not disturb; the others of its kind are by `make test-all`.
 QUICK = {
-    "plain",
-    "accumulation",
-    "bf16",
-    "label smoothing measured",
-    "compute_loss_func",
-    "checkpointing, reentrant",
-    "stream",
-    "resumed",
+    *("plain", "accumulation", "bf16", "fp16 scaler", "neftune"),  # numbers
+    *("label smoothing measured", "compute_loss_func measured", "compute_loss measured"),  # losses
+    *("checkpointing", "model's own checkpointing, reentrant", "compiled in place", "frozen", "batch norm"),  # models
+    *("augmentation", "masking collator", "own generator", "stream", "compute_loss on a stream, measured"),  # data
+    *("lora, checkpointing", "batch size found", "best model", "resumed"),  # Trainers
+    *("listed steps", "other data"),  # options of the callback
 }
+REPEATED = {"plain", "bf16", "label smoothing measured", "checkpointing, reentrant"}  # with more measurements
+
+
+assert CASES.keys() >= QUICK | REPEATED
 
 
 def marked(names: Iterable[str], slow: Iterable[str] = ()) -> list[Any]:
     return [pytest.param(name, marks=[pytest.mark.slow] if CASES[name].is_slow or name in slow else []) for name in names]
 
 
-@pytest.mark.parametrize("name", marked(CASES))
+@pytest.mark.parametrize("name", marked(CASES, slow=CASES.keys() - QUICK))
 def test_training_is_bit_identical(name: str, tmp_path: Path) -> None:
     assert_same_bits(CASES[name], tmp_path)
 
 
-@pytest.mark.parametrize("name", marked(LIKELY, slow=[name for name in LIKELY if name not in QUICK]))
+@pytest.mark.parametrize("name", marked(LIKELY, slow=[name for name in LIKELY if name not in REPEATED]))
 def test_training_is_bit_identical_whatever_is_measured(name: str, tmp_path: Path) -> None:
     assert_same_bits(CASES[name], tmp_path, wide())
 
