@@ -1,5 +1,6 @@
 """Block Grams and Fisher spectra against one gradient per row in float64."""
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -37,6 +38,13 @@ def grams(case: Case, model: nn.Module, microbatches: list[Any], structure: str 
         return problem.grams()
 
 
+@cache
+def truth_of(name: str, sizes: tuple[int, ...] = SIZES, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """Gradients of single rows, by the oracle."""
+    case = CASES[name]
+    return sample_gradients(case.model(dtype), case.microbatches(sizes), case.kind)
+
+
 def swept(name: str) -> Case:
     kind = MORE_FAMILIES[name]
     side = 16 if name == "swin" else 8
@@ -52,17 +60,17 @@ def assert_grams(found: BlockGrams, truth: dict[str, Tensor], model: nn.Module, 
         assert (found.grams[block].cpu() - G @ G.T).abs().max().item() <= tolerance * scale, block
 
 
-@pytest.mark.parametrize("structure", ["layer", "parameter", "none"])
-@pytest.mark.parametrize("sizes", [(4,), SIZES], ids=["one", "ragged"])
+@pytest.mark.parametrize(("sizes", "structure"), [((4,), "layer"), (SIZES, "parameter"), (SIZES, "none")], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_grams_are_the_products_of_row_gradients(name: str, sizes: tuple[int, ...], structure: str):
     case = CASES[name]
     model, microbatches = case.model(), case.microbatches(sizes)
     found = grams(case, model, microbatches, structure)
-    truth = sample_gradients(model, microbatches, case.kind)
-    assert_grams(found, truth, model, structure, TOLERANCE)
+    assert_grams(found, truth_of(name, sizes), model, structure, TOLERANCE)
+    assert found.fallback == {}, "all has a rule"
 
 
+@pytest.mark.slow  # parameter by parameter: tests/gram/capture/test_family_rules.py
 @pytest.mark.parametrize("name", MORE_FAMILIES)
 def test_every_hugging_face_family(name: str):
     case = swept(name)
@@ -71,33 +79,30 @@ def test_every_hugging_face_family(name: str):
     assert_grams(found, sample_gradients(model, microbatches, case.kind), model, "layer", TOLERANCE)
 
 
-@pytest.mark.parametrize("centred", [False, True], ids=["raw", "centred"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("dtype", "centred"), [(torch.float64, False), (torch.float32, True)], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_spectra_agree_with_the_oracle(name: str, dtype: torch.dtype, centred: bool):
     case = CASES[name]
     model, microbatches = case.model(dtype), case.microbatches()
     spectra = compute_fisher_spectrum(model, microbatches, loss=case.loss, center_gradients=centred)
-    truth = sample_gradients(model, microbatches, case.kind)
+    truth = truth_of(name, dtype=dtype)
     everything = fisher_eigenvalues(stacked(truth), centred=centred)
     assert relative_error(spectra.full.eigenvalues, everything) < TOLERANCE
     for block, names in group_blocks(model, list(truth)).items():
         own = fisher_eigenvalues(stacked(truth, names), centred=centred)
         assert (spectra.blocks[block].eigenvalues.max() - own[0]).abs() < TOLERANCE * everything[0]
+    assert spectra.full.num_params == stacked(truth).shape[1]
+    if not centred:
+        assert spectra.full.trace == pytest.approx(stacked(truth).square().sum(1).mean().item(), rel=TOLERANCE)
+    assert_full_is_the_sum_of_blocks_and_block_diagonal_their_union(spectra)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_full_is_the_sum_of_blocks_and_block_diagonal_their_union(name: str):
-    case = CASES[name]
-    model, microbatches = case.model(), case.microbatches()
-    spectra = compute_fisher_spectrum(model, microbatches, loss=case.loss)
-    truth = stacked(sample_gradients(model, microbatches, case.kind))
+def assert_full_is_the_sum_of_blocks_and_block_diagonal_their_union(spectra: Any) -> None:
     union = torch.cat([spectrum.eigenvalues for spectrum in spectra.blocks.values()]).sort(descending=True).values
     kept = spectra.block_diagonal.eigenvalues
     assert torch.equal(kept, union[: len(kept)])
     assert sum(spectrum.trace for spectrum in spectra.blocks.values()) == pytest.approx(spectra.full.trace)
-    assert spectra.full.trace == pytest.approx((truth**2).sum(1).mean().item(), rel=TOLERANCE)
-    assert spectra.full.num_params == truth.shape[1] == sum(s.num_params for s in spectra.blocks.values())
+    assert spectra.full.num_params == sum(spectrum.num_params for spectrum in spectra.blocks.values())
 
 
 def test_blocks_do_have_cross_terms():
@@ -119,12 +124,6 @@ def test_a_tied_weight_holds_both_of_its_uses():
     found = grams(case, model, microbatches, "parameter").grams["transformer.wte.weight"]
     assert relative_error(found, truth @ truth.T) < TOLERANCE
     assert relative_error(without, truth @ truth.T) > 0.05
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_what_a_rule_covers_takes_no_fallback(name: str):
-    case = CASES[name]
-    assert grams(case, case.model(), case.microbatches()).fallback == {}
 
 
 class Routed(nn.Module):
@@ -197,8 +196,7 @@ def test_a_mean_and_losses_by_row_mean_the_same(name: str, loss: Any):
     case = CASES[name]
     model, microbatches = case.model(), case.microbatches()
     spectra = compute_fisher_spectrum(model, microbatches, loss=loss)
-    truth = stacked(sample_gradients(model, microbatches, case.kind))
-    assert relative_error(spectra.full.eigenvalues, fisher_eigenvalues(truth)) < 1e-10
+    assert relative_error(spectra.full.eigenvalues, fisher_eigenvalues(stacked(truth_of(name)))) < 1e-10
 
 
 @pytest.mark.parametrize(("name", "target"), [("mse", 2.0), ("bce", 1.0)])

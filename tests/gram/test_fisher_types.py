@@ -201,8 +201,12 @@ def expected_gradients(case: Model, fisher_type: FisherType, drawn: list[Any]) -
     return torch.stack(gradients), samples, weights
 
 
-@pytest.mark.parametrize("fisher_type", FISHER_TYPES)
-@pytest.mark.parametrize("name", MODELS)
+ONE_TARGET = {"vit": ("sampled", "exact"), "bert_classifier": ("empirical", "exact token")}  # as of the mlp, which has all
+
+
+@pytest.mark.parametrize(
+    ("name", "fisher_type"), [(name, chosen) for name in MODELS for chosen in ONE_TARGET.get(name, FISHER_TYPES)]
+)
 def test_grams_are_those_of_the_same_draws(name: str, fisher_type: str):
     case = MODELS[name]
     found, drawn = grams(case, FISHER_TYPES[fisher_type])
@@ -218,8 +222,10 @@ def test_grams_are_those_of_the_same_draws(name: str, fisher_type: str):
     assert found.certificate_error is not None
 
 
-@pytest.mark.parametrize("fisher_type", FISHER_TYPES)
-@pytest.mark.parametrize("name", ["gpt2", "vit", "mse", "bce"])
+@pytest.mark.parametrize(
+    ("name", "fisher_type"),
+    [*(("gpt2", fisher_type) for fisher_type in FISHER_TYPES), ("vit", "sampled"), ("mse", "sampled"), ("bce", "exact token")],
+)
 def test_row_by_row_has_the_same_draws(name: str, fisher_type: str):
     case = MODELS[name]
     ruled, _ = grams(case, FISHER_TYPES[fisher_type], structure="parameter")
@@ -277,7 +283,7 @@ def test_the_exact_fisher_is_the_ggn_of_the_mean_loss(name: str, unit: Any):
 def test_the_mean_of_sampled_fishers_is_the_exact_one(name: str):
     case = MODELS[name]
     ggn, count = dense_ggn(case)
-    (K,) = grams(case, FisherType(fisher="sampled", num_draws=400))[0].grams.values()
+    (K,) = grams(case, FisherType(fisher="sampled", num_draws=200))[0].grams.values()
     norms = K.diagonal().reshape(-1)
     standard_error = norms.std().item() / math.sqrt(len(norms))
     assert abs(norms.mean().item() - ggn.trace().item() / count) < 4 * standard_error

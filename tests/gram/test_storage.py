@@ -1,6 +1,8 @@
 """Factors of earlier microbatches kept in every form and place: the same Grams, within the budget."""
 
 from collections.abc import Mapping
+from functools import cache
+from itertools import product as combinations
 from typing import Any
 
 import pytest
@@ -73,6 +75,13 @@ def assert_same(found: BlockGrams, expected: BlockGrams, tolerance: float = 0.0)
     assert torch.equal(found.num_targets, expected.num_targets)
 
 
+@cache
+def truth_of(name: str) -> Mapping[str, Tensor]:
+    """Gradients of single rows, by the oracle."""
+    case = CASES[name]
+    return sample_gradients(case.model(), case.microbatches(), case.kind)
+
+
 def assert_true(found: BlockGrams, truth: Mapping[str, Tensor], model: nn.Module, tolerance: float):
     scale = stacked(truth).square().sum(1).max().item()
     for block, names in group_blocks(model, list(truth)).items():
@@ -81,14 +90,18 @@ def assert_true(found: BlockGrams, truth: Mapping[str, Tensor], model: nn.Module
         assert (found.grams[block] - K).abs().max().item() <= tolerance * scale, block
 
 
-@pytest.mark.parametrize("form", ["factors", "gradients"])
-@pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize("name", NAMES)
+def every_pair() -> list[tuple[str, str, str]]:
+    """Of a model, a budget and a form each pair of two, once."""
+    pairs = combinations(range(len(NAMES)), range(len(BUDGETS)))
+    return [(NAMES[i], list(BUDGETS)[j], ("factors", "gradients")[(i + j) % 2]) for i, j in pairs]
+
+
+@pytest.mark.parametrize(("name", "budget", "form"), every_pair())
 def test_every_mode_gives_the_grams_of_the_oracle(name: str, budget: str, form: KeptForm):
     case = CASES[name]
     model, microbatches = case.model(), case.microbatches()
     found = grams(case, model, microbatches, BUDGETS[budget], form=form)
-    assert_true(found, sample_gradients(model, microbatches, case.kind), model, TOLERANCE.get(name, 1e-5))
+    assert_true(found, truth_of(name), model, TOLERANCE.get(name, 1e-5))
     assert found.fallback == {}
     assert found.mode == MODES.get(budget) or (found.mode.endswith(" block groups") and int(found.mode.split()[0]) > 1)
 
@@ -96,10 +109,10 @@ def test_every_mode_gives_the_grams_of_the_oracle(name: str, budget: str, form: 
 @pytest.mark.parametrize(
     ("name", "fisher_type"),
     [
-        (name, fisher_type)
-        for name in NAMES
-        for fisher_type in FISHER_TYPES
-        if fisher_type != "exact" or name in ("gpt2", "convnet")
+        *(("gpt2", fisher_type) for fisher_type in FISHER_TYPES),
+        *(("convnet", fisher_type) for fisher_type in ("sequence", "sampled", "exact")),
+        ("mixtral", "sequence"),
+        ("bert", "sampled tokens"),
     ],
 )
 def test_modes_agree_with_each_other_to_the_bit(name: str, fisher_type: str):
@@ -117,8 +130,8 @@ def test_modes_agree_with_each_other_to_the_bit(name: str, fisher_type: str):
     expected = kept("device", "factors")
     for budget in ("host", "groups"):
         assert_same(kept(budget, "factors"), expected)
-    assert_same(kept("device", "gradients"), expected, 1e-12)
-    assert_same(kept("device", "smaller"), expected, 1e-12)
+    for form in ("gradients", "smaller") if name == "gpt2" else ("gradients",):
+        assert_same(kept("device", form), expected, 1e-12)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -128,23 +141,24 @@ def test_microbatches_are_the_batch_cut_up(name: str):
     pieces = [take_rows(batch, torch.tensor(rows)) for rows in ([0, 1, 2], [3], [4, 5])]
     whole = grams(case, model, [batch], BUDGETS["device"])
     assert whole.mode == "one pass"
-    for budget in BUDGETS:
+    for budget in ("device", "groups"):
         cut = grams(case, model, pieces, BUDGETS[budget])
         assert cut.mode != "one pass"
         assert_same(cut, whole, TOLERANCE.get(name, 1e-5))
 
 
-@pytest.mark.parametrize("centred", [False, True], ids=["raw", "centred"])
-@pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize("name", NAMES)
-def test_spectra_of_every_mode(name: str, budget: str, centred: bool):
+@pytest.mark.parametrize(
+    ("name", "budget"),
+    [*combinations(("gpt2", "convnet"), BUDGETS), *combinations(("mixtral", "bert"), ("device", "groups"))],
+)
+def test_spectra_of_every_mode(name: str, budget: str):
     case = CASES[name]
     model, microbatches = case.model(), case.microbatches()
     found = model_grams(model, microbatches, loss=case.loss, budget=BUDGETS[budget])
-    spectra = fisher_spectra(found, FisherSpectrum(center_gradients=centred), {})
-    truth = sample_gradients(model, microbatches, case.kind)
     assert found.mode.split()[-1] == MODES.get(budget, "groups").split()[-1]
-    assert relative_error(spectra.full.eigenvalues, fisher_eigenvalues(stacked(truth), centred=centred)) < 1e-5
+    for centred in (False, True):
+        spectra = fisher_spectra(found, FisherSpectrum(center_gradients=centred), {})
+        assert relative_error(spectra.full.eigenvalues, fisher_eigenvalues(stacked(truth_of(name)), centred=centred)) < 1e-5
 
 
 @pytest.mark.parametrize("budget", ["device", "groups"])
@@ -172,29 +186,29 @@ def test_rounds_take_the_same_draws_and_each_their_forward_passes(
     assert rounds > 1 or budget == "device"
 
 
-@pytest.mark.parametrize("budget", ["host", "groups", "a parameter at a time"])
 @pytest.mark.parametrize("name", NAMES)
-def test_operations_do_not_depend_on_the_mode(name: str, budget: str):
+def test_operations_do_not_depend_on_the_mode(name: str):
     case = CASES[name]
     model, microbatches = case.model(), case.microbatches()
-    assert (
-        grams(case, model, microbatches, BUDGETS[budget]).operations
-        == grams(case, model, microbatches, BUDGETS["device"]).operations
-    )
+    expected = grams(case, model, microbatches, BUDGETS["device"]).operations
+    for budget in ("host", "groups"):
+        assert grams(case, model, microbatches, BUDGETS[budget]).operations == expected, budget
 
 
-@pytest.mark.parametrize("budget", ["host", "groups", "a parameter at a time"])
-def test_kronecker_factors_do_not_depend_on_the_mode(budget: str):
+def test_kronecker_factors_do_not_depend_on_the_mode():
     case = CASES["gpt2"]
     model, microbatches = case.model(), case.microbatches()
-    expected = grams(case, model, microbatches, BUDGETS["device"], sharing="expand").kronecker
-    assert expected
-    found = grams(case, model, microbatches, BUDGETS[budget], sharing="expand").kronecker
-    assert found.keys() == expected.keys()
-    for name, layer in found.items():
-        assert torch.equal(layer.gram, expected[name].gram)
-        assert torch.equal(layer.factors.A.eigenvalues, expected[name].factors.A.eigenvalues)
-        assert torch.equal(layer.factors.G.eigenvalues, expected[name].factors.G.eigenvalues)
+    device = grams(case, model, microbatches, BUDGETS["device"], sharing="expand")
+    assert device.kronecker
+    for budget in ("host", "groups", "a parameter at a time"):
+        found = grams(case, model, microbatches, BUDGETS[budget], sharing="expand")
+        assert found.operations == device.operations
+        assert found.kronecker.keys() == device.kronecker.keys()
+        for name, layer in found.kronecker.items():
+            expected = device.kronecker[name]
+            assert torch.equal(layer.gram, expected.gram)
+            assert torch.equal(layer.factors.A.eigenvalues, expected.factors.A.eigenvalues)
+            assert torch.equal(layer.factors.G.eigenvalues, expected.factors.G.eigenvalues)
 
 
 def draw(*shape: int) -> Tensor:
@@ -319,8 +333,10 @@ class WatchedStorage(Storage):
         return later
 
 
-@pytest.mark.parametrize("limit", [2 << 10, 6 << 10, 16 << 10])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "limit"),
+    [*combinations(("gpt2",), (2 << 10, 6 << 10, 16 << 10)), ("convnet", 2 << 10), ("mixtral", 6 << 10), ("bert", 16 << 10)],
+)
 def test_what_is_kept_stays_within_the_budget(name: str, limit: int):
     """By share of the microbatches done."""
     case, storage = CASES[name], WatchedStorage(limit)

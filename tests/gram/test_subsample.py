@@ -166,14 +166,9 @@ def test_slices_are_the_same_in_every_process():
         "from curvature_callbacks.gram.subsample import chosen_slices\n"
         "print(chosen_slices({'w': torch.zeros(1000)}, {'b': ['w']}, 12, seed=3)['w'].tolist())"
     )
-    runs = [
-        subprocess.run(
-            [sys.executable, "-c", program], check=True, capture_output=True, text=True, env=os.environ | environment
-        ).stdout
-        for environment in ({"PYTHONHASHSEED": "1"}, {"PYTHONHASHSEED": "2"})
-    ]
-    assert runs[0] == runs[1]
-    assert runs[0].strip() == str(chosen_slices({"w": torch.zeros(1000)}, {"b": ["w"]}, 12, seed=3)["w"].tolist())
+    environment = os.environ | {"PYTHONHASHSEED": "1"}  # and not that of this process, which is drawn
+    run = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, env=environment)
+    assert run.stdout.strip() == str(chosen_slices({"w": torch.zeros(1000)}, {"b": ["w"]}, 12, seed=3)["w"].tolist())
 
 
 def test_the_certificate_still_catches_a_wrong_rule(monkeypatch: pytest.MonkeyPatch):
