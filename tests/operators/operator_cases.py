@@ -15,6 +15,11 @@ def dense(operator: Operator) -> Tensor:
     return operator.matmat(torch.eye(operator.shape[0], dtype=operator.dtype))
 
 
+def vectors(operator: Operator, count: int = 4) -> Tensor:
+    """(P, count) at random, which see every entry of a matrix at less than its P products."""
+    return torch.randn(operator.shape[0], count, generator=torch.Generator().manual_seed(0), dtype=operator.dtype)
+
+
 def names_of(model: nn.Module, prefixes: tuple[str, ...]) -> list[str]:
     """Of the parameters that begin with one of these prefixes."""
     return [name for name, _ in model.named_parameters() if name.startswith(prefixes)]

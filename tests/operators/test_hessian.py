@@ -13,7 +13,7 @@ from curvature_callbacks import ProbeError, Problem, RefusedError, compute_spect
 from curvature_callbacks.compute.offline import offline_problem
 from curvature_callbacks.operators.hessian import HessianOperator
 from tests.cases import CASES, CLASSES, Case, in_general_position
-from tests.operators.operator_cases import PartlyUsed, dense, names_of, partial_loss, with_fused_kernel
+from tests.operators.operator_cases import PartlyUsed, dense, names_of, partial_loss, vectors, with_fused_kernel
 from tests.reference import case_loss, dense_hessian, finite_difference_hessian, hessian_product, relative_error
 
 # Case to the prefixes of the parameters to differentiate by, few enough for a dense matrix.
@@ -21,8 +21,8 @@ DENSE = {
     "gpt2": ("transformer.h.1.ln_1", "transformer.h.1.attn.c_proj", "transformer.ln_f"),
     "llama": ("model.layers.0.input_layernorm", "model.layers.0.self_attn.k_proj", "model.norm"),
     "bert": ("bert.encoder.layer.1.attention.self.query", "cls.predictions.bias"),
-    "vit": ("vit.embeddings.position", "vit.layers.0.attention.q_proj", "classifier"),
-    "resnet": ("resnet.encoder.stages.0.layers.0.layer.0", "classifier"),
+    "vit": ("vit.embeddings.position", "vit.layers.0.attention.q_proj.bias", "classifier"),
+    "resnet": ("resnet.encoder.stages.0.layers.0.layer.0.normalization", "classifier"),
     "mlp": ("",),
     "convnet": ("conv1", "bn1", "fc"),
     "reused": ("",),
@@ -74,7 +74,7 @@ def test_the_matrix_is_the_dense_hessian(name: str):
         assert relative_error(dense(operator), dense_truth(name)) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", ["gpt2", "resnet", "mlp", "reused"])
 def test_eigenvalues_are_those_of_the_dense_hessian(name: str):
     case, truth = CASES[name], torch.linalg.eigvalsh(dense_truth(name)).flip(0)
     options: Mapping[str, Any] = {"k": 6, "which": "BE", "tol": 1e-5, "max_matvecs": 120, "batch_norm": "eval"}
@@ -88,7 +88,8 @@ def test_float32_models_agree_with_float64(name: str):
     case = CASES[name]
     with hessian_of(case, case.model(torch.float32), case.microbatches(SIZES), params_filter=keep(name)) as operator:
         assert operator.dtype == torch.float32
-        assert relative_error(dense(operator), dense_truth(name)) < 1e-4
+        V = vectors(operator)
+        assert relative_error(operator.matmat(V), dense_truth(name) @ V.double()) < 1e-4
 
 
 def test_the_oracle_agrees_with_finite_differences():
@@ -102,7 +103,7 @@ def test_the_oracle_agrees_with_finite_differences():
         assert relative_error(dense(operator), truth) < 1e-6
 
 
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", ["bert", "resnet", "reused"])
 def test_contract(name: str):
     """Symmetric, linear, column by column, the same bits twice."""
     case = CASES[name]
@@ -204,7 +205,8 @@ def test_attention_that_can_be_differentiated_twice(name: str, implementation: s
     model, microbatches = case.model(), case.microbatches(SIZES)
     model.config._attn_implementation = implementation
     with hessian_of(case, model, microbatches, params_filter=keep(name)) as operator:
-        assert relative_error(dense(operator), dense_truth(name)) < TOLERANCE
+        V = vectors(operator)
+        assert relative_error(operator.matmat(V), dense_truth(name) @ V) < TOLERANCE
 
 
 @pytest.mark.parametrize("implementation", ["flash_attention_2", "flash_attention_3", "flex_attention", "paged|sdpa"])

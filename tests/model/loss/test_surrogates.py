@@ -217,7 +217,7 @@ def test_more_draws_are_more_samples_of_the_same_fisher(unit: str):
 def test_chosen_targets_are_unbiased():
     one = FisherType(sample_unit="token", num_targets=2)
     expected = oracle("text", "empirical", "token")
-    found = torch.stack([fisher_of("text", one, seed=seed) for seed in range(200)])
+    found = torch.stack([fisher_of("text", one, seed=seed) for seed in range(100)])
     standard_error = found.std(0) / math.sqrt(len(found))
     assert ((found.mean(0) - expected).abs() <= 4.5 * standard_error + 1e-12).all()
     assert standard_error.max() > 0
@@ -267,13 +267,12 @@ def test_the_gradient_of_a_sampled_row_is_that_of_labels_that_can_be_drawn(kind:
     model, batch, loss = loss_case(kind)
     losses = loss(model, batch)
     G, _, rows = dense_pseudo_samples(model, losses, surrogates(FisherType(fisher="sampled", num_draws=5), losses, seed=0))
-    for g, row in zip(G, rows.tolist(), strict=True):
+    for row in set(rows.tolist()):
         outputs = [outputs_of(kind, model, batch, *target) for target in targets_of(kind, batch) if target[0] == row]
-        possible = [
-            sum(flat_gradient(-z.log_softmax(0)[c], model) for z, c in zip(outputs, labels, strict=True))
-            for labels in itertools.product(range(len(outputs[0])), repeat=len(outputs))
-        ]
-        assert sum(torch.allclose(one, g) for one in possible) == 1
+        of_targets = [[flat_gradient(loss, model) for loss in -z.log_softmax(0)] for z in outputs]
+        possible = torch.stack([torch.stack(labels).sum(0) for labels in itertools.product(*of_targets)])
+        for g in G[rows == row]:
+            assert torch.isclose(possible, g).all(1).sum() == 1
 
 
 @pytest.mark.parametrize(("fisher", "unit"), TYPES)
