@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from curvature_callbacks.record import Record
-from tests.processes import frameworks, training
+from tests.processes import training
 from tests.processes.ranks import Ranks
 from tests.training_cases import assert_equal, probed_steps
 
@@ -56,12 +56,19 @@ def _small(title: str, wrap: Callable[..., Any]) -> Case:
     return Case(title=title, train=small, arguments=(wrap,), steps=_LOOP, names=names)
 
 
+def in_a_framework(work: str, *arguments: Any) -> Any:
+    """What this function of `frameworks` returns: a process imports Lightning and the Trainer when it needs them."""
+    from tests.processes import frameworks
+
+    return getattr(frameworks, work)(*arguments)
+
+
 def _lightning(title: str, strategy: str) -> Case:
-    return Case(title=title, train=frameworks.lightning, arguments=(strategy,), steps=_FRAMEWORK)
+    return Case(title=title, train=in_a_framework, arguments=("lightning", strategy), steps=_FRAMEWORK)
 
 
 def _transformers(title: str, setting: str, steps: tuple[int, ...] = _FRAMEWORK) -> Case:
-    return Case(title=title, train=frameworks.transformers, arguments=(setting,), steps=steps)
+    return Case(title=title, train=in_a_framework, arguments=("transformers", setting), steps=steps)
 
 
 CASES: dict[str, Case] = {

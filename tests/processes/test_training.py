@@ -14,8 +14,8 @@ from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.isolation.model import isolated
 from curvature_callbacks.processes.group import current_world
 from curvature_callbacks.record import Record
-from tests.processes import frameworks, training
-from tests.processes.cases import CASES, assert_same_bits, assert_same_records
+from tests.processes import training
+from tests.processes.cases import CASES, assert_same_bits, assert_same_records, in_a_framework
 from tests.processes.ranks import Ranks
 
 SMOKE = ("loop_ddp", "loop_fsdp2")
@@ -306,7 +306,7 @@ def test_a_resumed_run_of_two_processes_measures_as_the_uninterrupted_one(
     framework: str, steps: list[int], two_processes: Ranks, tmp_path: Path
 ) -> None:
     at_once, resumed = (
-        two_processes(getattr(frameworks, f"resumed_{framework}"), str(tmp_path / way), way) for way in ("at once", "cut")
+        two_processes(in_a_framework, f"resumed_{framework}", str(tmp_path / way), way) for way in ("at once", "cut")
     )
     for alone, again in zip(at_once, resumed, strict=True):
         assert [record.step for record in again if record.measurement == "probe"] == steps

@@ -73,6 +73,7 @@ def test_gradient_descent_settles_at_the_edge() -> None:
     assert all(abs(value - 1) < 0.1 for step, value in found.items() if step >= 750), found
 
 
+@pytest.mark.slow
 def test_adam_settles_at_the_edge() -> None:
     records = watched(half_squared_error, lambda p: torch.optim.Adam(p, lr=3e-3), 2000, 100)
     found = ratios(records)

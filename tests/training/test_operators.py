@@ -19,7 +19,7 @@ from tests.transformers_runs import language_model, transformers_run
 pytestmark = LIGHTNING_WARNINGS
 
 # The convolutional net has kinks, which differences step over: they are for smooth models.
-SMOOTH: list[Measurement] = [TopEigenpairs(operator=name, k=2, which="LA", max_matvecs=20) for name in get_args(OperatorName)]
+SMOOTH: list[Measurement] = [TopEigenpairs(operator=name, k=2, which="LA", max_matvecs=30) for name in get_args(OperatorName)]
 OTHERS: list[Measurement] = [
     TopEigenpairs(operator="ggn", k=2, which="LA", max_matvecs=20, per_block=True),
     TopEigenpairs(operator="hessian", k=4, max_matvecs=40),
@@ -67,14 +67,14 @@ def test_in_lightning(tmp_path: Path) -> None:
 
 
 def test_in_transformers(tmp_path: Path) -> None:
-    callback = TransformersCallback(every_n_steps=2, measure=SMOOTH, **WATCH)
+    callback = TransformersCallback(every_n_steps=3, measure=SMOOTH, **WATCH)
     plain = transformers_run(tmp_path / "plain", data=Characters)
     probed = transformers_run(tmp_path / "probed", callback, model=language_model, data=Characters)
-    assert_probed(probed.records, [0, 2, 4], names(SMOOTH))
+    assert_probed(probed.records, [0, 3], names(SMOOTH))
     assert_sane(probed.records)
-    exact = top(probed.records, "hessian", 2)
-    assert top(probed.records, "finite_difference_hessian", 2) == pytest.approx(exact, rel=1e-3)
-    assert top(probed.records, "ekfac_empirical_expand_eigenpairs", 2) > 0
+    exact = top(probed.records, "hessian", 3)
+    assert top(probed.records, "finite_difference_hessian", 3) == pytest.approx(exact, rel=1e-3)
+    assert top(probed.records, "ekfac_empirical_expand_eigenpairs", 3) > 0
     assert_same_training(plain, probed)
 
 

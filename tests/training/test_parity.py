@@ -121,7 +121,7 @@ def content(records: Sequence[Record]) -> list[tuple[Any, ...]]:
     ]
 
 
-@pytest.mark.parametrize("draw", ["fresh", "fixed"])
+@pytest.mark.parametrize("draw", ["fresh", pytest.param("fixed", marks=pytest.mark.slow)])
 def test_records_are_equal_in_every_loop(draw: str, tmp_path: Path) -> None:
     found = {name: loop(tmp_path / name, draw=draw) for name, loop in LOOPS.items()}
     for records in found.values():
