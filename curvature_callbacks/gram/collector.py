@@ -130,7 +130,7 @@ class Collector:
 def _has_factors(name: str, passes: Sequence[Sequence[Placed]], observed: Observed) -> bool:
     uses = [placed for of_pass in passes for placed in of_pass]
     return (
-        len(observed.biases.get(name, ())) == 1
+        len(_added_biases(name, observed)) == 1
         and factor_obstacle([placed.use.operation for placed in uses]) is None
         and all(placed.view.is_parameter for placed in uses)
     )
@@ -138,5 +138,10 @@ def _has_factors(name: str, passes: Sequence[Sequence[Placed]], observed: Observ
 
 def _bias(name: str, observed: Observed) -> str | None:
     """The trained bias of the weight's only layer."""
-    (bias,) = observed.biases[name]
+    (bias,) = _added_biases(name, observed)
     return bias if bias is not None and is_layer_bias(observed.operations.get(bias, ())) else None
+
+
+def _added_biases(name: str, observed: Observed) -> set[str | None]:
+    """The biases that the layers of a weight add, None for one without."""
+    return {operation.bias for operation in observed.operations.get(name, ()) if operation.has_factors}

@@ -1,6 +1,6 @@
 """Passed: what the hooked passes over all microbatches were, and the pseudo-samples they make up."""
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, final
 
@@ -28,7 +28,6 @@ class Observed:
         num_targets: for each microbatch (rows,) valid targets, on the CPU.
         operations: parameter to the operations that used it.
         positions: parameter to the positions per sample of each use.
-        biases: weight to the biases its operations added.
     """
 
     sizes: Sequence[int] = ()
@@ -36,19 +35,16 @@ class Observed:
     num_targets: Sequence[Tensor] = ()
     operations: Mapping[str, list[Operation]] = field(default_factory=dict)
     positions: Mapping[str, list[int]] = field(default_factory=dict)
-    biases: Mapping[str, Set[str | None]] = field(default_factory=dict)
 
     @classmethod
     def joined(cls, parts: Sequence["Observed"]) -> "Observed":
         """The passes of several microbatches, or of several processes by rank, one after the other."""
-        weights = dict.fromkeys(weight for part in parts for weight in part.biases)
         return cls(
             sizes=[size for part in parts for size in part.sizes],
             num_passes=[number for part in parts for number in part.num_passes],
             num_targets=[targets for part in parts for targets in part.num_targets],
             operations=merged([part.operations for part in parts]),
             positions=merged([part.positions for part in parts]),
-            biases={weight: set().union(*(part.biases.get(weight, ()) for part in parts)) for weight in weights},
         )
 
 

@@ -151,7 +151,6 @@ class _Plan:
                 num_targets=[losses.num_targets.cpu()],
                 operations=capture.operations,
                 positions=capture.positions,
-                biases=capture.biases,
             )
         )
         self._check_size()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import final
 
 from curvature_callbacks.errors import ProbeError
-from curvature_callbacks.gram.uses.operation import Operation, factor_obstacle, is_layer_bias
+from curvature_callbacks.gram.uses.operation import coverage_obstacle
 from curvature_callbacks.linalg.accumulate import dot
 from curvature_callbacks.problem.problem import Problem
 from curvature_callbacks.record import Record
@@ -18,8 +18,8 @@ class KFACCoverageReport:
 
     Such layers are linear, Hugging Face's Conv1D, convolutions without groups, and embeddings (A is diagonal), with their
     biases; a layer called several times counts (its positions are shared), a weight tied between different operations does
-    not: the sum of two Kronecker products is not one. A bias counts with its layer: `x.bias` where `x.weight` counts or is not
-    trained.
+    not: the sum of two Kronecker products is not one. A bias counts with its layer, where the weight that it is added beside
+    counts or is not trained; beside a parametrised weight (weight norm, spectral norm), which has no factors, it does not.
 
     Attributes:
         tensors: share by number of parameter tensors, 0..1.
@@ -76,7 +76,7 @@ def uncovered_parameters(problem: Problem) -> dict[str, str]:
 
     Cost: see `ProbeGrams.operations`.
     """
-    reasons = {name: _coverage_obstacle(name, problem.grams.operations) for name in problem.objective.parameters}
+    reasons = {name: coverage_obstacle(name, problem.grams.operations) for name in problem.objective.parameters}
     return {name: reason for name, reason in reasons.items() if reason}
 
 
@@ -94,16 +94,6 @@ def coverage_of(problem: Problem) -> KFACCoverageReport:
         gradient_energy=_share(energies, uncovered),
         uncovered=uncovered,
     )
-
-
-def _coverage_obstacle(name: str, operations: Mapping[str, list[Operation]]) -> str | None:
-    """Why a parameter is in no layer with Kronecker factors, or None where it is in one."""
-    used = operations.get(name, [])
-    if not is_layer_bias(used):
-        return factor_obstacle(used)
-    weight = "weight".join(name.rsplit("bias", 1))  # `x.bias`; `x.in_proj_bias` of `nn.MultiheadAttention`
-    obstacle = factor_obstacle(operations[weight]) if weight in operations and weight != name else None
-    return f"bias of `{weight}`, {obstacle}" if obstacle else None
 
 
 def _share(weights: Mapping[str, float], uncovered: Mapping[str, str]) -> float:

@@ -16,7 +16,6 @@ def observed(targets: list[int], num_passes: int, weight_bias: str | None) -> Ob
         num_targets=[torch.tensor(targets)],
         operations={"weight": [LINEAR], "bias": [BIAS]} if weight_bias else {"weight": [LINEAR]},
         positions={"weight": [len(targets)]},
-        biases={"weight": {weight_bias}},
     )
 
 
@@ -28,7 +27,6 @@ def test_passes_follow_each_other_and_what_they_saw_is_merged():
     assert [targets.tolist() for targets in joined.num_targets] == [[1, 2], [3]]
     assert joined.operations == {"weight": [LINEAR, LINEAR], "bias": [BIAS]}
     assert joined.positions == {"weight": [2, 1]}
-    assert joined.biases == {"weight": {"bias", None}}
     assert parts[0].operations == {"weight": [LINEAR], "bias": [BIAS]}  # not changed by it
 
 

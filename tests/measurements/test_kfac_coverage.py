@@ -1,9 +1,14 @@
+import re
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from curvature_callbacks import KFACCoverage, ProbeError, compute_kfac_coverage
 from curvature_callbacks.compute.offline import offline_problem
+from curvature_callbacks.measurements.kfac_coverage import coverage_of
 from tests.cases import CASES, CLASSES, in_general_position
 from tests.reference import float64_copy, mean_loss
 
@@ -63,8 +68,6 @@ def test_energy_is_the_share_of_the_mean_gradient(name: str):
     ],
 )
 def test_every_uncovered_parameter_has_its_reason(name: str, parameter: str, reason: str):
-    import re
-
     case = CASES[name]
     report = compute_kfac_coverage(case.model(), case.microbatches(), loss=case.loss)
     assert re.search(reason, report.uncovered[parameter])
@@ -156,3 +159,32 @@ def test_the_record_is_the_report(after_grams: bool):
     )
     assert record.metadata["uncovered"] == report.uncovered
     assert torch.tensor(list(record.scalars.values())).max() <= 1
+
+
+class OwnNames(nn.Module):
+    """Layers whose biases are not called `bias`: a linear and a grouped convolution; and one with a parametrised weight."""
+
+    def __init__(self, parametrised: Callable[[nn.Module], nn.Module]) -> None:
+        super().__init__()
+        self.matrix, self.offset = nn.Parameter(torch.empty(4, 5)), nn.Parameter(torch.empty(4))
+        self.kernel, self.shift = nn.Parameter(torch.empty(4, 2, 1)), nn.Parameter(torch.empty(4))
+        self.head = parametrised(nn.Linear(4, CLASSES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(nn.functional.linear(x, self.matrix, self.offset))
+        return self.head(nn.functional.conv1d(hidden[..., None], self.kernel, self.shift, groups=2)[..., 0])
+
+
+@pytest.mark.parametrize("parametrised", [weight_norm, spectral_norm])
+def test_a_bias_counts_with_its_layer_whatever_both_are_called(parametrised: Callable[[nn.Module], nn.Module]):
+    model = in_general_position(lambda: OwnNames(parametrised)).double().eval()
+    with offline_problem(model, CASES["mlp"].microbatches(), loss="cross_entropy", params_filter=None) as problem:
+        report = coverage_of(problem)
+        without_factors = set(problem.kfac(sharing="expand", corrected=False).uncovered)
+    assert set(report.uncovered) == without_factors == {name for name, _ in model.named_parameters()} - {"matrix", "offset"}
+    assert report.uncovered["shift"] == "bias of `kernel`, used by grouped conv1d, which has no Kronecker factors"
+    assert re.fullmatch(
+        "bias of `head.parametrizations.weight.original0?`, .* function of it, .*", report.uncovered["head.bias"]
+    )
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    assert report.elements == pytest.approx((20 + 4) / sum(sizes.values()))

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -49,10 +50,11 @@ class Taps:
 
     def tap(self, output: Tensor, chosen: Sequence[Tapped]) -> Tensor:
         """Hook the gradient of `output`; returns the tensor to use in its place (possibly a copy)."""
+        layer = self._operands(chosen)
         chosen = [(derived, tap) for derived, tap in chosen if self.admits(derived)]
         for derived, tap in chosen:
             for name in self._derived.names(derived):
-                self.operations.setdefault(name, []).append(_operation(tap, derived))
+                self.operations.setdefault(name, []).append(_operation(tap, derived, layer))
         wanted = [pair for pair in chosen if any(name not in self.unruled for name in self._derived.names(pair[0]))]
         if not wanted:
             return output
@@ -96,6 +98,13 @@ class Taps:
             self._uses.setdefault(name, []).append(Placed(parameter_view(name, self._derived.parameters[name]), use))
         for name in sorted({*self._pulled, *(name for name, count in self._open.items() if count > 0)}):
             self._finish(name)
+
+    def _operands(self, chosen: Sequence[Tapped]) -> "_Operands":
+        """The parameters of one operation: a bias among them belongs to the others."""
+        views = [derived.view for derived, tap in chosen if tap.operation.is_bias]
+        bias = next((view.name for view in views if view is not None and view.is_parameter), None)
+        weights = [name for derived, tap in chosen if not tap.operation.is_bias for name in self._derived.names(derived)]
+        return _Operands(bias, tuple(weights))
 
     def _anchored(self, output: Tensor) -> Tensor:
         anchor = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
@@ -146,7 +155,19 @@ def _ignore(name: str, uses: list[Placed]) -> None:
     """Before a backward pass there is nothing to complete."""
 
 
-def _operation(tap: Tap, derived: Derived) -> Operation:
+@final
+@dataclass(frozen=True, slots=True)
+class _Operands:
+    """The trained parameters of one operation, as its `Operation`s name them."""
+
+    bias: str | None
+    weights: tuple[str, ...]
+
+
+def _operation(tap: Tap, derived: Derived, layer: _Operands) -> Operation:
     if derived.view is None:
         return tap.operation.on("a function of it")
-    return tap.operation if derived.view.is_parameter else tap.operation.on("a part of it")
+    if not derived.view.is_parameter:
+        return tap.operation.on("a part of it")
+    is_bias = tap.operation.is_bias
+    return replace(tap.operation, weights=layer.weights) if is_bias else replace(tap.operation, bias=layer.bias)

@@ -51,7 +51,6 @@ class Capture(TorchFunctionMode):
     Attributes:
         positions: name to the positions per sample on axis 0 of each output with a rule (1: axis 0 is the sample), or how else
             the samples were found (`ROUTED`, `POSITIONS_FIRST`).
-        biases: weight to the biases its operations added, None for an operation without one.
     """
 
     def __init__(
@@ -72,7 +71,6 @@ class Capture(TorchFunctionMode):
         self._derived = DerivedTensors(parameters)
         self._taps = Taps(self._derived, num_samples, unruled)
         self.positions: dict[str, list[int]] = {}
-        self.biases: dict[str, set[str | None]] = {}
 
     def adopt(self, name: str, parameter: Tensor) -> None:
         """Take `parameter`, gathered from its shards while its module runs, for the one called `name`."""
@@ -225,7 +223,6 @@ class Capture(TorchFunctionMode):
         if rule is None:
             return []
         taps = rule(partial(self._layout, operands=call.derived), output, *call.args, **call.kwargs)
-        self._note_layer([tensor for tensor, _ in taps])
         return [(self._derived[tensor], tap) for tensor, tap in taps if tensor in self._derived]
 
     def _without_rule(self, call: Call, output: Tensor, operands: Sequence[Derived]) -> Tensor:
@@ -260,14 +257,6 @@ class Capture(TorchFunctionMode):
         code = ROUTED if layout.samples is not None else POSITIONS_FIRST if layout.positions_first else count
         for name in [name for derived in operands for name in self._derived.names(derived)]:
             self.positions.setdefault(name, []).append(code)
-
-    def _note_layer(self, order: Sequence[Tensor]) -> None:
-        """Weight and bias of one operation, the first and second tensor a rule names."""
-        views = [self._derived[tensor].view if tensor in self._derived else None for tensor in order]
-        if views and views[0] is not None and views[0].is_parameter:
-            bias = views[1] if len(views) > 1 else None
-            name = bias.name if bias is not None and bias.is_parameter else None
-            self.biases.setdefault(views[0].name, set()).add(name)
 
     def _refuse(self, call: Call, operands: Sequence[Derived]) -> None:
         operation = operation_without_rule(call.function)

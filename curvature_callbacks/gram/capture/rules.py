@@ -1,9 +1,9 @@
 """Rules: which operation makes which use of its parameters.
 
 A rule has the signature of its operation, after `layout_of` and the operation's output, so that Python binds positional and
-keyword arguments alike. It returns the operands it can vouch for, each with its tap, the weight of a layer before its bias; a
-parameter left out is copied for every sample or takes the exact fallback row by row. The `Operation` in the tap says what K-FAC
-can make of it: nothing, unless it is the weight of a layer (`has_factors`, `transposed`) or a bias (`is_bias`).
+keyword arguments alike. It returns the operands it can vouch for, each with its tap; a parameter left out is copied for every
+sample or takes the exact fallback row by row. The `Operation` in the tap says what K-FAC can make of it: nothing, unless it is
+the weight of a layer (`has_factors`, `transposed`) or the bias of the other operands (`is_bias`).
 
 To add one, write the function here and its line in `RULES`.
 """
