@@ -23,6 +23,7 @@ from curvature_callbacks.run.fingerprint import DESCRIPTION, warn_of_change
 from curvature_callbacks.run.monitor import CurvatureMonitor
 from curvature_callbacks.run.schedules import LossSpike, Schedule
 from curvature_callbacks.run.settings import Settings
+from curvature_callbacks.run.setup import Setup
 from curvature_callbacks.sinks import MemorySink, Sink
 
 _logger = logging.getLogger("curvature_callbacks")
@@ -138,9 +139,9 @@ class CurvatureCallback(Callback):
         if probes is None:
             probes = self._captured = self._settings.captured_probes()
         sinks: list[Sink] = [self._memory, *logger_sinks(trainer), HeadlineSink(trainer)]
-        self._monitor = CurvatureMonitor.of_settings(
-            pl_module, self._settings, probes=probes, sinks=sinks, loss=loss, optimizer=trainer.optimizers or None
-        )
+        optimizer = trainer.optimizers or None
+        setup = Setup(model=pl_module, settings=self._settings, probes=probes, sinks=sinks, loss=loss, optimizer=optimizer)
+        self._monitor = CurvatureMonitor.of(setup)
         if self._loaded is not None:
             self._monitor.load_state_dict(self._loaded)
             self._loaded = None

@@ -17,7 +17,6 @@ from curvature_callbacks.model.loss.resolve import Loss
 from curvature_callbacks.model.objective import ParamsFilter
 from curvature_callbacks.model.stability import Optimizers
 from curvature_callbacks.probes import CapturedProbes, Draw, Probes, as_probes, stable_seed
-from curvature_callbacks.problem.subject import Subject
 from curvature_callbacks.processes.group import current_world
 from curvature_callbacks.record import PROBE, Record
 from curvature_callbacks.run.choice import chosen_measurements
@@ -27,6 +26,7 @@ from curvature_callbacks.run.probe import Probe, Probing, check_subject, isolate
 from curvature_callbacks.run.probe_record import PROBE_HEADLINE, probe_record
 from curvature_callbacks.run.schedules import LossSpike, Schedule
 from curvature_callbacks.run.settings import EVERY_N_STEPS, Settings
+from curvature_callbacks.run.setup import Setup
 from curvature_callbacks.sinks import MemorySink, Sink
 
 _logger = logging.getLogger("curvature_callbacks")
@@ -122,50 +122,25 @@ class CurvatureMonitor:
             batch_norm=batch_norm,
         )
         source = as_probes(probes, num_microbatches=num_microbatches, microbatch_size=microbatch_size)
-        self._set_up(model, settings, probes=source, sinks=sinks, loss=loss, optimizer=optimizer)
+        self._begin(Setup(model=model, settings=settings, probes=source, sinks=sinks, loss=loss, optimizer=optimizer))
 
     @classmethod
-    def of_settings(
-        cls,
-        model: nn.Module,
-        settings: Settings,
-        *,
-        probes: Probes,
-        sinks: Sequence[Sink],
-        loss: Loss,
-        optimizer: Optimizers | None,
-    ) -> "CurvatureMonitor":
+    def of(cls, setup: Setup) -> "CurvatureMonitor":
         """The monitor of a callback, whose arguments are validated already; its loss and its rows are the framework's."""
         monitor = cls.__new__(cls)
-        monitor._set_up(model, settings, probes=probes, sinks=sinks, loss=loss, optimizer=optimizer)
+        monitor._begin(setup)
         return monitor
 
-    def _set_up(
-        self,
-        model: nn.Module,
-        settings: Settings,
-        *,
-        probes: Probes,
-        sinks: Sequence[Sink],
-        loss: Loss,
-        optimizer: Optimizers | None,
-    ) -> None:
-        self._settings = settings
-        self._subject = Subject(
-            model=model,
-            loss=loss,
-            params_filter=settings.params_filter,
-            block_structure=settings.block_structure,
-            optimizer=optimizer,
-            batch_norm=settings.batch_norm,
-        )
-        self._probes = probes
+    def _begin(self, setup: Setup) -> None:
+        settings = self._settings = setup.settings
+        self._subject = setup.new_subject()
+        self._probes = setup.probes
         self._measure = chosen_measurements(settings.measure)
         self._pace = Pace(settings.when, max_overhead=settings.max_overhead, spike=settings.spike)
         self._failures = Failures()
         self._probing = Probing(self._measure, self._failures, self._subject.memory.grams)
         self._memory = MemorySink()
-        self._sinks: list[Sink] = [self._memory, *sinks]
+        self._sinks: list[Sink] = [self._memory, *setup.sinks]
         self._sink_seconds = 0.0  # what the sinks took at the previous probe
         self._checked = False
 

@@ -22,6 +22,7 @@ from curvature_callbacks.run.fingerprint import DESCRIPTION, warn_of_change
 from curvature_callbacks.run.monitor import CurvatureMonitor
 from curvature_callbacks.run.schedules import LossSpike, Schedule
 from curvature_callbacks.run.settings import Settings
+from curvature_callbacks.run.setup import Setup
 from curvature_callbacks.run.states import load_with_tensors, save_with_tensors
 from curvature_callbacks.sinks import JSONLinesSink, MemorySink, Sink
 
@@ -185,9 +186,8 @@ class CurvatureCallback(TrainerCallback):
             ReporterSink(lambda: reporters_of(self._trainer)),
             TrainerLog(self._trainer, state),
         ]
-        self._monitor = CurvatureMonitor.of_settings(
-            model, self._settings, probes=probes, sinks=sinks, loss=loss, optimizer=optimizer
-        )
+        setup = Setup(model=model, settings=self._settings, probes=probes, sinks=sinks, loss=loss, optimizer=optimizer)
+        self._monitor = CurvatureMonitor.of(setup)
         self._resume(args, state)
         self._monitor.check(state.global_step)
         self._step(state)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from curvature_callbacks import ConfigurationError, CurvatureMonitor, FisherSpectrum, Probes, TopEigenpairs
 from curvature_callbacks.run.settings import Settings
+from curvature_callbacks.run.setup import Setup
 from tests.run.monitor_cases import example_batch, row_losses
 from tests.training_cases import Checksum, probed_steps, reports
 
@@ -98,7 +99,8 @@ def test_the_arguments_of_a_monitor_are_validated_once(monkeypatch: Any) -> None
 
     monkeypatch.setattr(Settings, "__post_init__", noted)
     settings = Settings(draw="fixed")
-    CurvatureMonitor.of_settings(nn.Linear(6, 3), settings, probes=NoRows(), sinks=(), loss=None, optimizer=None)
+    setup = Setup(model=nn.Linear(6, 3), settings=settings, probes=NoRows(), sinks=(), loss=None, optimizer=None)
+    CurvatureMonitor.of(setup)
     assert calls == [settings]
     with pytest.raises(ConfigurationError, match="`draw` must be one of"):
         CurvatureMonitor(nn.Linear(6, 3), probes=NoRows(), draw="x")  # type: ignore[arg-type]
