@@ -23,6 +23,11 @@ def base_of(tensor: Tensor) -> Tensor:
     return base
 
 
+def has_gradient_hooks(tensor: Tensor) -> bool:
+    """Whether something runs when its gradient is computed (`register_hook`)."""
+    return bool(tensor._backward_hooks)
+
+
 def sparse_parts(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """Indices and values of a sparse (COO) tensor, also of one that is not coalesced."""
     return tensor._indices(), tensor._values()

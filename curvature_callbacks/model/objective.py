@@ -8,7 +8,6 @@ from typing import Any, Protocol, TypeVar, final
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from curvature_callbacks.batches import to_dtype
 from curvature_callbacks.errors import ConfigurationError, ProbeError, named
@@ -17,6 +16,7 @@ from curvature_callbacks.model.batch_norm import BatchNorms
 from curvature_callbacks.model.loss.recording import value_only
 from curvature_callbacks.model.loss.resolve import LossFunction
 from curvature_callbacks.model.loss.sample_losses import SampleLosses
+from curvature_callbacks.model.substitution import substituted
 from curvature_callbacks.processes.fsdp import ShardSpace, shard, unsharded
 from curvature_callbacks.processes.gathering import OnUse, Watch
 from curvature_callbacks.processes.group import is_agreed
@@ -43,9 +43,10 @@ class SizedBuild(Protocol):
 class Objective:
     """`sum_i l_i` of a microbatch at given parameter values.
 
-    Parameters are passed as aliased leaves through `functional_call`: no copy, no `.grad`, no parameter hook, tied weights
-    follow. Models in bfloat16 or float16 are measured in float32: their values, buffers and inputs are widened (a copy of
-    four bytes per parameter and buffer element), because a second derivative has no digits left in bf16.
+    Aliased leaves stand in the model in place of its parameters while the loss is computed (`substituted`): no copy, no
+    `.grad`, no parameter hook, tied weights follow. Models in bfloat16 or float16 are measured in float32: their values,
+    buffers and inputs are widened (a copy of four bytes per parameter and buffer element), because a second derivative has no
+    digits left in bf16.
 
     Attributes:
         parameters: name to detached value in `dtype`, the trainable parameters in the model's order; tied ones once.
@@ -53,6 +54,7 @@ class Objective:
         device: device of the first parameter.
         is_widened: whether any parameter of the model, trainable or not, is stored in bfloat16 or float16.
         space: of vectors of parameters.
+        live_parameters: name to trainable parameter, measured or not, as the model holds it.
 
     Args:
         model: inside `isolated`.
@@ -92,6 +94,7 @@ class Objective:
                 + (" left by `params_filter`" if params_filter else "")
                 + ": nothing to measure. Set `requires_grad` where training does."
             )
+        self.live_parameters = {name: parameter for name, parameter in of_model.items() if parameter.requires_grad}
         self.dtype = _compute_dtype(chosen.values())
         self.device = next(iter(chosen.values())).device
         self.is_widened = any(_is_narrow(parameter.dtype) for parameter in of_model.values())
@@ -113,6 +116,22 @@ class Objective:
         """Aliases of the named parameters (default all) that require gradients."""
         wanted = self.parameters if names is None else names
         return {name: self.parameters[name].detach().requires_grad_() for name in wanted}
+
+    def trainable_stand_ins(self) -> dict[str, Tensor]:
+        """Aliases that require gradients of all trainable parameters, also of those that are not measured."""
+        held = {**self._constants, **self.parameters}
+        return {name: held[name].detach().requires_grad_() for name in self.live_parameters}
+
+    @property
+    def can_run_live(self) -> bool:
+        """Whether the loss can be computed without substitutes: nothing is widened, sharded or written to."""
+        sharded = any(hasattr(parameter, "full_tensor") for parameter in self.live_parameters.values())
+        return not (self.is_widened or self._rewritten or sharded)
+
+    def of_live_parameters(self, batch: Any) -> SampleLosses:
+        """The losses of `batch` by the model as it is, as plain autograd has them."""
+        result: SampleLosses = self._module(to_dtype(batch, self.dtype))
+        return result
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -147,8 +166,9 @@ class Objective:
         merged |= {name: merged.get(name, buffer).clone() for name, buffer in self._statistics.items()}
         shards = {name: merged.pop(name) for name in self._sharded}
         replaced = {_PREFIX + name: tensor for name, tensor in merged.items()}
-        with nullcontext() if self._on_use is None else self._on_use.using(shards, watch), self._norms.in_training_mode():
-            result: SampleLosses = functional_call(self._module, replaced, (to_dtype(batch, self.dtype),))
+        gathering = nullcontext() if self._on_use is None else self._on_use.using(shards, watch)
+        with gathering, substituted(self._module, replaced), self._norms.in_training_mode():
+            result: SampleLosses = self._module(to_dtype(batch, self.dtype))
         return result
 
     def watch_writes(self, batch: Any) -> WriteWatch:
@@ -260,7 +280,7 @@ def gradients(loss: Tensor, leaves: Mapping[str, Tensor], *, again: bool = False
 
 
 class _LossModule(nn.Module):
-    """Model and loss as one module, so that `functional_call` swaps the parameters for both."""
+    """Model and loss as one module, so that parameters are substituted in both."""
 
     def __init__(self, model: nn.Module, loss: LossFunction) -> None:
         super().__init__()

@@ -20,6 +20,7 @@ class ProbeMemory:
         blocks: names of the measured parameters, and their blocks.
         rewritten: names of the parameters that the loss changes in place.
         coupled: the part of the loss that is one of all rows of a batch together; None where none is known.
+        is_reached: whether it is proved that the loss is reached by way of the parameters it trains.
         grams: what is known of the Grams.
     """
 
@@ -27,6 +28,7 @@ class ProbeMemory:
     blocks: tuple[tuple[str, ...], Blocks] | None = None
     rewritten: set[str] = field(default_factory=set)
     coupled: str | None = None
+    is_reached: bool = False
     grams: GramMemory = field(default_factory=GramMemory)
 
     def loss_of_run(self, loss: Loss, batch: Any) -> LossFunction:

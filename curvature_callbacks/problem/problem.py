@@ -22,6 +22,7 @@ from curvature_callbacks.problem.mean_gradient import mean_gradient
 from curvature_callbacks.problem.memory import ProbeMemory
 from curvature_callbacks.problem.occasion import Occasion
 from curvature_callbacks.problem.operators import ProblemOperators
+from curvature_callbacks.problem.reach import check_reach
 from curvature_callbacks.problem.subject import Subject
 from curvature_callbacks.problem.targets import check_targets
 from curvature_callbacks.problem.trained_loss import TrainedLoss
@@ -112,6 +113,7 @@ class Problem(ProblemOperators):
         self.step = occasion.step
         self.world = occasion.world
         self.deadline = occasion.deadline
+        self._memory = subject.memory
         self.objective, self.microbatches = subject.objective(microbatches, self.world)
         self.blocks = subject.blocks(self.objective.parameters)
         self.max_gram_rows = _MAX_GRAM_ROWS
@@ -128,12 +130,21 @@ class Problem(ProblemOperators):
         self.grams = ProbeGrams(context, self.microbatches, self.blocks, sharing=sharing)
 
     def check(self, fisher_types: Sequence[FisherType] = ()) -> None:
-        """Raise a `ConfigurationError` when no sample has a valid target, or the loss has not one of these types of Fisher.
+        """Raise a `ConfigurationError` when no sample has a valid target, the loss has not one of these types of Fisher, or our
+        route misses a parameter that the loss trains.
 
-        Cost: one forward pass.
+        Cost: one forward pass, and once a run one or two of one microbatch.
         """
-        coupled = check_targets(self.objective, self.microbatches, fisher_types, seed=self.seed, world=self.world)
-        self._memory.coupled = self._memory.coupled or coupled
+        targets = check_targets(self.objective, self.microbatches, fisher_types, seed=self.seed, world=self.world)
+        self._memory.coupled = self._memory.coupled or targets.coupled
+        if not self._memory.is_reached:
+            check_reach(self.objective, self.microbatches[targets.counts.index(max(targets.counts))])
+            self._memory.is_reached = True
+
+    def prove(self) -> None:
+        """Check once a run: of a stream nothing may have been checked before training."""
+        if not self._memory.is_reached:
+            self.check()
 
     @cached_property
     def gradients(self) -> Mapping[str, Tensor]:

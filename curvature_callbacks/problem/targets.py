@@ -1,7 +1,8 @@
 """The valid targets of a process's microbatches, and whether the loss has what measurements ask of it."""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, final
 
 import torch
 
@@ -18,28 +19,42 @@ def num_valid_targets(objective: Objective, microbatches: Sequence[Any]) -> int:
         return sum(int(objective(batch).num_targets.sum()) for batch in microbatches)
 
 
+@final
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What a first look at the microbatches of a process shows.
+
+    Attributes:
+        counts: valid targets of each microbatch.
+        coupled: the part of the loss that is one of all rows together; None where none is known.
+    """
+
+    counts: Sequence[int]
+    coupled: str | None
+
+
 def check_targets(
     objective: Objective, microbatches: Sequence[Any], fisher_types: Sequence[FisherType], *, seed: int, world: World
-) -> str | None:
-    """The part of the loss that is one of all rows together, None where none is known.
+) -> Targets:
+    """The targets of a process's microbatches.
 
     Raises:
-        ConfigurationError: no sample of any process has a valid target, or the loss lacks a type of Fisher.
+        ConfigurationError: no sample of any process has a valid one, or the loss lacks a type of Fisher.
 
     Cost: one forward pass.
     """
-    valid, coupled = 0, None
+    counts, coupled = [], None
     with torch.no_grad():
         for batch in microbatches:
             losses = objective(batch)
-            valid += int(losses.num_targets.sum())
+            counts.append(int(losses.num_targets.sum()))
             coupled = coupled or losses.coupled
             for fisher_type in fisher_types:
                 if fisher_type != EMPIRICAL:  # which every loss has
                     surrogates(fisher_type, losses, seed=seed)
-    if world.total(torch.tensor(valid)) == 0:
+    if world.total(torch.tensor(sum(counts))) == 0:
         raise ConfigurationError(
             "every label of the drawn microbatches is ignored (-100): the loss is undefined. Check the collator and the "
             "labels, or give probe data of its own."
         )
-    return coupled
+    return Targets(counts, coupled)

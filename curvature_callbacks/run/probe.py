@@ -172,6 +172,7 @@ class Probing:
         name, start, world = measurement.name, time.perf_counter(), problem.world
         try:
             with world.together():
+                problem.prove()
                 state = self.states[name] if name in self.states else measurement.init(problem)
                 records, state = measurement.measure(problem, state)
                 seconds = world.average(time.perf_counter() - start)

@@ -128,6 +128,7 @@ TENSORS: Final = [
         _base="outputs that are views cannot be hooked (gram/capture/hooks)",
         _indices="graphs that keep sparse tensors cannot be measured (operators/graphs)",
         _values="graphs that keep sparse tensors cannot be measured (operators/graphs)",
+        _backward_hooks="losses whose gradient a hook makes are not refused (problem/reach)",
     ),
     *rows(lambda: torch.ones(1).untyped_storage(), _cdata="writes of a loss are not seen (isolation/writes)"),
     *rows(

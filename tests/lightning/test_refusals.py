@@ -97,3 +97,11 @@ def test_params_filter_that_leaves_nothing(tmp_path: Path) -> None:
 )
 def test_a_bad_loss_function(loss_fn: Any, match: str, tmp_path: Path) -> None:
     assert_refused(tmp_path, CountingNet(), new_callback(loss_fn=loss_fn), match)
+
+
+def test_a_training_step_whose_loss_has_no_gradient(tmp_path: Path) -> None:
+    class Detached(CountingNet):
+        def curvature_loss(self, batch: Any) -> torch.Tensor:
+            return F.cross_entropy(self(batch[0]), batch[1]).detach()
+
+    assert_refused(tmp_path, Detached(), new_callback(loss_fn=None), "depends on no trainable parameter")

@@ -1,6 +1,6 @@
 """Sharded parameters that no process can hold: the numbers are those of one process with all rows."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -196,6 +196,21 @@ def tiny() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2)).double()
 
 
+class Again(nn.Module):
+    """The network of `tiny` with a part of it registered under a second name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = tiny()
+        self.backbone = self.net[:2]
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self.net)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](self.backbone(x))
+
+
 def products(operator: str, build: Callable[[], nn.Module]) -> dict[str, float]:
     """Largest difference of the operator from that of one process with all rows."""
     generator = torch.Generator().manual_seed(2)
@@ -232,3 +247,8 @@ def test_a_product_is_the_part_of_that_over_all_rows(operator: str, two_processe
 
 def test_differences_need_no_whole_parameter_either(two_processes: Ranks) -> None:
     assert max(one["error"] for one in two_processes(products, "finite_difference_hessian", tiny)) <= 1e-5
+
+
+def test_a_module_under_two_names_is_gathered_once(two_processes: Ranks) -> None:
+    for found in two_processes(products, "hessian", Again):
+        assert found["error"] <= 1e-12

@@ -62,16 +62,22 @@ def test_a_loss_that_begins_to_write_after_the_check_leaves_no_trace() -> None:
 
 
 class WithoutGradient:
-    """A loss whose value is known and whose gradient is not."""
+    """A loss whose value is known and whose gradient is not, from some step on."""
+
+    def __init__(self) -> None:
+        self.is_failing = False
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        if any(parameter.requires_grad for parameter in model.parameters()):
+        if self.is_failing and any(parameter.requires_grad for parameter in model.parameters()):
             raise RuntimeError("no gradient today")
         return row_losses(model, batch)
 
 
 def test_a_gradient_that_fails_alone_is_said_once(caplog: Any) -> None:
-    monitor = CurvatureMonitor(nn.Linear(6, 3), probes=[example_batch()], loss=WithoutGradient(), measure=[Checksum()], when=1)
+    loss = WithoutGradient()
+    monitor = CurvatureMonitor(nn.Linear(6, 3), probes=[example_batch()], loss=loss, measure=[Checksum()], when=1)
+    monitor.check()
+    loss.is_failing = True
     for step in range(3):
         assert "gradient_equivalents" not in monitor.step(step)[0].scalars
     assert probed_steps(monitor.history) == [0, 1, 2]
@@ -81,9 +87,10 @@ def test_a_gradient_that_fails_alone_is_said_once(caplog: Any) -> None:
 
 
 def test_a_gradient_that_fails_with_a_measurement_is_said_by_that(caplog: Any) -> None:
-    monitor = CurvatureMonitor(
-        nn.Linear(6, 3), probes=[example_batch()], loss=WithoutGradient(), measure=[FisherSpectrum()], when=1
-    )
+    loss = WithoutGradient()
+    monitor = CurvatureMonitor(nn.Linear(6, 3), probes=[example_batch()], loss=loss, measure=[FisherSpectrum()], when=1)
+    monitor.check()
+    loss.is_failing = True
     monitor.step(0)
     assert len(reports(caplog)) == 1
     assert "`empirical_fisher` failed" in reports(caplog)[0]
