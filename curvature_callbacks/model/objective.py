@@ -16,7 +16,8 @@ from curvature_callbacks.model.batch_norm import BatchNorms
 from curvature_callbacks.model.loss.recording import value_only
 from curvature_callbacks.model.loss.resolve import LossFunction
 from curvature_callbacks.model.loss.sample_losses import SampleLosses
-from curvature_callbacks.model.substitution import substituted
+from curvature_callbacks.model.precision import compute_dtype, is_narrow, widened
+from curvature_callbacks.model.substitution import LossModule, substituted
 from curvature_callbacks.processes.fsdp import ShardSpace, shard, unsharded
 from curvature_callbacks.processes.gathering import OnUse, Watch
 from curvature_callbacks.processes.group import is_agreed
@@ -95,14 +96,16 @@ class Objective:
                 + ": nothing to measure. Set `requires_grad` where training does."
             )
         self.live_parameters = {name: parameter for name, parameter in of_model.items() if parameter.requires_grad}
-        self.dtype = _compute_dtype(chosen.values())
+        self.dtype = compute_dtype(chosen.values())
         self.device = next(iter(chosen.values())).device
-        self.is_widened = any(_is_narrow(parameter.dtype) for parameter in of_model.values())
+        self.is_widened = any(is_narrow(parameter.dtype) for parameter in of_model.values())
         self._sharded = set() if on_use is None else on_use.names
         self.parameters = self._widened(chosen)
         self._constants = self._widened({name: value for name, value in of_model.items() if name not in chosen})
-        self._constants |= {name: self._widen(buffer) for name, buffer in model.named_buffers() if _is_narrow(buffer.dtype)}
-        self._module = _LossModule(model, loss)
+        self._constants |= {
+            name: widened(self.dtype, buffer) for name, buffer in model.named_buffers() if is_narrow(buffer.dtype)
+        }
+        self._module = LossModule(model, loss)
         self._norms = BatchNorms()
         self._statistics: dict[str, Tensor] = {}  # buffers that `_norms` write to, by name
 
@@ -254,15 +257,12 @@ class Objective:
         """Whether other processes have rows too: then this one may have none that counts."""
         return self._processes.size > 1
 
-    def _widen(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.dtype) if _is_narrow(tensor.dtype) else tensor
-
     def _widened(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         held = {
             name: shard(value) if name in self._sharded else unsharded(value, self._processes)
             for name, value in tensors.items()
         }
-        return {name: self._widen(value) for name, value in held.items()}
+        return {name: widened(self.dtype, value) for name, value in held.items()}
 
 
 def gradients(loss: Tensor, leaves: Mapping[str, Tensor], *, again: bool = False) -> dict[str, Tensor]:
@@ -277,26 +277,3 @@ def gradients(loss: Tensor, leaves: Mapping[str, Tensor], *, again: bool = False
         return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
     values = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True, retain_graph=again)
     return dict(zip(leaves, values, strict=True))
-
-
-class _LossModule(nn.Module):
-    """Model and loss as one module, so that parameters are substituted in both."""
-
-    def __init__(self, model: nn.Module, loss: LossFunction) -> None:
-        super().__init__()
-        self.model = model
-        self._loss = loss
-
-    def forward(self, batch: Any) -> SampleLosses:
-        return self._loss(self.model, batch)
-
-
-def _is_narrow(dtype: torch.dtype) -> bool:
-    return dtype in (torch.bfloat16, torch.float16)
-
-
-def _compute_dtype(parameters: Iterable[Tensor]) -> torch.dtype:
-    dtype = torch.float32
-    for parameter in parameters:
-        dtype = torch.promote_types(dtype, parameter.dtype)
-    return dtype

@@ -2,10 +2,32 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any, final
 
 from torch import Tensor, nn
 
 from curvature_callbacks.library_internals.modules import buffers_of, parameters_of
+from curvature_callbacks.model.loss.resolve import LossFunction
+from curvature_callbacks.model.loss.sample_losses import SampleLosses
+
+
+@final
+class LossModule(nn.Module):
+    """Model and loss as one module, so that parameters are substituted in both.
+
+    Args:
+        model: known by the name `model`.
+        loss: of a microbatch, called with `model`.
+    """
+
+    def __init__(self, model: nn.Module, loss: LossFunction) -> None:
+        super().__init__()
+        self.model = model
+        self._loss = loss
+
+    def forward(self, batch: Any) -> SampleLosses:
+        """The losses of `batch`."""
+        return self._loss(self.model, batch)
 
 
 @contextmanager
