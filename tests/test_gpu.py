@@ -30,6 +30,7 @@ from curvature_callbacks.gram.result import BlockGrams
 from curvature_callbacks.gram.storage import MemoryBudget
 from curvature_callbacks.model.loss.fisher_type import FisherType
 from curvature_callbacks.operators.ggn import GGNOperator
+from curvature_callbacks.operators.graphs import GraphLimits
 from tests.cases import CASES, Case
 from tests.training_cases import assert_equal
 
@@ -160,11 +161,17 @@ def test_graphs_that_do_not_fit_are_built_again_for_the_same_products():
     case = CASES["gpt2"]
     _, model = on_both(case)
     with offline_problem(model, case.microbatches((3, 1, 2)), loss=case.loss, params_filter=None) as problem:
-        kept, rebuilt = (GGNOperator(problem.objective, problem.microbatches, memory_budget=budget) for budget in (None, 0))
+        kept = GGNOperator(problem.objective, problem.microbatches)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(GGNOperator, "limits", GraphLimits(kept_bytes=0))
+            rebuilt = GGNOperator(problem.objective, problem.microbatches)
+        calls: list[int] = []
+        problem.model.register_forward_hook(lambda *_: calls.append(1))
         v = torch.randn(kept.shape[0], 2, generator=torch.Generator().manual_seed(0)).cuda()
-        assert (kept.num_kept, rebuilt.num_kept) == (3, 0)
-        assert kept.graph_bytes > 0
-        assert torch.allclose(rebuilt.matmat(v), kept.matmat(v), rtol=1e-4, atol=1e-6)
+        expected = kept.matmat(v)
+        assert not calls
+        assert torch.allclose(rebuilt.matmat(v), expected, rtol=1e-4, atol=1e-6)
+        assert len(calls) == 3
 
 
 def test_deterministic_gives_the_same_bits_or_says_what_it_needs():

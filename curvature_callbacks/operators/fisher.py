@@ -64,10 +64,9 @@ class FisherOperator(MicrobatchOperator[LossJacobian]):
         *,
         sample_unit: SampleUnit,
         num_draws: int,
-        memory_budget: int | None,
     ) -> None:
         check_choice("sample_unit", sample_unit, get_args(SampleUnit))
-        super().__init__(objective, microbatches, names, memory_budget)
+        super().__init__(objective, microbatches, names)
         self.sample_unit = sample_unit
         self.num_draws = num_draws
         if objective.summed(int(not self._built(microbatches, _row_numbers(microbatches)))) == 0:
@@ -158,7 +157,6 @@ class EmpiricalFisherOperator(FisherOperator):
         names: parameters to differentiate by, default all; only their part of the graph is built.
         sample_unit: `sequence` or `token`.
         gram: `J J'` over all rows of the microbatches, used or not.
-        memory_budget: bytes for graphs; default `device_budget`.
 
     Raises:
         ConfigurationError: losses of single rows (`token`: of single targets) are not known.
@@ -173,9 +171,8 @@ class EmpiricalFisherOperator(FisherOperator):
         *,
         sample_unit: SampleUnit = "sequence",
         gram: Tensor | None = None,
-        memory_budget: int | None = None,
     ) -> None:
-        super().__init__(objective, microbatches, names, sample_unit=sample_unit, num_draws=1, memory_budget=memory_budget)
+        super().__init__(objective, microbatches, names, sample_unit=sample_unit, num_draws=1)
         self.gram = None if gram is None else gram_of_rows(gram, self.rows)
 
     def _loss_jacobian(self, losses: SampleLosses, index: int) -> LossJacobian:
@@ -217,7 +214,6 @@ class SampledFisherOperator(FisherOperator):
         sample_unit: `sequence` or `token`.
         num_draws: label draws per sample.
         seed: of the draws; microbatch b draws with `seed + b`.
-        memory_budget: bytes for graphs; default `device_budget`.
 
     Raises:
         ConfigurationError: the likelihood of the loss is not known.
@@ -233,14 +229,11 @@ class SampledFisherOperator(FisherOperator):
         sample_unit: SampleUnit = "sequence",
         num_draws: int = 1,
         seed: int = 0,
-        memory_budget: int | None = None,
     ) -> None:
         self._fisher_type = FisherType(fisher="sampled", num_draws=num_draws)
         self._seed = seed
         self._drawn: dict[int, list[Surrogate]] = {}
-        super().__init__(
-            objective, microbatches, names, sample_unit=sample_unit, num_draws=num_draws, memory_budget=memory_budget
-        )
+        super().__init__(objective, microbatches, names, sample_unit=sample_unit, num_draws=num_draws)
 
     def _built(self, microbatches: Sequence[Any], rows: Sequence[Tensor]) -> bool:
         self._drawn.clear()  # those of other rows

@@ -32,7 +32,6 @@ class GGNOperator(MicrobatchOperator["_LogitGraph"]):
         objective: the loss of a microbatch.
         microbatches: weighted by their valid targets.
         names: parameters to differentiate by, default all; only their part of the graph is built.
-        memory_budget: bytes for graphs; default `device_budget`.
 
     Attributes:
         num_targets: `sum_i n_i`.
@@ -55,10 +54,8 @@ class GGNOperator(MicrobatchOperator["_LogitGraph"]):
         objective: Objective,
         microbatches: Sequence[Any],
         names: Iterable[str] | None = None,
-        *,
-        memory_budget: int | None = None,
     ) -> None:
-        super().__init__(objective, microbatches, names, memory_budget)
+        super().__init__(objective, microbatches, names)
         self._counts: list[int] = []
         self.num_targets = 0
         totals: list[Tensor] = []

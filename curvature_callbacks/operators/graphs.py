@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar, final
 
@@ -53,10 +54,6 @@ class KeptGraphs(Generic[G]):
         known: tensors that exist without the graphs: parameters and constants.
         note: called with every graph when it is built for the first time.
         size_of: a graph and its bytes, given what builds it, where asking the graph would disturb it.
-
-    Attributes:
-        num_kept: microbatches whose graph is kept.
-        graph_bytes: measured size of these.
     """
 
     def __init__(
@@ -81,16 +78,6 @@ class KeptGraphs(Generic[G]):
             del graph
             reserve = self._fit(budget, reserve)
 
-    @property
-    def num_kept(self) -> int:
-        """How many microbatches have a kept graph."""
-        return sum(kept is not None for kept in self._kept)
-
-    @property
-    def graph_bytes(self) -> int:
-        """Measured size of the kept graphs."""
-        return sum(kept[1] for kept in self._kept if kept is not None)
-
     def each(self, build: Callable[[int], G], function: Callable[[G], None]) -> None:
         """Call `function` with the graph of every microbatch in turn, built again where it is not kept.
 
@@ -104,10 +91,26 @@ class KeptGraphs(Generic[G]):
         """Drop kept graphs, from the last, until the rest and the largest dropped one fit the budget; the size of that one."""
         for index in reversed(range(len(self._kept))):
             kept = self._kept[index]
-            if kept is not None and self.graph_bytes + reserve > budget:
+            if kept is not None and self._num_bytes() + reserve > budget:
                 reserve = max(reserve, kept[1])
                 self._kept[index] = None
         return reserve
+
+    def _num_bytes(self) -> int:
+        """Measured size of the kept graphs."""
+        return sum(kept[1] for kept in self._kept if kept is not None)
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphLimits:
+    """What kept graphs may take. Products are the same, bit by bit, whatever is kept.
+
+    Attributes:
+        kept_bytes: of an operator's graphs on this process, with one that is built again; None for `device_budget`.
+    """
+
+    kept_bytes: int | None = None
 
 
 class MicrobatchOperator(ABC, Generic[G]):
@@ -120,37 +123,26 @@ class MicrobatchOperator(ABC, Generic[G]):
         shape: `(P, P)`.
         dtype: of vectors.
         device: of vectors.
-        num_kept: how many microbatches have a kept graph.
-        graph_bytes: measured size of the kept ones; parameters and batches do not count.
+        limits: how much memory kept graphs take; parameters and batches do not count.
     """
 
+    limits = GraphLimits()
     _graphs: KeptGraphs[G]
     _scale: float
 
-    def __init__(
-        self, objective: Objective, microbatches: Sequence[Any], names: Iterable[str] | None, memory_budget: int | None
-    ) -> None:
+    def __init__(self, objective: Objective, microbatches: Sequence[Any], names: Iterable[str] | None) -> None:
+        limit = self.limits.kept_bytes
         self._objective = objective
         self._microbatches = microbatches
         self._named_leaves = objective.leaves(names)
         self._leaves = list(self._named_leaves.values())
         self._shapes = [leaf.shape for leaf in self._leaves]
-        self._budget = objective.least(device_budget(objective.device) if memory_budget is None else memory_budget)
+        self._budget = objective.least(device_budget(objective.device) if limit is None else limit)
         size = sum(shape.numel() for shape in self._shapes)
         self.shape = (size, size)
         self.dtype = objective.dtype
         self.device = objective.device
         self.space = objective.space
-
-    @property
-    def num_kept(self) -> int:
-        """How many microbatches have a kept graph."""
-        return self._graphs.num_kept
-
-    @property
-    def graph_bytes(self) -> int:
-        """Measured size of the kept graphs."""
-        return self._graphs.graph_bytes
 
     def matmat(self, V: Tensor) -> Tensor:
         """`A V` for `V` (P, K), column by column: several at once gain nothing on CPU and cost memory."""

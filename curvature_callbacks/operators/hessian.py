@@ -33,7 +33,6 @@ class HessianOperator(MicrobatchOperator["_GradientGraph"]):
         objective: the loss of a microbatch.
         microbatches: weighted by their valid targets.
         names: parameters to differentiate by, default all; only their part of the graph is built.
-        memory_budget: bytes for graphs; default `device_budget`.
 
     Attributes:
         num_targets: `sum_i n_i`.
@@ -53,10 +52,8 @@ class HessianOperator(MicrobatchOperator["_GradientGraph"]):
         objective: Objective,
         microbatches: Sequence[Any],
         names: Iterable[str] | None = None,
-        *,
-        memory_budget: int | None = None,
     ) -> None:
-        super().__init__(objective, microbatches, names, memory_budget)
+        super().__init__(objective, microbatches, names)
         custom: set[str] = set()
         totals: list[Tensor] = []
         self.num_targets = 0

@@ -14,7 +14,7 @@ from curvature_callbacks import RefusedError
 from curvature_callbacks.compute.offline import offline_problem
 from curvature_callbacks.operators.fisher import EmpiricalFisherOperator, SampledFisherOperator
 from curvature_callbacks.operators.ggn import GGNOperator
-from curvature_callbacks.operators.graphs import KeptGraphs, held_bytes
+from curvature_callbacks.operators.graphs import GraphLimits, KeptGraphs, MicrobatchOperator, held_bytes
 from curvature_callbacks.operators.hessian import HessianOperator
 from curvature_callbacks.problem.problem import Problem
 from tests.cases import CASES
@@ -27,50 +27,74 @@ def problem_of(name: str) -> Any:
     return offline_problem(case.model(), case.microbatches(), loss=case.loss, params_filter=None)
 
 
-def operator_of(cls: type, problem: Problem, **options: Any) -> Any:
-    return cls(problem.objective, problem.microbatches, **options)
+def operator_of(cls: type, problem: Problem, *, budget: int | None = None) -> Any:
+    """The operator, whose graphs may take `budget` bytes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MicrobatchOperator, "limits", GraphLimits(kept_bytes=budget))
+        return cls(problem.objective, problem.microbatches)
 
 
 def vectors(size: int, K: int = 2) -> Tensor:
     return torch.randn(size, K, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
+def passes_of_a_product(operator: Any, problem: Problem) -> int:
+    """Forward passes: of the microbatches whose graph is not kept."""
+    calls: list[int] = []
+    with problem.model.register_forward_hook(lambda *_: calls.append(1)):
+        operator.matmat(vectors(operator.shape[0]))
+    return len(calls)
+
+
+def budget_that_keeps_some(cls: type, problem: Problem) -> int:
+    """By bisection between one that keeps every graph and one that keeps none."""
+    none, every = 0, 1 << 20
+    while every - none > 1:
+        budget = (none + every) // 2
+        passes = passes_of_a_product(operator_of(cls, problem, budget=budget), problem)
+        if 0 < passes < len(problem.microbatches):
+            return budget
+        none, every = (none, budget) if passes == 0 else (budget, every)
+    raise AssertionError("all graphs are kept, or none")
+
+
 @pytest.mark.parametrize("cls", OPERATORS)
 @pytest.mark.parametrize("name", ["gpt2", "resnet", "mlp", "mixtral"])
 def test_rebuilt_graphs_give_the_bits_of_kept_ones(name: str, cls: type):
     with problem_of(name) as problem:
-        kept, none = operator_of(cls, problem), operator_of(cls, problem, memory_budget=0)
-        some = operator_of(cls, problem, memory_budget=kept.graph_bytes - 1)
+        kept, none = operator_of(cls, problem), operator_of(cls, problem, budget=0)
         V = vectors(kept.shape[0])
         expected = kept.matmat(V)
-        assert kept.num_kept == len(problem.microbatches) == 3
-        assert (none.num_kept, none.graph_bytes) == (0, 0)
-        assert 0 < some.num_kept < 3
-        for operator in (some, none):
-            assert torch.equal(operator.matmat(V), expected)
-            assert torch.equal(operator.matmat(V), expected)
+        assert len(problem.microbatches) == 3
+        assert [passes_of_a_product(operator, problem) for operator in (kept, none)] == [0, 3]
+        assert torch.equal(none.matmat(V), expected)
+        assert torch.equal(none.matmat(V), expected)
+
+
+@pytest.mark.parametrize("cls", OPERATORS)
+def test_some_kept_and_some_rebuilt_give_the_same_bits(cls: type):
+    with problem_of("mlp") as problem:
+        some = operator_of(cls, problem, budget=budget_that_keeps_some(cls, problem))
+        V = vectors(some.shape[0])
+        assert torch.equal(some.matmat(V), operator_of(cls, problem).matmat(V))
 
 
 @pytest.mark.parametrize("budget", [None, 0])
 def test_self_checks_pass_either_way(budget: int | None):
     with problem_of("mlp") as problem:
         for cls in OPERATORS:
-            assert operator_of(cls, problem, memory_budget=budget).self_check(0).error < 1e-10
+            assert operator_of(cls, problem, budget=budget).self_check(0).error < 1e-10
 
 
 @pytest.mark.parametrize("cls", OPERATORS)
 def test_kept_graphs_take_no_pass_and_rebuilt_ones_one_for_all_columns(cls: type):
     with problem_of("mlp") as problem:
-        calls: list[int] = []
-        handle = problem.model.register_forward_hook(lambda *_: calls.append(1))
         for budget, expected in ((None, 0), (0, 3)):
-            operator = operator_of(cls, problem, memory_budget=budget)
+            calls: list[int] = []
+            with problem.model.register_forward_hook(lambda *_, calls=calls: calls.append(1)):
+                operator = operator_of(cls, problem, budget=budget)
             assert len(calls) == 3
-            calls.clear()
-            operator.matmat(vectors(operator.shape[0]))
-            assert len(calls) == expected
-            calls.clear()
-        handle.remove()
+            assert passes_of_a_product(operator, problem) == expected
 
 
 class Given:
@@ -119,7 +143,7 @@ def test_as_many_are_kept_as_leave_room_for_one_that_is_built_again(sizes: tuple
 
     graphs = KeptGraphs(build, len(sizes), device=torch.device("cpu"), budget=budget)
     assert built == list(range(len(sizes)))
-    assert Given.alive == graphs.num_kept == kept
+    assert Given.alive == kept
     built.clear()
     most = 0
 
@@ -129,8 +153,10 @@ def test_as_many_are_kept_as_leave_room_for_one_that_is_built_again(sizes: tuple
 
     graphs.each(build, look)
     again = [place for place in range(len(sizes)) if place in built]
-    assert graphs.graph_bytes + max((sizes[place] for place in again), default=0) <= max(budget, max(sizes))
-    assert most == graphs.num_kept + bool(again)  # each is freed before the next is built
+    assert len(again) == len(sizes) - kept
+    held = sum(size for place, size in enumerate(sizes) if place not in again)
+    assert held + max((sizes[place] for place in again), default=0) <= max(budget, max(sizes))
+    assert most == kept + bool(again)  # each is freed before the next is built
 
 
 def chain(x: Tensor) -> Tensor:
@@ -192,4 +218,4 @@ def test_a_model_that_draws_is_refused_where_graphs_are_rebuilt(cls: type):
     case = CASES["mlp"]
     drawing = offline_problem(Noisy().double(), case.microbatches(), loss=case.loss, params_filter=None)
     with drawing as problem, pytest.raises(RefusedError):
-        operator_of(cls, problem, memory_budget=0).self_check(0)
+        operator_of(cls, problem, budget=0).self_check(0)
