@@ -73,7 +73,7 @@ class _Member:
 
     def differentiable(self, shard: Tensor) -> Tensor:
         """`gathered_parameter` as a function of the shard, whose derivative is `scattered`."""
-        result: Tensor = _Linear.apply(shard, self.gathered_parameter, self.scattered)  # type: ignore[no-untyped-call]
+        result: Tensor = _LinearMap.apply(shard, self.gathered_parameter, self.scattered)  # type: ignore[no-untyped-call]
         return result
 
     def scattered(self, gradient: Tensor) -> Tensor:
@@ -279,7 +279,7 @@ def in_step(microbatches: Sequence[Any], world: World) -> list[Any]:
     return [take_rows(batch, torch.arange(size)) for batch, size in zip(microbatches, common, strict=False)]
 
 
-class _Linear(torch.autograd.Function):
+class _LinearMap(torch.autograd.Function):
     """`forward_map(x)` of a linear map: its derivative is `adjoint_map`, whose derivative is `forward_map` again."""
 
     @staticmethod
@@ -290,4 +290,4 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         forward_map, adjoint_map = ctx.maps
-        return _Linear.apply(gradient, adjoint_map, forward_map), None, None  # type: ignore[no-untyped-call]
+        return _LinearMap.apply(gradient, adjoint_map, forward_map), None, None  # type: ignore[no-untyped-call]
