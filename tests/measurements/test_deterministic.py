@@ -73,7 +73,10 @@ with torch.random.fork_rng(devices=[]):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding({VOCABULARY}, 6), nn.Flatten(), nn.Linear(24, 8), nn.GELU(), nn.Linear(8, 3))
     batch = torch.randint({VOCABULARY}, (7, 4)), torch.randint(3, (7,))
-numbers = []
+plain = compute_fisher_spectrum(model, batch, loss="cross_entropy", seed=3)
+numbers = [plain.metadata["certificate_error"]]
+for spectrum in (plain.full, *plain.blocks.values()):
+    numbers += spectrum.eigenvalues.tolist()
 for fisher, unit in {TYPES[::2]}:
     draws = 3 if fisher == "sampled" else 1
     options = dict(fisher=fisher, sample_unit=unit, num_draws=draws, max_params_per_block=40, deterministic=True, seed=3)
