@@ -206,8 +206,16 @@ def test_the_empirical_fisher_has_its_closed_form(name: str, unit: Any):
         assert relative_error(dense(operator), fisher_of(case, unit)) < 1e-12
 
 
-@pytest.mark.parametrize("unit", ["sequence", "token"])
-@pytest.mark.parametrize("name", ["linear", "logistic", "softmax", "softmax of positions"])
+@pytest.mark.parametrize(
+    ("name", "unit"),
+    [
+        ("linear", "sequence"),
+        ("logistic", "token"),
+        ("softmax", "token"),
+        ("softmax of positions", "sequence"),
+        ("softmax of positions", "token"),
+    ],
+)
 def test_sampled_fishers_of_many_seeds_average_to_the_ggn(name: str, unit: Any):
     """Entry by entry. Over sequences, the GGN of the summed loss by the row."""
     case, num_seeds = REGRESSIONS[name], 60

@@ -156,7 +156,7 @@ def test_sampled_fishers_average_to_the_ggn(name: str, unit: Any):
     assert abs(forms.mean() - expected) < 4 * error
 
 
-@pytest.mark.parametrize("name", ["gpt2", "roberta", "t5", "tokens", "classifier", "vit"])
+@pytest.mark.parametrize("name", ["gpt2", "t5", "classifier"])
 def test_smoothed_labels_change_the_empirical_fisher_alone(name: str):
     """And that as written out: the label's share `1 - s`, and `s / C` for every class."""
     plain, smoothed = truth_of(name), truth_of(name, 0.3)
