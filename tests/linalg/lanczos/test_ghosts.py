@@ -41,7 +41,7 @@ SPECTRA = {"steep": steep, "well_separated": well_separated, "net": net}
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", ["selective", "off"])
-@pytest.mark.parametrize("steps", [100, 190])
+@pytest.mark.parametrize("steps", [100, pytest.param(190, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", SPECTRA)
 def test_no_ghost_is_called_converged(name: str, steps: int, mode: str, dtype: torch.dtype):
     for seed in (0, 1) if mode == "off" and name == "net" else (0,):

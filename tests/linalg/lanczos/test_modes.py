@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -38,12 +39,19 @@ def asked_of(mode: str, name: str, which: str, k: int) -> dict[str, Any]:
     return {"k": k, "which": which, "reorth_mode": mode, "max_matvecs": 4 * SIZE, "basis_size": 100 if long else None}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("mode", "which"), [*itertools.product(("full", "partial", "thick_restart"), ENDS), ("auto", "BE"), ("auto", "LM")]
-)
-@pytest.mark.parametrize("name", MATRICES)
-def test_prescribed_spectra(name: str, which: str, mode: str, dtype: torch.dtype):
+def in_halves(*axes: Sequence[Any]) -> list[Any]:
+    """Every combination. One half is slow: of three axes and more each pair of values is in the quick half too."""
+    places = itertools.product(*(range(len(axis)) for axis in axes))
+    combined = [([axis[i] for axis, i in zip(axes, place, strict=True)], sum(place)) for place in places]
+    return [pytest.param(*values, marks=[pytest.mark.slow] if odd % 2 else []) for values, odd in combined]
+
+
+ASKED = [*itertools.product(("full", "partial", "thick_restart"), ENDS), ("auto", "BE"), ("auto", "LM")]
+
+
+@pytest.mark.parametrize(("name", "mode_and_end", "dtype"), in_halves(list(MATRICES), ASKED, DTYPES))
+def test_prescribed_spectra(name: str, mode_and_end: tuple[str, str], dtype: torch.dtype):
+    mode, which = mode_and_end
     k, A, asked = 6, MATRICES[name], tolerance_of(dtype)
     operator = Counted(A.to(dtype), limit=4 * SIZE + 4)
     pairs = lanczos(operator, **asked_of(mode, name, which, k), tol=asked["tol"], return_eigenvectors=True)
@@ -60,11 +68,8 @@ def test_prescribed_spectra(name: str, which: str, mode: str, dtype: torch.dtype
         assert pairs.converged.all()
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("which", ENDS)
-@pytest.mark.parametrize("size", [8, 11, 31])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_spectra_of_small_operators(size: int, which: str, mode: str, dtype: torch.dtype):
+@pytest.mark.parametrize(("dtype", "size", "which", "mode"), in_halves(DTYPES, [8, 11, 31], ENDS, MODES))
+def test_spectra_of_small_operators(dtype: torch.dtype, size: int, which: str, mode: str):
     """The basis spans everything, or nearly: what a mode leaves to its last steps shows here."""
     asked = tolerance_of(dtype)
     for name, values in prescribed_spectra(size).items():
