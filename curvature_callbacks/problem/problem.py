@@ -51,8 +51,8 @@ class Problem(ProblemOperators):
         world: the processes whose microbatches make up the problem; each has the model, and calls every method that computes,
             in the same order.
         deadline: when the probe's time is up, for iterative measurements to end early.
-        batch_norm: statistics of the batch, as in training (`batch`), or running ones (`eval`); None for `batch` in Hessians
-            and the GGN, on whole batches, and for `eval` in all that is made of single rows.
+        batch_norm: statistics of the batch, as in training (`batch`), for Hessians and the GGN on whole batches, without what
+            is made of single rows; running ones for all (`eval`, and None).
 
     Attributes:
         objective: the loss on running statistics, for what is made of single rows.

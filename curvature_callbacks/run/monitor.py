@@ -64,8 +64,8 @@ class CurvatureMonitor:
         microbatch_size: rows of each.
         seed: with the step it determines every draw and start vector.
         optimizer: what trains the model, or several of them, for measurements of it (`EdgeRatio`); only read.
-        batch_norm: statistics of the batch, as in training (`batch`), or running ones (`eval`); None for `batch` in Hessians,
-            the GGN and `EdgeRatio`, on whole batches of the size of training, and for `eval` in Fishers, Grams and K-FAC.
+        batch_norm: statistics of the batch, as in training (`batch`), for Hessians, the GGN and `EdgeRatio` on whole batches of
+            the size of training, without what is made of single rows; running ones for all (`eval`, and None).
 
     Attributes:
         history: every record so far.

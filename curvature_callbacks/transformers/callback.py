@@ -83,8 +83,8 @@ class CurvatureCallback(TrainerCallback):
         probe_dataset: map-style, what to measure on in place of the training data; collated like it.
         probe_dataloader: a DataLoader with a dataset and a collator of its own to measure on.
         max_sequence_length: cut token sequences of probes to so many positions.
-        batch_norm: statistics of the batch, as in training (`batch`), or running ones (`eval`); None for `batch` in Hessians,
-            the GGN and `EdgeRatio`, on whole batches of the size of training, and for `eval` in Fishers, Grams and K-FAC.
+        batch_norm: statistics of the batch, as in training (`batch`), for Hessians, the GGN and `EdgeRatio` on whole batches of
+            the size of training, without what is made of single rows; running ones for all (`eval`, and None).
 
     Attributes:
         history: every record so far.

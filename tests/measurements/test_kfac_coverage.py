@@ -166,8 +166,8 @@ class OwnNames(nn.Module):
 
     def __init__(self, parametrised: Callable[[nn.Module], nn.Module]) -> None:
         super().__init__()
-        self.matrix, self.offset = nn.Parameter(torch.empty(4, 5)), nn.Parameter(torch.empty(4))
-        self.kernel, self.shift = nn.Parameter(torch.empty(4, 2, 1)), nn.Parameter(torch.empty(4))
+        self.matrix, self.offset = nn.Parameter(torch.randn(4, 5)), nn.Parameter(torch.randn(4))
+        self.kernel, self.shift = nn.Parameter(torch.randn(4, 2, 1)), nn.Parameter(torch.randn(4))
         self.head = parametrised(nn.Linear(4, CLASSES))
 
     def forward(self, x: Tensor) -> Tensor:
