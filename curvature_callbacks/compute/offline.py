@@ -45,5 +45,6 @@ def offline_problem(
         )
         occasion = Occasion(seed=seed, step=0, in_training=in_training)
         problem = Problem.of(subject, as_microbatches(batches), occasion, sharing={})
-        problem.check()
+        problem.settle_loss()
+        problem.check(rows=2)
         yield problem

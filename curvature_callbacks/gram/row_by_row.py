@@ -146,7 +146,7 @@ def check_rows(objective: Objective, batch: Any, losses: SampleLosses) -> None:
     """
     if losses.coupled is not None:
         raise RefusedError(
-            f"the loss has a part, `{losses.coupled}`, of all rows of a batch together: samples are coupled and have no "
+            f"the loss has a part of all rows of a batch together ({losses.coupled}): samples are coupled and have no "
             "gradients of their own. Measure a loss without it (`output_router_logits`=False, or a loss function)."
         )
     with torch.no_grad():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from curvature_callbacks.batches import to_dtype
 from curvature_callbacks.errors import ConfigurationError, ProbeError, named
 from curvature_callbacks.isolation.writes import WriteWatch
+from curvature_callbacks.library_internals.tensors import has_gradient_hooks
 from curvature_callbacks.model.batch_norm import BatchNorms
 from curvature_callbacks.model.loss.recording import value_only
 from curvature_callbacks.model.loss.resolve import LossFunction
@@ -26,8 +27,8 @@ from curvature_callbacks.space import LOCAL, Space
 
 ParamsFilter = Callable[[str, nn.Parameter], bool]
 Built = TypeVar("Built")
-
-_PREFIX = "model."
+R = TypeVar("R")
+_Function = Callable[[nn.Module, Any], R]
 
 _logger = logging.getLogger("curvature_callbacks")
 
@@ -126,15 +127,26 @@ class Objective:
         return {name: held[name].detach().requires_grad_() for name in self.live_parameters}
 
     @property
-    def can_run_live(self) -> bool:
-        """Whether the loss can be computed without substitutes: nothing is widened, sharded or written to."""
-        sharded = any(hasattr(parameter, "full_tensor") for parameter in self.live_parameters.values())
-        return not (self.is_widened or self._rewritten or sharded)
+    def live_obstacle(self) -> str | None:
+        """Why the loss cannot be computed and differentiated by the model's own parameters, or None."""
+        live = self.live_parameters.values()
+        if any(hasattr(parameter, "full_tensor") for parameter in live):
+            return "parameters are sharded"
+        if self._rewritten:
+            return "the loss changes parameters in place"
+        return "parameters have hooks that see their gradients" if any(map(has_gradient_hooks, live)) else None
 
     def of_live_parameters(self, batch: Any) -> SampleLosses:
-        """The losses of `batch` by the model as it is, as plain autograd has them."""
-        result: SampleLosses = self._module(to_dtype(batch, self.dtype))
+        """The losses of `batch` by the model as it is, in its own dtype, as plain autograd has them."""
+        result: SampleLosses = self._module(batch if self.is_widened else to_dtype(batch, self.dtype), self._module.loss)
         return result
+
+    def with_loss(self, loss: LossFunction) -> "Objective":
+        """Another loss of the same parameters; what it changes in place is its own."""
+        other = copy.copy(self)
+        other._module = LossModule(self._module.model, loss)
+        other._rewritten = set(self._rewritten)
+        return other
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -156,22 +168,27 @@ class Objective:
             values: shards, where `parameters` has shards.
             watch: observes the parameters that are gathered on the way.
         """
-        values = values or {}
+        loss, values = self._module.loss, values or {}
         if torch.is_grad_enabled():
-            return self._evaluated(batch, values, watch)
+            return self._called(loss, batch, values, watch)
         with value_only():
             constant = {name: value.detach() if value.requires_grad else value for name, value in values.items()}
-            return self._evaluated(batch, constant, watch).detached()
+            return self._called(loss, batch, constant, watch).detached()
 
-    def _evaluated(self, batch: Any, values: Mapping[str, Tensor], watch: Watch | None) -> SampleLosses:
+    def with_leaves(self, function: _Function[R], batch: Any) -> R:
+        """What a function of model and batch returns where all parameters are leaves that require gradients."""
+        with torch.enable_grad(), self.saving():
+            return self._called(function, batch, self.leaves(), None)
+
+    def _called(self, function: _Function[R], batch: Any, values: Mapping[str, Tensor], watch: Watch | None) -> R:
         merged = {**self._constants, **self.parameters, **values}
         merged |= {name: merged[name].clone() for name in self._rewritten}
         merged |= {name: merged.get(name, buffer).clone() for name, buffer in self._statistics.items()}
         shards = {name: merged.pop(name) for name in self._sharded}
-        replaced = {_PREFIX + name: tensor for name, tensor in merged.items()}
+        replaced = {f"model.{name}": tensor for name, tensor in merged.items()}
         gathering = nullcontext() if self._on_use is None else self._on_use.using(shards, watch)
         with gathering, substituted(self._module, replaced), self._norms.in_training_mode():
-            result: SampleLosses = self._module(to_dtype(batch, self.dtype))
+            result: R = self._module(to_dtype(batch, self.dtype), function)
         return result
 
     def watch_writes(self, batch: Any) -> WriteWatch:
@@ -243,7 +260,10 @@ class Objective:
         Raises:
             ProbeError: no sample has a valid target, or L is not finite.
         """
-        losses = [self(batch, values) for batch in microbatches]
+        return self.mean_of([self(batch, values) for batch in microbatches])
+
+    def mean_of(self, losses: Sequence[SampleLosses]) -> Tensor:
+        """The same of the losses of these microbatches."""
         num_targets = int(self._processes.total(torch.tensor(sum(int(loss.num_targets.sum()) for loss in losses))))
         if num_targets == 0:
             raise ProbeError("no sample of this probe has a valid target: the loss is undefined.")

@@ -67,7 +67,7 @@ class TrainedLoss:
         """
         self.num_taken += 1
         if self._taken is None:
-            norms = self._norms(self._subject.batch_norm or "eval")
+            norms = self._norms(self._subject.batch_norm or "batch")
             reasons = [*(["batch norm"] if norms.are_coupling else []), self._subject.memory.coupled]
             coupled = " and ".join(reason for reason in reasons if reason)
             microbatches = self._whole() if coupled else self._microbatches

@@ -171,6 +171,7 @@ class Probing:
         """The records of one measurement; None where memory ran out and there are smaller microbatches."""
         name, start, world = measurement.name, time.perf_counter(), problem.world
         try:
+            problem.settle_loss()
             with world.together():
                 problem.prove()
                 state = self.states[name] if name in self.states else measurement.init(problem)

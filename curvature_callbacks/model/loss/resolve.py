@@ -1,6 +1,6 @@
 """The run's loss, however it was given, as a function to `SampleLosses`: a sum over rows with its count of valid targets."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Literal, TypeGuard, final, get_args
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from curvature_callbacks.batches import batch_size
 from curvature_callbacks.errors import ConfigurationError, check_choice
 from curvature_callbacks.library_internals.modules import is_criterion
+from curvature_callbacks.model.loss.averages import Evaluate, Settling
 from curvature_callbacks.model.loss.own import OwnLoss
 from curvature_callbacks.model.loss.sample_losses import (
     IGNORED,
@@ -20,6 +21,7 @@ from curvature_callbacks.model.loss.sample_losses import (
     cross_entropies,
     squared_errors,
 )
+from curvature_callbacks.processes.world import World
 
 __all__ = [
     "Criterion",
@@ -92,6 +94,11 @@ class _CallableLoss:
     """A user's loss function. Only its value is known: no per-target losses, no likelihood."""
 
     function: LossCallable
+
+    def settle(self, evaluate: Evaluate, microbatches: Sequence[Any], world: World) -> None:
+        """Of a loss of the package's own that has something to settle; a user's is what it says."""
+        if isinstance(self.function, Settling):
+            self.function.settle(evaluate, microbatches, world)
 
     def __call__(self, model: nn.Module, batch: Any) -> SampleLosses:
         value = self.function(model, batch)
