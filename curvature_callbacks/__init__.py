@@ -35,6 +35,7 @@ from curvature_callbacks.measurements import (
     TopEigenpairs,
 )
 from curvature_callbacks.measurements.kfac_coverage import KFACCoverageReport
+from curvature_callbacks.microbatch import Microbatch
 from curvature_callbacks.probes import CapturedProbes, DatasetProbes, FixedProbes, Probes
 from curvature_callbacks.problem.problem import Problem
 from curvature_callbacks.record import Record
@@ -70,6 +71,7 @@ __all__ = [
     "MatrixOperator",
     "Measurement",
     "MemorySink",
+    "Microbatch",
     "Operator",
     "ProbeError",
     "Probes",

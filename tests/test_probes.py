@@ -24,11 +24,11 @@ def numbered(num_rows: int = 20, **changes: Any) -> DatasetProbes:
 
 
 def indices(batches: Any) -> list[int]:
-    return torch.cat(list(batches)).tolist()
+    return torch.cat([batch.content for batch in batches]).tolist()
 
 
 def test_rows_come_in_microbatches_of_the_size_asked_for() -> None:
-    assert [len(batch) for batch in numbered().draw(0)] == [3, 3]
+    assert [batch.num_rows for batch in numbered().draw(0)] == [3, 3]
 
 
 def test_rows_of_a_probe_are_distinct() -> None:
@@ -49,7 +49,7 @@ def test_the_seed_determines_the_rows() -> None:
 @pytest.mark.parametrize(("num_rows", "sizes"), [(1, [1]), (4, [3, 1]), (6, [3, 3])])
 def test_a_small_dataset_gives_what_it_has(num_rows: int, sizes: list[int]) -> None:
     batches = numbered(num_rows).draw(0)
-    assert [len(batch) for batch in batches] == sizes
+    assert [batch.num_rows for batch in batches] == sizes
     assert sorted(indices(batches)) == list(range(num_rows))
 
 
@@ -213,8 +213,8 @@ def test_captured_probes_are_the_latest_batches_oldest_first() -> None:
     for i in range(4):
         probes.offer(torch.full((5, 2), float(i)))
     kept = probes.draw(0)
-    assert [batch[0, 0].item() for batch in kept] == [2.0, 3.0]  # type: ignore[union-attr]
-    assert [len(batch) for batch in kept] == [3, 3]  # type: ignore[union-attr]
+    assert [batch.content[0, 0].item() for batch in kept] == [2.0, 3.0]  # type: ignore[union-attr]
+    assert [batch.num_rows for batch in kept] == [3, 3]  # type: ignore[union-attr]
 
 
 def test_captured_probes_are_copies() -> None:
@@ -222,7 +222,7 @@ def test_captured_probes_are_copies() -> None:
     probes.offer(batch)
     with torch.no_grad():
         batch["x"].zero_()  # type: ignore[attr-defined]
-    (kept,) = probes.draw(0)  # type: ignore[misc]
+    (kept,) = (microbatch.content for microbatch in probes.draw(0))  # type: ignore[union-attr]
     assert kept["x"].sum() == 4
     assert not kept["x"].requires_grad
     assert kept["ids"] == ["a", "b"]
@@ -239,7 +239,7 @@ Pair = namedtuple("Pair", ["x", "y"])
 def test_captured_batches_keep_their_structure(batch: Any) -> None:
     probes = CapturedProbes(**SIZES)
     probes.offer(batch)
-    (kept,) = probes.draw(0)  # type: ignore[misc]
+    (kept,) = (microbatch.content for microbatch in probes.draw(0))  # type: ignore[union-attr]
     assert type(kept) is type(batch)
     assert len(kept[0]) == 3
 
@@ -274,5 +274,5 @@ class LazyFile(Dataset[Any]):
 def test_what_a_data_set_opened_for_a_draw_is_not_left_open(wrap: Any) -> None:
     data = LazyFile()
     probes = DatasetProbes(wrap(data), torch.stack, num_microbatches=2, microbatch_size=3)
-    assert sum(map(len, probes.draw(0))) == 6
+    assert sum(microbatch.num_rows for microbatch in probes.draw(0)) == 6
     assert (data.handle, data.reads) == (None, 0)

@@ -6,9 +6,9 @@ from typing import Any, get_args
 
 from torch import nn
 
-from curvature_callbacks.batches import as_microbatches
 from curvature_callbacks.errors import check_choice
 from curvature_callbacks.isolation.model import isolated
+from curvature_callbacks.microbatch import as_microbatches
 from curvature_callbacks.model.batch_norm import BatchNorm
 from curvature_callbacks.model.blocks import BlockStructure
 from curvature_callbacks.model.loss.resolve import Loss

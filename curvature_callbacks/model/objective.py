@@ -9,14 +9,14 @@ from typing import Any, Protocol, TypeVar, final
 import torch
 from torch import Tensor, nn
 
-from curvature_callbacks.batches import to_dtype
 from curvature_callbacks.errors import ConfigurationError, ProbeError, named
 from curvature_callbacks.isolation.writes import WriteWatch
 from curvature_callbacks.library_internals.tensors import has_gradient_hooks
+from curvature_callbacks.microbatch import as_microbatch
 from curvature_callbacks.model.batch_norm import BatchNorms
 from curvature_callbacks.model.loss.recording import value_only
 from curvature_callbacks.model.loss.resolve import LossFunction
-from curvature_callbacks.model.loss.sample_losses import SampleLosses
+from curvature_callbacks.model.loss.sample_losses import SampleLosses, of_rows
 from curvature_callbacks.model.precision import compute_dtype, is_narrow, widened
 from curvature_callbacks.model.substitution import LossModule, substituted
 from curvature_callbacks.processes.fsdp import ShardSpace, shard, unsharded
@@ -138,8 +138,8 @@ class Objective:
 
     def of_live_parameters(self, batch: Any) -> SampleLosses:
         """The losses of `batch` by the model as it is, in its own dtype, as plain autograd has them."""
-        result: SampleLosses = self._module(batch if self.is_widened else to_dtype(batch, self.dtype), self._module.loss)
-        return result
+        microbatch = as_microbatch(batch) if self.is_widened else as_microbatch(batch).in_dtype(self.dtype)
+        return of_rows(self._module(microbatch, self._module.loss), microbatch.num_rows)
 
     def with_loss(self, loss: LossFunction) -> "Objective":
         """Another loss of the same parameters; what it changes in place is its own."""
@@ -164,16 +164,17 @@ class Objective:
         Where gradients are off the loss may take derivatives of its own all the same, and nothing is recorded.
 
         Args:
-            batch: a microbatch.
+            batch: a `Microbatch`, or what one is made of.
             values: shards, where `parameters` has shards.
             watch: observes the parameters that are gathered on the way.
         """
-        loss, values = self._module.loss, values or {}
+        loss, values, microbatch = self._module.loss, values or {}, as_microbatch(batch)
         if torch.is_grad_enabled():
-            return self._called(loss, batch, values, watch)
+            return of_rows(self._called(loss, microbatch, values, watch), microbatch.num_rows)
         with value_only():
             constant = {name: value.detach() if value.requires_grad else value for name, value in values.items()}
-            return self._called(loss, batch, constant, watch).detached()
+            losses = self._called(loss, microbatch, constant, watch)
+            return of_rows(losses, microbatch.num_rows).detached()
 
     def with_leaves(self, function: _Function[R], batch: Any) -> R:
         """What a function of model and batch returns where all parameters are leaves that require gradients."""
@@ -188,7 +189,7 @@ class Objective:
         replaced = {f"model.{name}": tensor for name, tensor in merged.items()}
         gathering = nullcontext() if self._on_use is None else self._on_use.using(shards, watch)
         with gathering, substituted(self._module, replaced), self._norms.in_training_mode():
-            result: R = self._module(to_dtype(batch, self.dtype), function)
+            result: R = self._module(as_microbatch(batch).in_dtype(self.dtype), function)
         return result
 
     def watch_writes(self, batch: Any) -> WriteWatch:

@@ -10,10 +10,10 @@ from typing import Any, Final, TypeVar, final
 import torch
 from torch import Tensor, nn
 
-from curvature_callbacks.batches import batch_size, take_rows
 from curvature_callbacks.errors import ConfigurationError, is_out_of_memory, named
 from curvature_callbacks.isolation.model import seeded
 from curvature_callbacks.library_internals.tensors import dispatch_mode
+from curvature_callbacks.microbatch import Microbatch, as_microbatch
 from curvature_callbacks.model.loss.loop import LoopLoss
 from curvature_callbacks.model.loss.sample_losses import SampleLosses
 from curvature_callbacks.model.objective import Objective
@@ -46,7 +46,7 @@ class _Measured:
     """
 
     objective: Objective
-    batch: Any
+    batch: Microbatch
     leaves: Mapping[str, Tensor]
     num_targets: Tensor
     evaluation: Evaluation
@@ -54,7 +54,9 @@ class _Measured:
     world: World
 
 
-def prove_objective(objective: Objective, batch: Any, memory: ProbeMemory, *, most_rows: int, seed: int, world: World) -> None:
+def prove_objective(
+    objective: Objective, batch: Microbatch, memory: ProbeMemory, *, most_rows: int, seed: int, world: World
+) -> None:
     """Prove a run's objective at one microbatch; `memory` keeps what was found, and whether rows are coupled.
 
     | what | against | relative tolerance |
@@ -102,12 +104,14 @@ def prove_objective(objective: Objective, batch: Any, memory: ProbeMemory, *, mo
     memory.proof = world.gathered(facts)[0]
 
 
-def _at_few_rows(objective: Objective, batch: Any, reached: Reached, *, most_rows: int, seed: int, world: World) -> _Measured:
+def _at_few_rows(
+    objective: Objective, batch: Microbatch, reached: Reached, *, most_rows: int, seed: int, world: World
+) -> _Measured:
     """The measured loss at some rows of the batch, where it can be cut, or at all of them."""
     counts = reached.losses.num_targets
-    if batch_size(batch) > most_rows and len(counts) == batch_size(batch) and not objective.is_sharded:
+    if batch.num_rows > most_rows and not batch.is_whole and not objective.is_sharded:
         rows = counts.nonzero()[:, 0][:most_rows]
-        few, leaves = take_rows(batch, rows), objective.trainable_stand_ins()
+        few, leaves = batch.take(rows), objective.trainable_stand_ins()
         evaluation = _tried(partial(_evaluated, objective, few, leaves, seed), world)
         if isinstance(evaluation, Evaluation):
             return _Measured(objective, few, leaves, counts[rows], evaluation, seed, world)
@@ -181,7 +185,7 @@ def _compared(measured: _Measured, other: Evaluation, apart: Difference, name: s
 
 def _as_losses(function: Callable[[nn.Module, Any], Tensor], num_targets: Tensor, model: nn.Module, batch: Any) -> SampleLosses:
     """A mean, or one loss per row, as the sum that it is the mean of."""
-    return SampleLosses(function(model, batch).mean() * num_targets.sum(), num_targets, None)
+    return SampleLosses(function(model, as_microbatch(batch).content).mean() * num_targets.sum(), num_targets, None)
 
 
 def _evaluated(objective: Objective, batch: Any, leaves: Mapping[str, Tensor], seed: int) -> Evaluation:

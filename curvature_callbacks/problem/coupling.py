@@ -8,9 +8,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from curvature_callbacks.batches import batch_size, take_rows
 from curvature_callbacks.errors import named
 from curvature_callbacks.isolation.model import seeded
+from curvature_callbacks.microbatch import Microbatch
 from curvature_callbacks.model.loss.sample_losses import IGNORED
 from curvature_callbacks.model.objective import Objective
 from curvature_callbacks.problem.evaluation import TOLERANCE
@@ -22,7 +22,7 @@ _MOST_PAIRS: Final = 4  # of rows that change places
 _logger = logging.getLogger("curvature_callbacks")
 
 
-def coupling_of(objective: Objective, batch: Any, num_targets: Tensor, *, seed: int, world: World) -> str | None:
+def coupling_of(objective: Objective, batch: Microbatch, num_targets: Tensor, *, seed: int, world: World) -> str | None:
     """Why the loss of `batch` is no sum over rows; None where it is one, or where rows cannot change places.
 
     `L(a, b) + L(c, d) = L(a, d) + L(c, b)` for groups of rows a, b, c, d, L the summed loss: each row keeps its place, each
@@ -45,7 +45,7 @@ def coupling_of(objective: Objective, batch: Any, num_targets: Tensor, *, seed: 
     return next((each for each in world.gathered(reason) if each is not None), None)
 
 
-def _found(objective: Objective, batch: Any, groups: Sequence[Tensor], seed: int) -> str | None:
+def _found(objective: Objective, batch: Microbatch, groups: Sequence[Tensor], seed: int) -> str | None:
     """As `_apart`, None where the loss does not run on some of its rows: a batch that training takes stops nothing."""
     try:
         return _apart(objective, batch, groups, seed)
@@ -56,12 +56,12 @@ def _found(objective: Objective, batch: Any, groups: Sequence[Tensor], seed: int
         return None
 
 
-def _exchangeable(batch: Any, num_targets: Tensor) -> list[Tensor] | None:
+def _exchangeable(batch: Microbatch, num_targets: Tensor) -> list[Tensor] | None:
     """Groups a, b, c, d of rows, a with as many targets as c row by row, and b as d; None where there are not enough."""
     counts = num_targets.tolist()
-    if len(counts) != batch_size(batch):
+    if batch.is_whole:
         return None
-    looks = _looks(batch, counts)
+    looks = _looks(batch.content, counts)
     order = sorted((row for row, count in enumerate(counts) if count > 0), key=lambda row: looks[row])
     pairs: list[tuple[int, int]] = []
     taken = -1
@@ -86,12 +86,12 @@ def _looks(batch: Any, counts: Sequence[int]) -> list[tuple[int, ...]]:
     return list(zip(*columns, strict=True))
 
 
-def _apart(objective: Objective, batch: Any, groups: Sequence[Tensor], seed: int) -> str | None:
+def _apart(objective: Objective, batch: Microbatch, groups: Sequence[Tensor], seed: int) -> str | None:
     a, b, c, d = groups
 
     def summed(*rows: Tensor) -> float:
         with torch.no_grad(), seeded(objective.modules[0], seed=seed):
-            return float(objective(take_rows(batch, torch.cat(rows))).total)
+            return float(objective(batch.take(torch.cat(rows))).total)
 
     before, after = (summed(a, b), summed(c, d)), (summed(a, d), summed(c, b))
     size = sum(map(abs, (*before, *after))) / 2

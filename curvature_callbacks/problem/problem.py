@@ -18,6 +18,7 @@ from curvature_callbacks.model.loss.resolve import Loss
 from curvature_callbacks.model.loss.sharing import Sharing
 from curvature_callbacks.model.objective import ParamsFilter
 from curvature_callbacks.model.stability import Optimizers
+from curvature_callbacks.probes import with_seeds
 from curvature_callbacks.problem.certificate import prove_objective
 from curvature_callbacks.problem.deadline import NO_DEADLINE, Deadline
 from curvature_callbacks.problem.mean_gradient import mean_gradient
@@ -40,7 +41,7 @@ class Problem(ProblemOperators):
 
     Args:
         model: the module training runs, unwrapped.
-        microbatches: moved to the model's device.
+        microbatches: `Microbatch` objects, or batches whose rows are counted by inspection; moved to the model's device.
         loss: see `resolve_loss`.
         params_filter: `(name, parameter) -> bool`, which trainable parameters to measure; default all.
         block_structure: see `group_blocks`.
@@ -56,6 +57,7 @@ class Problem(ProblemOperators):
             and the GGN, on whole batches, and for `eval` in all that is made of single rows.
 
     Attributes:
+        microbatches: `Microbatch` objects on the model's device; `objective` takes them, the loss gets their `.content`.
         objective: the loss on running statistics, for what is made of single rows.
         trained: the loss as it trains, on whole batches where it couples their rows.
         grams: `problem.grams()` gives the block Grams of a type of Fisher; its methods what else their passes tell.
@@ -115,7 +117,7 @@ class Problem(ProblemOperators):
         self.world = occasion.world
         self.deadline = occasion.deadline
         self._memory = subject.memory
-        self.objective, self.microbatches = subject.objective(microbatches, self.world)
+        self.objective, self.microbatches = subject.objective(with_seeds(microbatches, self.seed, self.world), self.world)
         self.blocks = subject.blocks(self.objective.parameters)
         self.max_gram_rows = _MAX_GRAM_ROWS
         self.gradient_seconds = 0.0  # wall time of one gradient, once `gradients` was asked for

@@ -7,10 +7,11 @@ from typing import Any, final
 
 import torch
 
-from curvature_callbacks.batches import batch_size, to_device
 from curvature_callbacks.errors import ProbeError, RefusedError
+from curvature_callbacks.microbatch import Microbatch
 from curvature_callbacks.model.batch_norm import BatchNorm, BatchNorms, batch_norms
 from curvature_callbacks.model.objective import Objective
+from curvature_callbacks.probes import with_seeds
 from curvature_callbacks.problem.occasion import Occasion
 from curvature_callbacks.problem.subject import Subject
 
@@ -28,7 +29,7 @@ class WholeBatches:
     """
 
     objective: Objective
-    microbatches: Sequence[Any]
+    microbatches: Sequence[Microbatch]
     about: Mapping[str, Any]
 
 
@@ -48,7 +49,7 @@ class TrainedLoss:
         num_taken: how often it was taken.
     """
 
-    def __init__(self, subject: Subject, occasion: Occasion, objective: Objective, microbatches: Sequence[Any]) -> None:
+    def __init__(self, subject: Subject, occasion: Occasion, objective: Objective, microbatches: Sequence[Microbatch]) -> None:
         self._subject = subject
         self._occasion = occasion
         self._objective = objective
@@ -71,10 +72,11 @@ class TrainedLoss:
             reasons = [*(["batch norm"] if norms.are_coupling else []), self._subject.memory.coupled]
             coupled = " and ".join(reason for reason in reasons if reason)
             microbatches = self._whole() if coupled else self._microbatches
+            sizes = [microbatch.num_rows for microbatch in microbatches]
             self._taken = WholeBatches(
                 objective=self._objective.normalised_by(norms) if norms.switched else self._objective,
                 microbatches=microbatches,
-                about=self._about("batch" if norms.switched else "eval", coupled, list(map(batch_size, microbatches))),
+                about=self._about("batch" if norms.switched else "eval", coupled, sizes),
             )
         return self._taken
 
@@ -97,7 +99,7 @@ class TrainedLoss:
     def _norms(self, batch_norm: BatchNorm) -> BatchNorms:
         return batch_norms(self._subject.model, batch_norm=batch_norm, in_training=self._occasion.in_training)
 
-    def _whole(self) -> Sequence[Any]:
+    def _whole(self) -> Sequence[Microbatch]:
         draw, world = self._occasion.draw_whole, self._occasion.world
         if draw is None:
             return self._microbatches
@@ -105,7 +107,8 @@ class TrainedLoss:
             drawn = draw()
             if not drawn:
                 raise ProbeError("no whole batch of the training data was seen yet, and the loss couples the rows of a batch.")
-            batches = [to_device(batch, self._subject.device) for batch in drawn]
+            seeded = with_seeds(drawn, self._occasion.seed, world)
+            batches = [microbatch.on(self._subject.device) for microbatch in seeded]
         if self._objective.is_sharded:  # every pass gathers parameters, and all processes must take part
             batches = batches[: min(world.gathered(len(batches)))]
         return batches

@@ -5,21 +5,21 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any, final
+from typing import final
 
 import torch
 
-from curvature_callbacks.batches import at_most, batch_size
-from curvature_callbacks.errors import ConfigurationError, is_out_of_memory
+from curvature_callbacks.errors import ConfigurationError, ProbeError, is_out_of_memory
 from curvature_callbacks.gram.memory import GramMemory
 from curvature_callbacks.isolation.model import isolated
 from curvature_callbacks.library_internals.fsdp import reshard
 from curvature_callbacks.measurements import Measurement, OfKronecker
+from curvature_callbacks.microbatch import Microbatch, at_most
 from curvature_callbacks.model.blocks import group_blocks
 from curvature_callbacks.model.loss.fisher_type import FisherType
 from curvature_callbacks.model.loss.resolve import is_function
 from curvature_callbacks.model.loss.sharing import Sharing
-from curvature_callbacks.probes import Probes
+from curvature_callbacks.probes import Probes, with_seeds
 from curvature_callbacks.problem.deadline import NO_DEADLINE, Deadline
 from curvature_callbacks.problem.occasion import Occasion
 from curvature_callbacks.problem.problem import Problem
@@ -48,13 +48,13 @@ class Probe:
         microbatches: as they were drawn.
     """
 
-    def __init__(self, subject: Subject, microbatches: Sequence[Any], occasion: Occasion, written: ExitStack) -> None:
+    def __init__(self, subject: Subject, microbatches: Sequence[Microbatch], occasion: Occasion, written: ExitStack) -> None:
         self.microbatches = microbatches
         self._subject = subject
         self._occasion = occasion
         self._written = written
 
-    def problem(self, microbatches: Sequence[Any], *, sharing: Mapping[FisherType, Sharing]) -> Problem:
+    def problem(self, microbatches: Sequence[Microbatch], *, sharing: Mapping[FisherType, Sharing]) -> Problem:
         """The problem of these microbatches.
 
         Args:
@@ -108,7 +108,7 @@ def isolated_probe(
         assert microbatches is not None
         occasion = Occasion(seed=seed, step=step, world=world, deadline=Deadline.after(max_seconds), in_training=in_training)
         with ExitStack() as written:
-            yield Probe(subject, microbatches, occasion, written)
+            yield Probe(subject, with_seeds(microbatches, seed, world), occasion, written)
 
 
 @final
@@ -116,7 +116,8 @@ class Probing:
     """Runs the measurements of each probe.
 
     Where memory runs out a measurement is tried again on the same rows in microbatches of half the size, down to single rows;
-    the size that worked is kept for the rest of the run. What would begin after a probe's time is up waits for the next probe,
+    the size that worked is kept for the rest of the run. A microbatch of a layout that is not known stays whole, and where
+    all do the measurement fails. What would begin after a probe's time is up waits for the next probe,
     which begins with it.
 
     Args:
@@ -178,24 +179,41 @@ class Probing:
                 records, state = measurement.measure(problem, state)
                 seconds = world.average(time.perf_counter() - start)
         except Exception as error:
-            if is_out_of_memory(error) and world.anywhere(max(map(batch_size, problem.microbatches)) > 1):
+            if is_out_of_memory(error) and world.anywhere(_most_rows(problem.microbatches) > 1):
                 self._failures.warn_once(
                     "memory", f"memory ran out in `{name}`, which is tried with smaller microbatches", error
                 )
                 return None
-            return [self._failures.failed(name, problem.step, error)]
+            return [self._failures.failed(name, problem.step, _with_reason(error, problem.microbatches))]
         self.states[name] = state  # only now: every process has got here
         self._failures.succeeded(name)
         return [replace(record, seconds=seconds) for record in records]
 
-    def _smaller(self, microbatches: Sequence[Any]) -> list[Any]:
+    def _smaller(self, microbatches: Sequence[Microbatch]) -> list[Microbatch]:
         """Halves, after what the failed try held was let go."""
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        limit = -(-max(map(batch_size, microbatches)) // 2)
+        limit = max(1, -(-_most_rows(microbatches) // 2))
         self._memory.row_limit = limit
         return at_most(microbatches, limit)
+
+
+def _with_reason(error: Exception, microbatches: Sequence[Microbatch]) -> Exception:
+    """The error; where memory ran out, with why the microbatches are not made smaller."""
+    if not is_out_of_memory(error) or not any(microbatch.is_whole for microbatch in microbatches):
+        return error
+    whole = ProbeError(
+        "memory ran out, and a microbatch stays whole whose tensors have not one row each for its rows: take fewer rows "
+        "(`microbatch_size`)."
+    )
+    whole.__cause__ = error
+    return whole
+
+
+def _most_rows(microbatches: Sequence[Microbatch]) -> int:
+    """Of those that can be cut; 0 where all stay whole."""
+    return max((microbatch.num_rows for microbatch in microbatches if not microbatch.is_whole), default=0)
 
 
 def _turn(name: str, waited: Sequence[str]) -> int:

@@ -6,7 +6,6 @@ from typing import Any, Final
 
 import torch
 
-from curvature_callbacks.batches import batch_size
 from curvature_callbacks.problem.problem import Problem
 from curvature_callbacks.record import PROBE, Record
 from curvature_callbacks.run.failures import Failures
@@ -48,7 +47,7 @@ def probe_record(
         "sink_seconds": average(sink_seconds),
         "matvecs": float(sum(record.num_matvecs for record in records)),
         "rows": float(problem.num_rows),
-        "microbatch_size": float(max(problem.world.gathered(max(map(batch_size, problem.microbatches))))),
+        "microbatch_size": float(max(problem.world.gathered(max(microbatch.num_rows for microbatch in problem.microbatches)))),
         "overhead": average(overhead),
         "skipped": float(len(skipped)),
         "failed": float(len({record.measurement for record in records if record.failed}.union(failures.switched_off))),

@@ -14,15 +14,17 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_pt_utils import LabelSmoother
+from typing_extensions import override
 
 from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.isolation.objects import CONTAINERS, reachable
 from curvature_callbacks.isolation.replicas import replica
 from curvature_callbacks.isolation.snapshot import put_back, undisturbed
+from curvature_callbacks.microbatch import Microbatch, as_microbatch
 from curvature_callbacks.model.loss.averages import Averages, Evaluate
 from curvature_callbacks.model.loss.evidence import contradicted_averages, telling_rows
 from curvature_callbacks.model.loss.own import OwnLoss
-from curvature_callbacks.model.loss.resolve import Loss
+from curvature_callbacks.model.loss.resolve import Loss, MicrobatchLoss
 from curvature_callbacks.model.loss.sample_losses import IGNORED, SampleLosses, cross_entropies, shifted_cross_entropies
 from curvature_callbacks.processes.world import World
 
@@ -90,10 +92,11 @@ def computed_loss(trainer: Trainer, model: nn.Module, batch: Any, *, num_items: 
     Args:
         trainer: of the run.
         model: in place of the one it trains.
-        batch: on the model's device.
+        batch: on the model's device, or its `Microbatch`.
         num_items: its `num_items_in_batch`, None as in an evaluation.
     """
-    inputs = dict(batch) if isinstance(batch, Mapping) else batch  # its labels are popped
+    content = batch.content if isinstance(batch, Microbatch) else batch
+    inputs = dict(content) if isinstance(content, Mapping) else content  # its labels are popped
     device = next(model.parameters()).device
     items: dict[str, Any] = {} if num_items is None else {"num_items_in_batch": num_items}
     # Noise of its own is the same at every evaluation of a probe.
@@ -150,7 +153,7 @@ def _is_overridden(trainer: Trainer) -> bool:
 
 
 @final
-class _SmoothedLoss:
+class _SmoothedLoss(MicrobatchLoss):
     """What `label_smoothing_factor` trains: the model without its labels, then their smoothed cross-entropy.
 
     Shifted for the classes that Transformers lists as causal, as the Trainer decides it, whatever their own loss does. A
@@ -161,9 +164,11 @@ class _SmoothedLoss:
         self._epsilon = epsilon
         self._own = OwnLoss()
 
-    def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> SampleLosses:
+    @override
+    def __call__(self, model: nn.Module, microbatch: Any) -> SampleLosses:
+        batch = as_microbatch(microbatch).content
         if "labels" not in batch:
-            return self._own(model, batch)
+            return self._own(model, microbatch)
         output: Any = model(**{name: value for name, value in batch.items() if name != "labels"})
         logits = output["logits"] if isinstance(output, dict) else output[0]
         form = shifted_cross_entropies if _shifts_labels(model) else cross_entropies
@@ -176,7 +181,7 @@ def _shifts_labels(model: nn.Module) -> bool:
 
 
 @final
-class _ComputedLoss:
+class _ComputedLoss(MicrobatchLoss):
     """The value of `trainer.compute_loss`, one loss per row or a mean over the batch, of which nothing else is known.
 
     What it is a mean over is found out by `settle`; until then, and where it is neither rows nor labels, it is one over rows.
@@ -190,7 +195,9 @@ class _ComputedLoss:
         self._averages = Averages()
         self._items: _Items | None = None if trainer.compute_loss_func is not None else _Items.UNUSED
 
-    def __call__(self, model: nn.Module, batch: Any) -> Any:
+    @override
+    def __call__(self, model: nn.Module, microbatch: Any) -> Any:
+        batch = as_microbatch(microbatch)
         loss = self._value(model, batch)
         if not isinstance(loss, Tensor) or loss.ndim:
             return loss
@@ -226,13 +233,14 @@ class _ComputedLoss:
             return _Items.DIVIDED_BY
         return _Items.NEEDED if alone is None else _Items.UNUSED
 
-    def _value(self, model: nn.Module, batch: Any) -> Any:
+    def _value(self, model: nn.Module, batch: Microbatch) -> Any:
         items = None if self._items in (None, _Items.UNUSED) else self._num_items(batch)
         return computed_loss(self._trainer, model, batch, num_items=None if items is None else items.sum())
 
     def _num_items(self, batch: Any) -> Tensor | None:
         """(N,) labels of every row that the Trainer counts for a batch by itself; None where it counts none."""
-        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        content = as_microbatch(batch).content
+        labels = content.get("labels") if isinstance(content, Mapping) else None
         if not isinstance(labels, Tensor) or not labels.ndim:
             return None
         counted = labels[..., 1:] if getattr(self._trainer, "_loss_shifts_labels", False) else labels

@@ -8,12 +8,14 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
+from typing_extensions import override
 
 from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.isolation.model import seeded
+from curvature_callbacks.microbatch import as_microbatch
 from curvature_callbacks.model.loss.loop import LoopLoss
 from curvature_callbacks.model.loss.own import OwnLoss
-from curvature_callbacks.model.loss.resolve import Loss, LossCallable, is_function
+from curvature_callbacks.model.loss.resolve import Loss, LossCallable, MicrobatchLoss, is_function
 from curvature_callbacks.model.loss.sample_losses import SampleLosses
 from curvature_callbacks.processes.world import World
 from curvature_callbacks.transformers.loss import (
@@ -82,8 +84,10 @@ def measured_loss(
 
 
 @final
-class OwnWhereItTrains:
+class OwnWhereItTrains(MicrobatchLoss):
     """The model's own loss where what the Trainer computes has its value, else the latter: overriding may only log.
+
+    It is decided at the first batch with a finite loss.
 
     Of the model's own loss single targets and the likelihood are known, of a computed one the value.
 
@@ -100,8 +104,9 @@ class OwnWhereItTrains:
         self._own = OwnLoss()
         self._chosen: LossCallable | None = None
 
-    def __call__(self, model: nn.Module, batch: Any) -> Tensor | SampleLosses:
-        """The losses of `batch` by whichever it is; decided at the first one with a finite loss."""
+    @override
+    def __call__(self, model: nn.Module, microbatch: Any) -> Tensor | SampleLosses:
+        batch = as_microbatch(microbatch)
         if self._chosen is None:
             is_own = self._is_own(model, batch)
             found = [each for each in self._world.gathered(is_own) if each is not None]

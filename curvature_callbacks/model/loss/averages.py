@@ -7,8 +7,8 @@ from typing import Any, Final, Protocol, TypeVar, final, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from curvature_callbacks.batches import batch_size
 from curvature_callbacks.errors import ConfigurationError, ProbeError
+from curvature_callbacks.microbatch import Microbatch, as_microbatch
 from curvature_callbacks.model.loss.own_forms import has_spans, labels_of
 from curvature_callbacks.model.loss.sample_losses import IGNORED, SampleLosses
 from curvature_callbacks.processes.world import World
@@ -50,10 +50,11 @@ class Settling(Protocol):
 
 def layout_of(batch: Any) -> Hashable:
     """The keys of a batch with the kind and rank of its labels: losses of one layout have one form."""
-    if not isinstance(batch, Mapping):
-        return type(batch).__name__
-    labels = labels_of(batch)
-    return frozenset(batch), None if labels is None else (labels.is_floating_point(), labels.ndim)
+    content = batch.content if isinstance(batch, Microbatch) else batch
+    if not isinstance(content, Mapping):
+        return type(content).__name__
+    labels = labels_of(content)
+    return frozenset(content), None if labels is None else (labels.is_floating_point(), labels.ndim)
 
 
 def row_weights(batch: Any) -> dict[str, Tensor]:
@@ -61,11 +62,12 @@ def row_weights(batch: Any) -> dict[str, Tensor]:
 
     A sum divides by nothing; its rows count one each, so that what is measured does not grow with the batch.
     """
-    ones = torch.ones(batch_size(batch), dtype=torch.int64)
-    labels = labels_of(batch) if isinstance(batch, Mapping) else None
-    if labels is None or labels.is_floating_point() or labels.ndim == 0:
+    microbatch = as_microbatch(batch)
+    ones, content = torch.ones(microbatch.num_rows, dtype=torch.int64), microbatch.content
+    labels = labels_of(content) if isinstance(content, Mapping) else None
+    if labels is None or labels.is_floating_point() or labels.ndim == 0 or len(labels) != len(ones):
         return {ROWS: ones, SUM: ones}
-    if has_spans(batch):
+    if has_spans(content):
         return {GIVEN: 2 * ones, ROWS: ones, SUM: ones}
     given = _given(labels)
     weights = {GIVEN: given, LABELLED: (given > 0).to(torch.int64), ROWS: ones, SUM: ones}

@@ -1,13 +1,14 @@
 """Evidence of what a loss averages over: its value and gradient on a few rows, on halves of them and with other labels."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from curvature_callbacks.batches import batch_size, take_rows
 from curvature_callbacks.errors import is_out_of_memory
+from curvature_callbacks.microbatch import Microbatch, as_microbatch
 from curvature_callbacks.model.loss.averages import FOLLOWING, GIVEN, ROWS, SUM, row_weights
 from curvature_callbacks.model.loss.sample_losses import IGNORED
 from curvature_callbacks.processes.fsdp import passes_are_collective
@@ -25,20 +26,24 @@ _BEST: Final = torch.tensor([2e-7, 1e-5], dtype=torch.float64)
 _MARGIN: Final = 10
 
 
-def telling_rows(batch: Any) -> Any:
+def telling_rows(batch: Any) -> Microbatch:
     """A few rows of `batch` that differ in their number of labels as much as rows of it do, those with the fewest first.
 
     At most one of them has none, and a single one that has any comes twice: halves of them always have a label each. Where
     labels are ignored in the batch, so that the loss knows how to, half of those of the first rows are ignored as well unless
-    the others have twice as many: rows with equally many labels do not tell a mean over labels from one over rows.
+    the others have twice as many: rows with equally many labels do not tell a mean over labels from one over rows. A batch that
+    stays whole tells what it can by itself.
     """
-    weights = row_weights(batch)
+    microbatch = as_microbatch(batch)
+    if microbatch.is_whole:
+        return microbatch
+    weights = row_weights(microbatch)
     labels = weights.get(GIVEN, weights[ROWS])
     order = labels.argsort(stable=True)
     without, labelled = order[labels[order] == 0][:1], order[labels[order] > 0]
     picked = torch.linspace(0, len(labelled) - 1, max(2, min(len(labelled), _NUM_ROWS - len(without)))).round().long()
     chosen = torch.cat([without, labelled[picked.clamp_min(0)]]) if len(labelled) else order[:2]
-    return _partly_ignored(take_rows(batch, chosen), batch)
+    return _partly_ignored(microbatch.take(chosen), microbatch.content)
 
 
 def contradicted_averages(loss: MeanLoss, model: nn.Module, batch: Any) -> frozenset[str] | None:
@@ -56,11 +61,12 @@ def contradicted_averages(loss: MeanLoss, model: nn.Module, batch: Any) -> froze
         batch: with at least one row.
     """
     try:
-        telling = telling_rows(batch)
-        halves = torch.arange(batch_size(telling)).tensor_split(2)
+        microbatch = as_microbatch(batch)
+        telling = telling_rows(microbatch)
+        halves = torch.arange(telling.num_rows).tensor_split(2)
         whole = _evidence(loss, model, telling)
-        parts = [_evidence(loss, model, take_rows(telling, half)) for half in halves]
-        shift = _contradicted_shift(loss, model, take_rows(batch, torch.arange(min(batch_size(batch), _NUM_ROWS))))
+        parts = [_evidence(loss, model, telling.take(half)) for half in halves]
+        shift = _contradicted_shift(loss, model, microbatch.take(torch.arange(min(microbatch.num_rows, _NUM_ROWS))))
     except Exception as error:
         if is_agreed(error) or is_out_of_memory(error) or passes_are_collective(model):
             raise
@@ -87,16 +93,16 @@ def _contradicted(
     return frozenset(name for name in weights if name not in errors or bool((errors[name] > limit).any()))
 
 
-def _contradicted_shift(loss: MeanLoss, model: nn.Module, batch: Any) -> frozenset[str]:
+def _contradicted_shift(loss: MeanLoss, model: nn.Module, batch: Microbatch) -> frozenset[str]:
     """Which average over labels is contradicted by what other first labels change, or leave as it is.
 
     None of them where there are no other ones, or where other labels everywhere change nothing either.
     """
-    others = _other_classes(_sequences_of(batch))
+    others = _other_classes(_sequences_of(batch.content))
     variants = [batch, batch, batch]  # as many passes wherever processes have to make the same ones
     if others is not None:
         only_first = torch.cat([others[:, :1], batch["labels"][:, 1:]], 1)
-        variants = [batch, {**batch, "labels": only_first}, {**batch, "labels": others}]
+        variants = [batch, _with_labels(batch, only_first), _with_labels(batch, others)]
     elif not passes_are_collective(model):
         return frozenset()
     given, of_first, of_all = [_evidence(loss, model, variant) for variant in variants]
@@ -109,7 +115,7 @@ def _differ(one: Tensor, other: Tensor) -> bool:
     return bool((_sizes(one - other) > _BEST * _sizes(one)).any())
 
 
-def _evidence(loss: MeanLoss, model: nn.Module, batch: Any) -> Tensor:
+def _evidence(loss: MeanLoss, model: nn.Module, batch: Microbatch) -> Tensor:
     """(1 + projections,) the loss of `batch`, and its gradient projected at random, the parameters by turns."""
     value = loss(model, batch)
     if value.ndim:
@@ -136,7 +142,7 @@ def _sizes(evidence: Tensor) -> Tensor:
     return torch.stack([evidence[0].abs(), evidence[1:].nan_to_num().norm()]).nan_to_num()
 
 
-def _partly_ignored(rows: Any, batch: Any) -> Any:
+def _partly_ignored(rows: Microbatch, batch: Any) -> Microbatch:
     labels = _sequences_of(batch)
     if labels is None or IGNORED not in labels:
         return rows
@@ -148,7 +154,12 @@ def _partly_ignored(rows: Any, batch: Any) -> Any:
     for row in chosen[: len(first)]:
         valid = (row != IGNORED).nonzero()
         row[valid[: len(valid) // 2].unbind(1)] = IGNORED
-    return {**rows, "labels": chosen}
+    return _with_labels(rows, chosen)
+
+
+def _with_labels(rows: Microbatch, labels: Tensor) -> Microbatch:
+    """The same inputs with other labels; they cannot be collated anew."""
+    return replace(rows, content={**rows.content, "labels": labels}, collate=None)
 
 
 def _other_classes(labels: Tensor | None) -> Tensor | None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature_callbacks.errors import ConfigurationError, ProbeError
+from curvature_callbacks.microbatch import as_microbatch
 from curvature_callbacks.model.loss.averages import Averages, Evaluate
 from curvature_callbacks.model.loss.evidence import contradicted_averages
 from curvature_callbacks.model.loss.known_forms import KnownForm, KnownForms
@@ -74,18 +75,20 @@ class OwnLoss:
         self._averages = Averages()
 
     def __call__(self, model: nn.Module, batch: Any) -> SampleLosses:
-        """Losses of `batch`, a mapping called as `model(**batch)`.
+        """Losses of `batch`, whose content is a mapping that the model is called with.
 
         Raises:
             ConfigurationError: the model returns no loss, or not the cross-entropy that is to be smoothed.
             ProbeError: it returns no logits where it gave them before; with smoothing also, its loss is not finite before its
                 form is known.
         """
-        settled = self._forms.of(batch)
+        microbatch = as_microbatch(batch)
+        batch = microbatch.content
+        settled = self._forms.of(microbatch)
         if settled is not None and settled.form is not None and settled.needs_labels is False:
             logits = _fitting_logits(settled.form, model, batch, model(**without_labels(batch)))
             return self._rebuilt(settled.form, logits, batch)
-        evaluation = evaluated(model, batch)
+        evaluation = evaluated(model, microbatch)
         if settled is None:
             if not evaluation.num_targets().any():  # the model's mean is 0 / 0 and tells nothing about the form
                 return _without_targets(evaluation)
@@ -113,7 +116,7 @@ class OwnLoss:
     def _of_mean(self, evaluation: Evaluation) -> SampleLosses:
         """The model's mean times what it is a mean over, where that is not known times its targets."""
         loss = evaluation.loss
-        known = self._averages.losses(loss, evaluation.batch)
+        known = self._averages.losses(loss, evaluation.microbatch)
         if known is None:
             counts = evaluation.num_targets()
             total = loss * counts.sum().to(loss.device) if counts.any() else loss.new_zeros(())
@@ -122,7 +125,7 @@ class OwnLoss:
 
     def _settle_by_value(self, evaluation: Evaluation) -> KnownForm:
         """What the value tells about its layout; kept where that is one form or none, looked at again at the next call else."""
-        model, batch = evaluation.model, evaluation.batch
+        model, batch = evaluation.model, evaluation.microbatch
         may_call_again = _may_call_again(model)
         is_finite = bool(evaluation.loss.isfinite())
         matching = evaluation.forms_of_loss()

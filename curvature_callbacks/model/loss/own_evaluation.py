@@ -6,8 +6,8 @@ from typing import Any, Final, final
 
 from torch import Tensor, nn
 
-from curvature_callbacks.batches import batch_size, take_rows
 from curvature_callbacks.errors import ConfigurationError
+from curvature_callbacks.microbatch import Microbatch, as_microbatch
 from curvature_callbacks.model.loss.own_forms import LossForm, count_targets, forms_with_gradient, logits_of, matching_forms
 from curvature_callbacks.processes.fsdp import passes_are_collective
 
@@ -22,13 +22,19 @@ class Evaluation:
     """One call of the model with labels: its output and its own mean loss, 0-d."""
 
     model: nn.Module
-    batch: Mapping[str, Any]
+    microbatch: Microbatch
     output: Any
     loss: Tensor
 
+    @property
+    def batch(self) -> Mapping[str, Any]:
+        """What the model was called with."""
+        content: Mapping[str, Any] = self.microbatch.content
+        return content
+
     def num_targets(self) -> Tensor:
         """(N,) valid targets, by the look of labels and model."""
-        return count_targets(self.model, self.output, self.batch)
+        return count_targets(self.model, self.output, self.batch, num_rows=self.microbatch.num_rows)
 
     def forms_of_loss(self) -> list[LossForm]:
         """The standard forms that give the value of the loss."""
@@ -54,20 +60,23 @@ class ToldForms:
     has_gradient: bool
 
 
-def evaluated(model: nn.Module, batch: Mapping[str, Any]) -> Evaluation:
-    """The evaluation of `batch`, a mapping called as `model(**batch)`.
+def evaluated(model: nn.Module, batch: Any) -> Evaluation:
+    """The evaluation of `batch`, whose content is a mapping that the model is called with.
 
     Raises:
         ConfigurationError: the model returns no loss.
     """
-    output = model(**batch)
+    microbatch = as_microbatch(batch)
+    output = model(**microbatch.content)
     loss = getattr(output, "loss", None)
     if not isinstance(loss, Tensor):
         raise ConfigurationError(
-            "the model returns no `.loss` for the drawn microbatch (keys: " + ", ".join(map(str, batch)) + "): the loss "
+            "the model returns no `.loss` for the drawn microbatch (keys: "
+            + ", ".join(map(str, microbatch.content))
+            + "): the loss "
             "cannot be determined. Add `labels` to the batch or pass a loss function."
         )
-    return Evaluation(model, batch, output, loss)
+    return Evaluation(model, microbatch, output, loss)
 
 
 def forms_of_finite_rows(evaluation: Evaluation) -> list[LossForm]:
@@ -75,14 +84,14 @@ def forms_of_finite_rows(evaluation: Evaluation) -> list[LossForm]:
 
     Cost: one forward pass over these.
     """
-    model, batch = evaluation.model, evaluation.batch
-    logits = logits_of(evaluation.output, batch)
-    if logits is None or len(logits) != batch_size(batch):
+    microbatch = evaluation.microbatch
+    logits = logits_of(evaluation.output, evaluation.batch)
+    if logits is None or len(logits) != microbatch.num_rows or microbatch.is_whole:
         return []
     finite = logits.flatten(1).isfinite().all(1)
     if not finite.any():
         return []
-    return evaluated(model, take_rows(batch, finite.nonzero()[:, 0])).forms_of_loss()
+    return evaluated(evaluation.model, microbatch.take(finite.nonzero()[:, 0])).forms_of_loss()
 
 
 def router_loss(output: Any) -> str | None:

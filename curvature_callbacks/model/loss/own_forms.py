@@ -6,11 +6,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from curvature_callbacks.batches import batch_size
 from curvature_callbacks.model.loss.sample_losses import (
     IGNORED,
     SampleLosses,
     binary_cross_entropies,
+    counts_of_rows,
     cross_entropies,
     shifted_cross_entropies,
     span_cross_entropies,
@@ -112,11 +112,21 @@ def _gradient(mean: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     return torch.cat([gradient.flatten() for gradient in gradients])
 
 
-def count_targets(model: nn.Module, output: Any, batch: Mapping[str, Any]) -> Tensor:
-    """(N,) valid targets by the look of labels and model, for a loss whose form is not known."""
+def count_targets(model: nn.Module, output: Any, batch: Mapping[str, Any], *, num_rows: int) -> Tensor:
+    """(num_rows,) valid targets by the look of labels and model, for a loss whose form is not known.
+
+    Where labels have other rows than were drawn, their targets are shared out among these as evenly as can be.
+    """
+    counts = _counts_by_label(model, output, batch)
+    if counts is None:
+        return torch.ones(num_rows, dtype=torch.int64)
+    return counts_of_rows(counts, num_rows)
+
+
+def _counts_by_label(model: nn.Module, output: Any, batch: Mapping[str, Any]) -> Tensor | None:
     labels = labels_of(batch)
     if labels is None or labels.is_floating_point() or labels.ndim == 0:
-        return torch.ones(batch_size(batch), dtype=torch.int64)
+        return None
     if has_spans(batch):
         logits = logits_of(output, batch)
         return torch.full((len(labels),), 2) if logits is None else (labels < logits.shape[-1]).sum(1)

@@ -1,52 +1,27 @@
-"""Probes: microbatches drawn from the training data without moving anything the training loop draws from."""
+"""Probes of data that can be indexed: rows of a map-style dataset, collated as the loader does it."""
 
 import copy
-import hashlib
-import logging
 import random
-from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import cycle, islice
 from types import MethodType
-from typing import Any, Literal, final
+from typing import Any, final
 
-import torch
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    DistributedSampler,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    SubsetRandomSampler,
-    WeightedRandomSampler,
-)
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+from typing_extensions import override
 
-from curvature_callbacks.batches import batch_size, detached_copy, take_rows
 from curvature_callbacks.errors import ConfigurationError, ProbeError
+from curvature_callbacks.isolation.model import seeded
 from curvature_callbacks.isolation.snapshot import undisturbed
-from curvature_callbacks.library_internals.frameworks import sampler_behind
+from curvature_callbacks.layout import counted_rows
+from curvature_callbacks.microbatch import Microbatch, drawn_microbatch
+from curvature_callbacks.probes.base import FixedProbes, Prepare, Probes
+from curvature_callbacks.probes.samplers import rows_of
 from curvature_callbacks.processes.group import current_world
 
-Draw = Literal["fresh", "fixed"]
-Prepare = Callable[[Any], Any]
-
-_logger = logging.getLogger("curvature_callbacks")
-
-
-def stable_seed(*parts: object) -> int:
-    """A 63-bit seed from SHA-1 of the parts, equal in every process (`hash()` is salted)."""
-    digest = hashlib.sha1(repr(parts).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-class Probes(ABC):
-    """A source of microbatches. Call `draw` inside `isolated(model)`: it may use the global generators."""
-
-    @abstractmethod
-    def draw(self, seed: int) -> Sequence[Any] | None:
-        """The microbatches that belong to `seed`, or None while there is no data yet."""
+Collator = Callable[[list[Any]], Any]
 
 
 @final
@@ -68,7 +43,7 @@ class DatasetProbes(Probes):
     def __init__(
         self,
         dataset: Any,
-        collate: Callable[[list[Any]], Any],
+        collate: Collator,
         *,
         num_microbatches: int,
         microbatch_size: int,
@@ -82,11 +57,13 @@ class DatasetProbes(Probes):
         self._num_microbatches = num_microbatches
         self._microbatch_size = microbatch_size
 
-    def draw(self, seed: int) -> list[Any]:
+    @override
+    def draw(self, seed: int) -> list[Microbatch]:
         """Rows without replacement, from a private generator; every process of a run has rows of its own.
 
         Where there are fewer rows than processes some have the same row. A microbatch of which the collator makes None is left
-        out, as loops do.
+        out, as loops do, and rows that it leaves out are not counted. Where its tensors have not one row each for every row
+        that was read, the rows are kept as they were read, to be collated anew where single ones are asked for.
 
         Raises:
             ProbeError: it makes None of all.
@@ -97,11 +74,10 @@ class DatasetProbes(Probes):
         of_process = [rows[i] for i in islice(cycle(indices), world.rank, max(drawn, world.size), world.size)]
         collate = _private_copy(self._collate)
         with undisturbed(self._dataset, self._collate):
-            batches = (
-                collate(self._read(of_process[start : start + self._microbatch_size]))
-                for start in range(0, len(of_process), self._microbatch_size)
+            parts = (
+                of_process[start : start + self._microbatch_size] for start in range(0, len(of_process), self._microbatch_size)
             )
-            microbatches = [self._prepare(batch) for batch in batches if batch is not None]
+            microbatches = [made for part in parts if (made := self._microbatch(collate, self._read(part), seed)) is not None]
         if not microbatches:
             raise ProbeError(
                 f"the collator returned None for each microbatch of a probe, {len(of_process)} rows in all, and nothing is "
@@ -109,47 +85,29 @@ class DatasetProbes(Probes):
             )
         return microbatches
 
+    def _microbatch(self, collate: Collator, items: list[Any], seed: int) -> Microbatch | None:
+        kept = [_replica(item) for item in items]
+        content = collate(items)
+        if content is None:
+            return None
+        content = self._prepare(content)
+        again = partial(self._collated, collate, kept, seed)
+        if (counted_rows(content) or len(kept)) < len(kept):
+            kept[:] = _kept_by(again, kept, counted_rows(content))
+        return drawn_microbatch(content, len(kept), collate=again)
+
+    def _collated(self, collate: Collator, items: list[Any], seed: int, rows: Sequence[int]) -> Any:
+        """What the collator and the loop make of these rows alone, the same at every call."""
+        with undisturbed(self._dataset, self._collate), seeded(nn.Module(), seed=seed):
+            content = collate([_replica(items[row]) for row in rows])
+            if content is None:
+                raise ProbeError("the collator returned None for some rows of a microbatch and not for all of them.")
+            return self._prepare(content)
+
     def _read(self, rows: list[Any]) -> list[Any]:
         if getattr(self._dataset, "__getitems__", None):
             return list(self._dataset.__getitems__(rows))
         return [self._dataset[row] for row in rows]
-
-
-@final
-class FixedProbes(Probes):
-    """The same microbatches at every probe."""
-
-    def __init__(self, microbatches: Sequence[Any]) -> None:
-        self._microbatches = list(microbatches)
-
-    def draw(self, seed: int) -> list[Any]:
-        """All of the microbatches, whatever the seed."""
-        return self._microbatches
-
-
-@final
-class CapturedProbes(Probes):
-    """Copies of the latest training batches, for data that cannot be indexed: streams and combined loaders.
-
-    Args:
-        num_microbatches: microbatches a probe, at most.
-        microbatch_size: rows of each, at most.
-        prepare: what is done to a batch before it is kept.
-    """
-
-    def __init__(self, *, num_microbatches: int, microbatch_size: int, prepare: Prepare | None = None) -> None:
-        self._recent: deque[Any] = deque(maxlen=num_microbatches)
-        self._microbatch_size = microbatch_size
-        self._prepare = prepare or (lambda batch: batch)
-
-    def offer(self, batch: Any) -> None:
-        """Keep a copy of the first rows of a training batch. Cost: that copy."""
-        rows = torch.arange(min(batch_size(batch), self._microbatch_size))
-        self._recent.append(detached_copy(self._prepare(take_rows(batch, rows))))
-
-    def draw(self, seed: int) -> list[Any] | None:
-        """The batches that were kept, oldest first; None before the first one."""
-        return list(self._recent) or None
 
 
 def probes_from_loader(
@@ -167,7 +125,7 @@ def probes_from_loader(
         return None
     if isinstance(loader, DataLoader) and loader.batch_size is None and loader.batch_sampler is None:
         return None
-    rows = _rows_of(loader)
+    rows = rows_of(loader)
     check_dataset(dataset, rows)
     return DatasetProbes(
         dataset, collate, num_microbatches=num_microbatches, microbatch_size=microbatch_size, prepare=prepare, rows=rows
@@ -205,58 +163,7 @@ def as_probes(probes: Any, *, num_microbatches: int, microbatch_size: int) -> Pr
     return of_loader
 
 
-def _rows_of(loader: Any) -> Any:
-    """What the loader's sampler can draw, None for all rows of its dataset."""
-    batches = getattr(loader, "batch_sampler", None)
-    if isinstance(batches, list | tuple):
-        return [row for batch in batches for row in batch]
-    sampler = _innermost(getattr(loader, "sampler", None) if batches is None else batches, loader.dataset)
-    if isinstance(sampler, RandomSampler | SequentialSampler):
-        rows: Any = range(len(sampler.data_source))
-    elif isinstance(sampler, SubsetRandomSampler):
-        rows = sampler.indices
-    elif isinstance(sampler, WeightedRandomSampler):
-        rows = (sampler.weights > 0).nonzero().flatten().tolist()
-    elif isinstance(sampler, list | tuple | range | torch.Tensor) or type(sampler).__module__ == "numpy":
-        rows = sampler
-    else:
-        _warn_of_fewer(sampler, loader)
-        return None
-    return None if isinstance(rows, range) and rows == range(len(loader.dataset)) else rows
-
-
-def _innermost(sampler: Any, dataset: Any) -> Any:
-    """The sampler of rows in batches of them, in accelerate's shards of such batches and in the shards of Lightning.
-
-    The shards of PyTorch are of the rows of a dataset, those of Lightning of a dataset made of the entries of a sampler.
-    """
-    within: Any = None
-    if isinstance(sampler, BatchSampler):
-        within = getattr(sampler, "batch_sampler", getattr(sampler, "sampler", None))
-    elif isinstance(sampler, DistributedSampler):
-        sharded = getattr(sampler, "dataset", dataset)
-        within = SequentialSampler(dataset) if sharded is dataset else sampler_behind(sharded)
-    return sampler if within is None else _innermost(within, dataset)
-
-
-def _warn_of_fewer(sampler: Any, loader: Any) -> None:
-    """Say that probes draw from all rows, where `sampler` has fewer, but for batches and processes that are not full."""
-    try:
-        size = getattr(sampler, "batch_size") if sampler is loader.batch_sampler else 1  # noqa: B009 - of a class not known
-        is_fewer = (len(sampler) + 1) * size * current_world().size <= len(loader.dataset)
-    except (TypeError, AttributeError, NotImplementedError):  # it need not have a length
-        return
-    if is_fewer and current_world().rank == 0:
-        _logger.warning(
-            "curvature probes draw from the whole dataset of %d rows: which of them `%s` draws, of length %d, is not known. "
-            "Pass `probe_dataset=` or `probe_dataloader=` (of a `Subset`, say) to measure on others. Training is not affected.",
-            len(loader.dataset),
-            type(sampler).__name__,
-            len(sampler),
-        )
-
-
-def _private_copy(collate: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
+def _private_copy(collate: Collator) -> Collator:
     """A copy that shares no counters and caches, or the collator itself where it is a method (of a LightningModule, say) or
     holds locks or files: generators and attributes are put back in either case."""
     if isinstance(collate, MethodType):
@@ -265,3 +172,24 @@ def _private_copy(collate: Callable[[list[Any]], Any]) -> Callable[[list[Any]], 
         return copy.deepcopy(collate)
     except (TypeError, ValueError, AttributeError, NotImplementedError, RuntimeError):
         return collate
+
+
+def _replica(item: Any) -> Any:
+    """A copy of an item's own level: collators take keys out of the rows that they are given."""
+    return copy.copy(item) if isinstance(item, dict | list) else item
+
+
+def _kept_by(collated: Callable[[Sequence[int]], Any], items: list[Any], num_rows: int | None) -> list[Any]:
+    """The items of which a collator makes a row each, where these are all of `num_rows`; else all items.
+
+    It may leave rows out (of files that cannot be read, say), or make one packed row of several.
+    """
+    kept = [item for row, item in enumerate(items) if _makes_one_row(collated, row)]
+    return kept if len(kept) == num_rows else items
+
+
+def _makes_one_row(collated: Callable[[Sequence[int]], Any], row: int) -> bool:
+    try:
+        return counted_rows(collated([row])) == 1
+    except Exception:  # whatever a collator raises when it is left with no row at all
+        return False
