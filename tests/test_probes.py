@@ -276,3 +276,33 @@ def test_what_a_data_set_opened_for_a_draw_is_not_left_open(wrap: Any) -> None:
     probes = DatasetProbes(wrap(data), torch.stack, num_microbatches=2, microbatch_size=3)
     assert sum(microbatch.num_rows for microbatch in probes.draw(0)) == 6
     assert (data.handle, data.reads) == (None, 0)
+
+
+def test_pairs_of_a_stream_stay_whole() -> None:
+    """`[chosen; rejected]`, eight rows read in sixteen: the first eight alone would be chosen against chosen."""
+    probes = CapturedProbes(num_microbatches=2, microbatch_size=4, batch_size=8)
+    for num_pairs in (8, 4):  # the last batch of a stream is short
+        probes.offer({"x": torch.arange(2 * num_pairs)})
+    kept = probes.draw(0)
+    assert kept is not None
+    assert [(batch.num_rows, len(batch["x"]), batch.is_whole) for batch in kept] == [(8, 16, True), (4, 8, True)]
+
+
+def test_rows_of_a_stream_are_cut_where_they_are_those_that_were_read() -> None:
+    probes = CapturedProbes(num_microbatches=3, microbatch_size=4, batch_size=8)
+    probes.offer({"x": torch.arange(3)})  # it may be of three rows, or of one and a half pairs
+    probes.offer({"x": torch.arange(8)})
+    probes.offer({"x": torch.arange(5)})
+    kept = probes.draw(0)
+    assert kept is not None
+    assert [(batch.num_rows, batch.is_whole) for batch in kept] == [(3, True), (4, False), (4, False)]
+
+
+def test_a_batch_that_does_not_tell_its_rows_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    probes, told = CapturedProbes(**SIZES), CapturedProbes(**SIZES, batch_size=4)
+    for _ in range(2):
+        probes.offer(object())
+    told.offer(object())
+    assert probes.draw(0) is None
+    assert [batch.num_rows for batch in told.draw(0) or ()] == [4]
+    assert ["which do not tell how many rows they have" in each.getMessage() for each in caplog.records] == [True]

@@ -138,7 +138,7 @@ class CurvatureCallback(Callback):
         self._loader = trainer.train_dataloader
         probes = self._probes(trainer, pl_module)
         if probes is None:
-            probes = self._captured = self._settings.captured_probes()
+            probes = self._captured = self._settings.captured_probes(self._loader)
         sinks: list[Sink] = [self._memory, *logger_sinks(trainer), HeadlineSink(trainer)]
         setup = Setup(
             model=pl_module,

@@ -113,10 +113,14 @@ class Settings:
             )
         return probes
 
-    def captured_probes(self) -> CapturedProbes:
-        """A source for training batches that can only be watched go by."""
+    def captured_probes(self, loader: Any) -> CapturedProbes:
+        """A source for the batches of this loader, which can only be watched go by."""
+        batch_size = getattr(loader, "batch_size", None)
         return CapturedProbes(
-            num_microbatches=self.num_microbatches, microbatch_size=self.microbatch_size, prepare=self._prepare(None)
+            num_microbatches=self.num_microbatches,
+            microbatch_size=self.microbatch_size,
+            prepare=self._prepare(None),
+            batch_size=batch_size if isinstance(batch_size, int) else None,
         )
 
     def _prepare(self, prepare: Prepare | None) -> Prepare | None:

@@ -274,14 +274,14 @@ class CurvatureCallback(TrainerCallback):
             return probes
         if departures(args, self._trainer) and self._trainer is not None:
             self._watch = ComputeLossWatch(self._trainer, self._offer)
-            return self._settings.captured_probes()
+            return self._settings.captured_probes(loader)
         if args.label_smoothing_factor and self._settings.loss_fn is None:
             raise ConfigurationError(
                 "the training data is a stream, label smoothing takes the labels away before the model sees them, and the "
                 "Trainer was not found, so the loss of a captured batch cannot be determined: call `callback.attach(trainer)`."
             )
         self._watch = model.register_forward_pre_hook(self._offer_arguments, with_kwargs=True)
-        return self._settings.captured_probes()
+        return self._settings.captured_probes(loader)
 
     def _offer_arguments(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """A forward pre-hook that keeps training batches; a probe runs in evaluation mode and is not one."""
