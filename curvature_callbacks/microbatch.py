@@ -16,6 +16,24 @@ Collate = Callable[[Sequence[int]], Any]  # positions of rows in a microbatch to
 
 
 @final
+@dataclass(frozen=True, slots=True, eq=False)
+class RowsAmong:
+    """Rows of a batch by their places in it.
+
+    Attributes:
+        rows: index tensor on the host.
+        num_rows: of the batch.
+    """
+
+    rows: Tensor
+    num_rows: int
+
+    def taken(self, rows: Tensor) -> "RowsAmong":
+        """Some of these rows."""
+        return RowsAmong(self.rows[rows.cpu()], self.num_rows)
+
+
+@final
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Microbatch:
     """A batch that knows its rows.
@@ -30,6 +48,7 @@ class Microbatch:
         seed: of the random draws that its loss makes, one a probe; pieces of it have the same. None until a probe gives it.
         is_sliceable: whether every tensor has one row a row.
         collate: makes the content of some of its rows; None where these are not at hand.
+        among: of a piece, the rows of the batch that it was taken out of, whose random draws it has; None for what was drawn.
     """
 
     content: Any
@@ -37,6 +56,7 @@ class Microbatch:
     seed: int | None = None
     is_sliceable: bool = False
     collate: Collate | None = None
+    among: RowsAmong | None = None
 
     @property
     def is_whole(self) -> bool:
@@ -60,15 +80,17 @@ class Microbatch:
         numbers = rows.tolist()
         if numbers == list(range(self.num_rows)):
             return self
+        among = RowsAmong(rows.cpu(), self.num_rows) if self.among is None else self.among.taken(rows)
         if self.is_sliceable:
-            return replace(self, content=sliced(self.content, rows, self.num_rows), num_rows=len(rows))
+            return replace(self, content=sliced(self.content, rows, self.num_rows), num_rows=len(rows), among=among)
         if self.collate is None:
             raise RefusedError(
                 f"rows of a microbatch cannot be taken apart: its tensors have not one row each for its {self.num_rows} rows "
                 "(pairs, ragged lists, packed sequences), and there is no data set to collate single rows of. Measure on a "
                 "data set (`probe_dataset`), take one row a microbatch, or return one loss per row."
             )
-        return replace(self, content=self.collate(numbers), num_rows=len(rows), collate=_among(self.collate, numbers))
+        collate = _among(self.collate, numbers)
+        return replace(self, content=self.collate(numbers), num_rows=len(rows), collate=collate, among=among)
 
     def singles(self) -> "Iterator[Microbatch]":
         """Its rows one by one. Raises a `RefusedError` where it stays whole."""
@@ -118,6 +140,13 @@ def as_microbatches(batches: Any) -> list[Any]:
     return [batches]
 
 
+def few_rows(microbatch: Microbatch) -> Microbatch:
+    """Its first two rows as a batch with a draw of its own; all of it where it stays whole."""
+    return (
+        microbatch if microbatch.is_whole else replace(microbatch.take(torch.arange(min(2, microbatch.num_rows))), among=None)
+    )
+
+
 def at_most(microbatches: Iterable[Microbatch], rows: int) -> list[Microbatch]:
     """The same rows in microbatches of at most so many, but for those that stay whole."""
     smaller: list[Microbatch] = []
@@ -138,7 +167,9 @@ def joined(first: Microbatch, second: Microbatch) -> Microbatch | None:
     if not (first.is_sliceable and second.is_sliceable):
         return None
     content = joined_content(first.content, second.content, (first.num_rows, second.num_rows))
-    return None if content is None else replace(first, content=content, num_rows=first.num_rows + second.num_rows)
+    if content is None:
+        return None
+    return replace(first, content=content, num_rows=first.num_rows + second.num_rows, among=None)
 
 
 def _among(collate: Collate, numbers: Sequence[int]) -> Collate:

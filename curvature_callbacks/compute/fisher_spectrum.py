@@ -131,7 +131,7 @@ def compute_fisher_spectrum(
     if precomputed_gradients is not None:
         precomputed_gradients = precomputed_gradients[:num_samples]
         return warned(spectra_of_gradients(model, precomputed_gradients, block_structure, params_filter, options))
-    microbatches = as_microbatches(batches)
+    microbatches = [as_microbatch(batch) for batch in as_microbatches(batches)]
     if num_samples is not None:
         check_positive("num_samples", num_samples)
         microbatches = _first_rows(microbatches, num_samples)
@@ -147,9 +147,9 @@ def compute_fisher_spectrum(
         return warned(spectra_of_problem(problem, options))
 
 
-def _first_rows(microbatches: Sequence[Any], count: int) -> list[Microbatch]:
+def _first_rows(microbatches: Sequence[Microbatch], count: int) -> list[Microbatch]:
     kept = []
-    for batch in map(as_microbatch, microbatches):
+    for batch in microbatches:
         rows = min(batch.num_rows, count)
         if rows:
             kept.append(batch.take(torch.arange(rows)))

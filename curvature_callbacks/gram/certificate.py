@@ -15,8 +15,9 @@ from curvature_callbacks.gram.row_by_row import check_separable
 from curvature_callbacks.gram.uses.operation import Operation
 from curvature_callbacks.linalg.accumulate import dot
 from curvature_callbacks.microbatch import Microbatch
+from curvature_callbacks.model.gradients import gradients
 from curvature_callbacks.model.loss.surrogates import Surrogate
-from curvature_callbacks.model.objective import Objective, gradients
+from curvature_callbacks.model.objective import Objective
 
 _ROUNDING_SHARE: Final = 1e-8  # of the squared gradient norm: below it a parameter may be rounding, (1000 eps)^2 of float32
 

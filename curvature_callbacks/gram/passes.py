@@ -71,6 +71,7 @@ def run_passes(
     Cost: forward passes, and backward passes for activation gradients only; each further round the same again.
     """
     may_join = fisher_type == EMPIRICAL and finish is None and context.memory.row_limit is None  # others draw by microbatch
+    may_join = may_join and not context.objective.draws.is_random
     plan = _Plan(context, fisher_type, microbatches, may_join=may_join)
     remainder = Remainder(postponed=[name for name in context.objective.parameters if name not in unruled], unruled=unruled)
     while True:

@@ -13,9 +13,10 @@ from curvature_callbacks.gram.context import GramContext
 from curvature_callbacks.gram.passed import Passed
 from curvature_callbacks.linalg.accumulate import gram
 from curvature_callbacks.microbatch import Microbatch
+from curvature_callbacks.model.gradients import gradients
 from curvature_callbacks.model.loss.sample_losses import SampleLosses
 from curvature_callbacks.model.loss.surrogates import Surrogate
-from curvature_callbacks.model.objective import Objective, gradients
+from curvature_callbacks.model.objective import Objective
 from curvature_callbacks.processes.world import World
 
 Part = tuple[str, int, int]  # elements start:stop of a flattened parameter
@@ -171,10 +172,8 @@ def check_apart(objective: Objective, batch: Microbatch) -> None:
             half = objective(batch.take(rows)).per_sample
             among_all = together[rows.to(together.device)]
             if half is None or bool(((half - among_all).abs() > _COUPLING * (among_all.abs() + together.abs().mean())).any()):
-                raise RefusedError(
-                    "the loss of a row depends on the other rows of its batch: samples are coupled (batch statistics, a "
-                    "contrastive loss) and have no gradients of their own."
-                )
+                reasons = _reasons(objective, "batch statistics", "a contrastive loss")
+                raise RefusedError(f"the loss of a row depends on the other rows of its batch: {reasons}.")
 
 
 def check_separable(objective: Objective, batch: Microbatch, total: float) -> None:
@@ -183,10 +182,16 @@ def check_separable(objective: Objective, batch: Microbatch, total: float) -> No
         of_batch = float(objective(batch).total)
     if abs(total - of_batch) > _COUPLING * abs(of_batch):
         raise RefusedError(
-            f"the losses of single rows add up to {total:.6g}, the batch's to {of_batch:.6g}: samples are coupled (a "
-            "batch-wide loss, a mean over ragged targets) and have no gradients of their own. Pass a loss function that "
-            "returns one loss per row."
+            f"the losses of single rows add up to {total:.6g}, the batch's to {of_batch:.6g}: "
+            f"{_reasons(objective, 'a batch-wide loss', 'a mean over ragged targets')}. Pass a loss function that returns one "
+            "loss per row."
         )
+
+
+def _reasons(objective: Objective, *usual: str) -> str:
+    """What it says of rows that their losses are not their own."""
+    drawn = ("random numbers that do not belong to single rows",) if objective.draws.is_random else ()
+    return f"samples are coupled ({', '.join((*usual, *drawn))}) and have no gradients of their own"
 
 
 def gram_together(rows: Tensor, *, world: World) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from curvature_callbacks._optional import is_available
 from curvature_callbacks.errors import ConfigurationError
-from curvature_callbacks.isolation.model import seeded
+from curvature_callbacks.isolation.generators import kept_generators
 from curvature_callbacks.isolation.replicas import attributes_set_aside
 from curvature_callbacks.isolation.snapshot import put_back
 from curvature_callbacks.model.loss.loop import LoopLoss
@@ -96,10 +96,10 @@ def _num_indices(step: Any) -> int:
 def _module_without_trace(module: nn.Module) -> Iterator[None]:
     """A probe is no training batch: nothing is logged, metrics and collected outputs are as before.
 
-    What it draws is the same in every call, so that a probe measures one function.
+    Its generators are those of the objective, which begins them for every call at the microbatch's own seed.
     """
-    aside = attributes_set_aside(list(module.modules()))
-    with _muted(module), _trainer_unchanged(module), aside, seeded(module, seed=0), _default_dtype(module):
+    aside = attributes_set_aside(list(module.modules()), shared=kept_generators(module))
+    with _muted(module), _trainer_unchanged(module), aside, _default_dtype(module):
         yield
 
 

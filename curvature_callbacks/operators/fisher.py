@@ -16,10 +16,11 @@ from curvature_callbacks.linalg.lanczos.solver import solve
 from curvature_callbacks.linalg.operator import JacobianOperator
 from curvature_callbacks.microbatch import Microbatch, as_microbatch
 from curvature_callbacks.model.checks import refusing_single_derivatives
+from curvature_callbacks.model.gradients import gradients
 from curvature_callbacks.model.loss.fisher_type import FisherType, SampleUnit
 from curvature_callbacks.model.loss.sample_losses import SampleLosses
 from curvature_callbacks.model.loss.surrogates import Surrogate, surrogates
-from curvature_callbacks.model.objective import Objective, gradients
+from curvature_callbacks.model.objective import Objective
 from curvature_callbacks.operators.capabilities import SelfCheck
 from curvature_callbacks.operators.graphs import MicrobatchOperator
 from curvature_callbacks.operators.jacobian import DirectLossJacobian, LossJacobian, SlopedLossJacobian

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Final
 
@@ -91,7 +92,7 @@ def _apart(objective: Objective, batch: Microbatch, groups: Sequence[Tensor], se
 
     def summed(*rows: Tensor) -> float:
         with torch.no_grad(), seeded(objective.modules[0], seed=seed):
-            return float(objective(batch.take(torch.cat(rows))).total)
+            return float(objective(replace(batch.take(torch.cat(rows)), among=None)).total)  # what places draw, not rows
 
     before, after = (summed(a, b), summed(c, d)), (summed(a, d), summed(c, b))
     size = sum(map(abs, (*before, *after))) / 2

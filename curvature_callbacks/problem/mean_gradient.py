@@ -8,7 +8,8 @@ from typing import Any, final
 from torch import Tensor
 
 from curvature_callbacks.device import synchronise
-from curvature_callbacks.model.objective import Objective, gradients
+from curvature_callbacks.model.gradients import gradients
+from curvature_callbacks.model.objective import Objective
 
 
 @final

@@ -8,6 +8,7 @@ from torch import nn
 
 from curvature_callbacks.gram.memory import GramMemory
 from curvature_callbacks.model.blocks import Blocks, BlockStructure, group_blocks
+from curvature_callbacks.model.draws import Draws
 from curvature_callbacks.model.loss.loop import LoopLoss
 from curvature_callbacks.model.loss.resolve import Loss, LossFunction, resolve_loss
 from curvature_callbacks.model.loss.sample_losses import SampleLosses
@@ -27,6 +28,9 @@ class ProbeMemory:
         proof: what the certificate of the objective found; None until it was made.
         coupled: the part of the loss that is one of all rows of a batch together, or how such a part shows; None where none is
             known.
+        draws: what the loss draws at random.
+        in_training_mode: names of the modules without whose training mode the loss is not the one that trains; None until
+            that was looked at.
         grams: what is known of the Grams.
     """
 
@@ -37,6 +41,8 @@ class ProbeMemory:
     loop: LoopLoss | None = None
     proof: Mapping[str, Any] | None = None
     coupled: str | None = None
+    draws: Draws = field(default_factory=Draws)
+    in_training_mode: frozenset[str] | None = None
     grams: GramMemory = field(default_factory=GramMemory)
 
     def loss_of_run(self, loss: Loss, batch: Any) -> LossFunction:

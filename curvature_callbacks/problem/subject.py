@@ -67,6 +67,7 @@ class Subject:
             on_use=on_use,
             world=world,
             rewritten=self.memory.rewritten,
+            draws=self.memory.draws,
         )
         return objective, on_device
 

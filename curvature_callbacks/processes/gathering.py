@@ -37,6 +37,14 @@ Built = TypeVar("Built")
 LinearMap = Callable[[Tensor], Tensor]
 
 
+class SizedBuild(Protocol):
+    """A function that builds a graph and returns it with its size in bytes."""
+
+    def __call__(self, build: Callable[[], Built], /) -> tuple[Built, int]:
+        """The graph that `build` builds, and the bytes of the tensors it saved."""
+        ...
+
+
 class Watch(Protocol):
     """Observer of gathered parameters during a forward pass."""
 

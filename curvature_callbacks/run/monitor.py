@@ -18,6 +18,7 @@ from curvature_callbacks.model.loss.resolve import Loss
 from curvature_callbacks.model.objective import ParamsFilter
 from curvature_callbacks.model.stability import Optimizers
 from curvature_callbacks.probes import CapturedProbes, Draw, Probes, as_probes, stable_seed
+from curvature_callbacks.problem.targets import check_repeatable
 from curvature_callbacks.processes.group import current_world
 from curvature_callbacks.record import PROBE, Record
 from curvature_callbacks.run.choice import chosen_measurements
@@ -185,6 +186,7 @@ class CurvatureMonitor:
         with suppress(ProbeError):  # several forms are possible: the probe records it, and the next one looks again
             problem.settle_loss()
         problem.check([each.fisher_type for each in self._measure if isinstance(each, OfFisher)])
+        check_repeatable(problem.objective, problem.microbatches[0])
         for measurement in self._measure:
             if isinstance(measurement, Checked):
                 measurement.check(problem)

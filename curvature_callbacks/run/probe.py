@@ -24,6 +24,7 @@ from curvature_callbacks.problem.deadline import NO_DEADLINE, Deadline
 from curvature_callbacks.problem.occasion import Occasion
 from curvature_callbacks.problem.problem import Problem
 from curvature_callbacks.problem.subject import Subject
+from curvature_callbacks.problem.training_mode import settle_training_mode
 from curvature_callbacks.processes.fsdp import check_model_over_processes, take_buffers
 from curvature_callbacks.processes.world import World
 from curvature_callbacks.record import Record
@@ -61,7 +62,9 @@ class Probe:
             microbatches: those drawn, or smaller ones of the same rows.
             sharing: types of Fisher whose Grams are to come with Kronecker factors, and how positions enter these.
         """
-        return Problem.of(self._subject, microbatches, self._occasion, sharing)
+        problem = Problem.of(self._subject, microbatches, self._occasion, sharing)
+        settle_training_mode(problem, self._subject.memory, self._occasion.in_training)
+        return problem
 
     def watch_writes(self, problem: Problem) -> None:
         """Find out what the loss changes in place; it is put back now and after the probe. Cost: one forward pass."""
@@ -106,6 +109,7 @@ def isolated_probe(
             yield None
             return
         assert microbatches is not None
+        subject.memory.draws.forget()
         occasion = Occasion(seed=seed, step=step, world=world, deadline=Deadline.after(max_seconds), in_training=in_training)
         with ExitStack() as written:
             yield Probe(subject, with_seeds(microbatches, seed, world), occasion, written)
@@ -187,7 +191,10 @@ class Probing:
             return [self._failures.failed(name, problem.step, _with_reason(error, problem.microbatches))]
         self.states[name] = state  # only now: every process has got here
         self._failures.succeeded(name)
-        return [replace(record, seconds=seconds) for record in records]
+        in_training = any(module.training for module in problem.model.modules())  # where the loss would be another one without
+        about = {"random": problem.objective.draws.is_random, "training_mode": in_training}
+        facts = {name: True for name, holds in about.items() if holds}
+        return [replace(record, seconds=seconds, metadata={**record.metadata, **facts}) for record in records]
 
     def _smaller(self, microbatches: Sequence[Microbatch]) -> list[Microbatch]:
         """Halves, after what the failed try held was let go."""

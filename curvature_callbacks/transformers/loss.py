@@ -97,10 +97,8 @@ def computed_loss(trainer: Trainer, model: nn.Module, batch: Any, *, num_items: 
     """
     content = batch.content if isinstance(batch, Microbatch) else batch
     inputs = dict(content) if isinstance(content, Mapping) else content  # its labels are popped
-    device = next(model.parameters()).device
     items: dict[str, Any] = {} if num_items is None else {"num_items_in_batch": num_items}
-    # Noise of its own is the same at every evaluation of a probe.
-    with _trainer_without_trace(trainer), torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with _trainer_without_trace(trainer):
         return trainer.compute_loss(model, inputs, **items)
 
 
