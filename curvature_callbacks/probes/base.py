@@ -38,6 +38,13 @@ class Probes(ABC):
         Each is a `Microbatch`, which knows its rows, or a batch whose rows are then counted by inspection.
         """
 
+    def draw_whole(self, seed: int) -> Sequence[Any] | None:
+        """Whole batches, for losses that couple the rows of one; None while there is no data yet.
+
+        As many rows as training has in a batch of this process; by default the microbatches, which have to be that.
+        """
+        return self.draw(seed)
+
 
 @final
 class FixedProbes(Probes):

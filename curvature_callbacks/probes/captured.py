@@ -20,8 +20,7 @@ _logger = logging.getLogger("curvature_callbacks")
 class CapturedProbes(Probes):
     """Copies of the latest training batches, for data that cannot be indexed: streams and combined loaders.
 
-    A batch of which every tensor has as many rows as the loader reads is cut to its first rows. Any other stays whole, because
-    the rows of its tensors are not those that were read: pairs `[chosen; rejected]`, lists of ragged tensors, packed rows.
+    Of a batch its first rows are kept, and the whole of it where `offer` is told to: for losses that couple rows.
 
     Args:
         num_microbatches: microbatches a probe, at most.
@@ -34,21 +33,24 @@ class CapturedProbes(Probes):
         self, *, num_microbatches: int, microbatch_size: int, prepare: Prepare | None = None, batch_size: int | None = None
     ) -> None:
         self._recent: deque[Microbatch] = deque(maxlen=num_microbatches)
+        self._whole: deque[Microbatch] = deque(maxlen=num_microbatches)
+        self._num_rows = num_microbatches * microbatch_size
         self._microbatch_size = microbatch_size
         self._prepare = prepare or (lambda batch: batch)
         self._batch_size = batch_size
         self._has_warned = False
         self._rows_of_one: int | None = None if batch_size else 1  # of its tensors, for every row that was read
 
-    def offer(self, batch: Any) -> None:
-        """Keep a copy of a training batch, of its first rows where it can be cut. Cost: that copy."""
-        microbatch = self._counted(batch)
-        if microbatch is None:
-            self._warn_once(batch)
-            return
+    def offer(self, batch: Any, *, whole: bool = False) -> None:
+        """Keep a copy of the first rows of a training batch, and of all of it where `whole`. Cost: these copies."""
+        microbatch = as_microbatch(batch)
+        if whole:
+            self._whole.append(self._copy(microbatch))
+            while sum(kept.num_rows for kept in self._whole) > max(self._num_rows, self._whole[-1].num_rows):
+                self._whole.popleft()
         if not microbatch.is_whole:
             microbatch = microbatch.take(torch.arange(min(microbatch.num_rows, self._microbatch_size)))
-        self._recent.append(replace(microbatch, content=detached_copy(self._prepare(microbatch.content))))
+        self._recent.append(self._copy(microbatch))
 
     def _counted(self, batch: Any) -> Microbatch | None:
         """The batch with its rows, None where nothing tells them.
@@ -81,3 +83,11 @@ class CapturedProbes(Probes):
     def draw(self, seed: int) -> list[Microbatch] | None:
         """The batches that were kept, oldest first; None before the first one."""
         return list(self._recent) or None
+
+    @override
+    def draw_whole(self, seed: int) -> list[Microbatch] | None:
+        """The latest whole batches, no more of them than have the rows of a probe, but one at least; None before the first."""
+        return list(self._whole) or None
+
+    def _copy(self, microbatch: Microbatch) -> Microbatch:
+        return replace(microbatch, content=detached_copy(self._prepare(microbatch.content)))

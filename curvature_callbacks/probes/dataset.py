@@ -18,6 +18,7 @@ from curvature_callbacks.isolation.snapshot import undisturbed
 from curvature_callbacks.layout import counted_rows
 from curvature_callbacks.microbatch import Microbatch, drawn_microbatch
 from curvature_callbacks.probes.base import FixedProbes, Prepare, Probes
+from curvature_callbacks.probes.batch_sizes import training_batch_size
 from curvature_callbacks.probes.samplers import rows_of
 from curvature_callbacks.processes.group import current_world
 
@@ -38,6 +39,8 @@ class DatasetProbes(Probes):
         microbatch_size: rows of each; fewer when the dataset is smaller.
         prepare: what the loop does to a collated batch before the model sees it (transfer hooks, augmentation).
         rows: what the dataset may be indexed with; default `range(len(dataset))`.
+        batch_size: rows of a training batch of this process; None where it is not known: a whole batch then has all rows of a
+            probe.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class DatasetProbes(Probes):
         microbatch_size: int,
         prepare: Prepare | None = None,
         rows: Sequence[Any] | None = None,
+        batch_size: int | None = None,
     ) -> None:
         self._dataset = dataset
         self._rows = rows
@@ -56,6 +60,7 @@ class DatasetProbes(Probes):
         self._collate = collate
         self._num_microbatches = num_microbatches
         self._microbatch_size = microbatch_size
+        self._batch_size = batch_size
 
     @override
     def draw(self, seed: int) -> list[Microbatch]:
@@ -68,15 +73,28 @@ class DatasetProbes(Probes):
         Raises:
             ProbeError: it makes None of all.
         """
-        rows, world = range(len(self._dataset)) if self._rows is None else self._rows, current_world()
-        drawn = min(self._num_microbatches * self._microbatch_size * world.size, len(rows))
+        return self._drawn(seed, self._num_microbatches, self._microbatch_size)
+
+    @override
+    def draw_whole(self, seed: int) -> list[Microbatch]:
+        """As many batches of the size of training as the rows of a probe make, at least one, each of as many rows."""
+        asked, available = self._num_microbatches * self._microbatch_size, len(self._drawable) // current_world().size
+        size = min(self._batch_size or asked, max(1, available))
+        return self._drawn(seed, max(1, min(asked, available) // size), size)
+
+    @property
+    def _drawable(self) -> Sequence[Any]:
+        return range(len(self._dataset)) if self._rows is None else self._rows
+
+    def _drawn(self, seed: int, count: int, size: int) -> list[Microbatch]:
+        """`count` microbatches of `size` rows, fewer where the dataset has fewer."""
+        rows, world = self._drawable, current_world()
+        drawn = min(count * size * world.size, len(rows))
         indices = random.Random(seed).sample(range(len(rows)), drawn)
         of_process = [rows[i] for i in islice(cycle(indices), world.rank, max(drawn, world.size), world.size)]
         collate = _private_copy(self._collate)
         with undisturbed(self._dataset, self._collate):
-            parts = (
-                of_process[start : start + self._microbatch_size] for start in range(0, len(of_process), self._microbatch_size)
-            )
+            parts = (of_process[start : start + size] for start in range(0, len(of_process), size))
             microbatches = [made for part in parts if (made := self._microbatch(collate, self._read(part), seed)) is not None]
         if not microbatches:
             raise ProbeError(
@@ -111,12 +129,18 @@ class DatasetProbes(Probes):
 
 
 def probes_from_loader(
-    loader: Any, *, num_microbatches: int, microbatch_size: int, prepare: Prepare | None = None
+    loader: Any,
+    *,
+    num_microbatches: int,
+    microbatch_size: int,
+    prepare: Prepare | None = None,
+    batch_size: int | None = None,
 ) -> DatasetProbes | None:
     """Probes on those rows of the loader's dataset that its sampler can draw, each as likely as the others.
 
     None when the dataset cannot be indexed (a stream, a combined loader, no collation). A sampler of a class that is not known
     is never iterated, which may move generators: probes draw from all rows then, and a warning says so where it has fewer.
+    `batch_size` is that of training; default the loader's.
     """
     dataset: Any = getattr(loader, "dataset", None)
     collate = getattr(loader, "collate_fn", None)
@@ -128,7 +152,13 @@ def probes_from_loader(
     rows = rows_of(loader)
     check_dataset(dataset, rows)
     return DatasetProbes(
-        dataset, collate, num_microbatches=num_microbatches, microbatch_size=microbatch_size, prepare=prepare, rows=rows
+        dataset,
+        collate,
+        num_microbatches=num_microbatches,
+        microbatch_size=microbatch_size,
+        prepare=prepare,
+        rows=rows,
+        batch_size=training_batch_size(loader) if batch_size is None else batch_size,
     )
 
 
