@@ -11,7 +11,7 @@ eigenpairs, m steps of Lanczos.
 
 Conventions: sample i is one row, its loss `l_i` is the *sum* over its valid targets, `n_i` counts them; the objective is
 `L = sum_i l_i / sum_i n_i`; the empirical Fisher is `F = (1/N) sum_i g_i g_i'` with `g_i = grad l_i`. Everything is measured in
-evaluation mode and in float32 or better.
+evaluation mode, but for batch norms in Hessians, the GGN and the edge ratio (`batch_norm`), and in float32 or better.
 """
 
 from curvature_callbacks.compute.eigenpairs import compute_spectrum

@@ -98,13 +98,13 @@ def test_probes_of_a_loader_have_its_batch_size_unless_another_is_the_one_of_tra
         assert [batch.num_rows for batch in probes.draw_whole(0)] == [size]
 
 
-def test_captured_batches_are_kept_whole_where_that_is_asked_for() -> None:
+def test_captured_batches_are_kept_whole_unless_that_is_not_wanted() -> None:
     probes = CapturedProbes(**SIZES)
     batches = [torch.arange(start, start + 8) for start in (0, 10, 20)]
-    probes.offer(batches[0])
+    probes.offer(batches[0], whole=False)
     assert probes.draw_whole(0) is None
     for batch in batches[1:]:
-        probes.offer(batch, whole=True)
+        probes.offer(batch)
     assert [batch.content.tolist() for batch in probes.draw_whole(0) or []] == [batches[2].tolist()]
     assert [batch.num_rows for batch in probes.draw(0) or []] == [3, 3]
     batches[2] += 100
@@ -114,7 +114,7 @@ def test_captured_batches_are_kept_whole_where_that_is_asked_for() -> None:
 def test_small_captured_batches_are_kept_until_they_have_the_rows_of_a_probe() -> None:
     probes = CapturedProbes(num_microbatches=4, microbatch_size=3)
     for start in range(5):
-        probes.offer(torch.arange(start, start + 4), whole=True)
+        probes.offer(torch.arange(start, start + 4))
     assert [batch.content[0].item() for batch in probes.draw_whole(0) or []] == [2, 3, 4]
 
 

@@ -20,7 +20,7 @@ _logger = logging.getLogger("curvature_callbacks")
 class CapturedProbes(Probes):
     """Copies of the latest training batches, for data that cannot be indexed: streams and combined loaders.
 
-    Of a batch its first rows are kept, and the whole of it where `offer` is told to: for losses that couple rows.
+    Of a batch its first rows are kept, and the whole of it for losses that couple rows, unless `offer` is told not to.
 
     Args:
         num_microbatches: microbatches a probe, at most.
@@ -41,7 +41,7 @@ class CapturedProbes(Probes):
         self._has_warned = False
         self._rows_of_one: int | None = None if batch_size else 1  # of its tensors, for every row that was read
 
-    def offer(self, batch: Any, *, whole: bool = False) -> None:
+    def offer(self, batch: Any, *, whole: bool = True) -> None:
         """Keep a copy of the first rows of a training batch, and of all of it where `whole`. Cost: these copies."""
         microbatch = as_microbatch(batch)
         if whole:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from curvature_callbacks.microbatch import Microbatch
-from curvature_callbacks.model.batch_norm import BatchNorm
+from curvature_callbacks.model.batch_norm import BatchNorm, batch_norms
 from curvature_callbacks.model.blocks import Blocks, BlockStructure
 from curvature_callbacks.model.loss.resolve import Loss
 from curvature_callbacks.model.objective import Objective, ParamsFilter
@@ -45,6 +45,10 @@ class Subject:
     def device(self) -> torch.device:
         """That of the model's first parameter."""
         return next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
+
+    def has_batch_norms(self) -> bool:
+        """Whether a batch norm may couple rows, if training has it in training mode. Cost: a look at every module."""
+        return batch_norms(self.model, batch_norm=self.batch_norm or "batch", in_training=()).are_coupling
 
     def objective(self, microbatches: Sequence[Microbatch], world: World) -> tuple[Objective, list[Microbatch]]:
         """The loss as a function of the parameters, and the microbatches on the model's device.

@@ -1,7 +1,7 @@
 """TrainedLoss: the loss that trains, on batches of which the rows may depend on each other."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, final
 
@@ -69,16 +69,23 @@ class TrainedLoss:
         self.num_taken += 1
         if self._taken is None:
             norms = self._norms(self._subject.batch_norm or "batch")
+            norms.refuse_synchronised()
             reasons = [*(["batch norm"] if norms.are_coupling else []), self._subject.memory.coupled]
             coupled = " and ".join(reason for reason in reasons if reason)
-            microbatches = self._whole() if coupled else self._microbatches
+            microbatches = [_uncut(microbatch) for microbatch in self._whole()] if coupled else self._microbatches
+            statistics: BatchNorm = "batch" if norms.switched or norms.are_coupling else "eval"
             sizes = [microbatch.num_rows for microbatch in microbatches]
             self._taken = WholeBatches(
                 objective=self._objective.normalised_by(norms) if norms.switched else self._objective,
                 microbatches=microbatches,
-                about=self._about("batch" if norms.switched else "eval", coupled, sizes),
+                about=self._about(statistics, coupled, sizes),
             )
         return self._taken
+
+    @property
+    def coupling(self) -> str | None:
+        """What couples the rows of the batches that were taken; None where nothing does, or none were taken."""
+        return None if self._taken is None else self._taken.about.get("coupled")
 
     def refuse_rows(self) -> None:
         """Raise a `RefusedError` where rows have no gradients of their own, because the statistics of the batch were chosen."""
@@ -117,3 +124,8 @@ class TrainedLoss:
         world = self._occasion.world
         about = {"batch_norm": batch_norm, "num_rows": int(world.total(torch.tensor(sum(sizes))))}
         return about | {"coupled": coupled, "batch_size": max(world.gathered(max(sizes)))} if coupled else about
+
+
+def _uncut(microbatch: Microbatch) -> Microbatch:
+    """The same batch, of which nothing takes rows any more."""
+    return replace(microbatch, is_sliceable=False, collate=None)

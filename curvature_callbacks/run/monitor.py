@@ -137,6 +137,7 @@ class CurvatureMonitor:
     def _begin(self, setup: Setup) -> None:
         settings = self._settings = setup.settings
         self._subject = setup.new_subject()
+        self._has_batch_norms = self._subject.has_batch_norms()
         self._probes = setup.probes
         self._measure = chosen_measurements(settings.measure)
         self._pace = Pace(settings.when, max_overhead=settings.max_overhead, spike=settings.spike)
@@ -224,7 +225,9 @@ class CurvatureMonitor:
         if not isinstance(self._probes, CapturedProbes):
             return
         with self._failures.reported("captured batches", "curvature probes could not keep a training batch"):
-            self._probes.offer(batch)
+            memory = self._subject.memory
+            may_couple = self._has_batch_norms or memory.coupled is not None or memory.proof is None
+            self._probes.offer(batch, whole=may_couple)
 
     def state_dict(self, *, tensors: bool = True) -> dict[str, Any]:
         """What a checkpoint needs: the last step seen, the failures in a row, and the states of measurements.

@@ -5,13 +5,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import final
+from functools import partial
+from typing import Any, final
 
 import torch
 
 from curvature_callbacks.errors import ConfigurationError, ProbeError, is_out_of_memory
 from curvature_callbacks.gram.memory import GramMemory
-from curvature_callbacks.isolation.model import isolated
+from curvature_callbacks.isolation.model import isolated, seeded
 from curvature_callbacks.library_internals.fsdp import reshard
 from curvature_callbacks.measurements import Measurement, OfKronecker
 from curvature_callbacks.microbatch import Microbatch, at_most
@@ -109,10 +110,22 @@ def isolated_probe(
             yield None
             return
         assert microbatches is not None
-        subject.memory.draws.forget()
-        occasion = Occasion(seed=seed, step=step, world=world, deadline=Deadline.after(max_seconds), in_training=in_training)
+        occasion = Occasion(
+            seed=seed,
+            step=step,
+            world=world,
+            deadline=Deadline.after(max_seconds),
+            in_training=in_training,
+            draw_whole=partial(_drawn_whole, subject, probes, seed, world),
+        )
         with ExitStack() as written:
             yield Probe(subject, with_seeds(microbatches, seed, world), occasion, written)
+
+
+def _drawn_whole(subject: Subject, probes: Probes, seed: int, world: World) -> Sequence[Any] | None:
+    """Whole batches of the probe with this seed, whatever was drawn and measured before."""
+    with seeded(subject.model, seed=world.seed(seed)):
+        return probes.draw_whole(seed)
 
 
 @final
@@ -120,9 +133,9 @@ class Probing:
     """Runs the measurements of each probe.
 
     Where memory runs out a measurement is tried again on the same rows in microbatches of half the size, down to single rows;
-    the size that worked is kept for the rest of the run. A microbatch of a layout that is not known stays whole, and where
-    all do the measurement fails. What would begin after a probe's time is up waits for the next probe,
-    which begins with it.
+    the size that worked is kept for the rest of the run. A microbatch of a layout that is not known stays whole, and where all
+    do the measurement fails; so does one that has taken whole batches, because the loss couples their rows. What would begin
+    after a probe's time is up waits for the next probe, which begins with it.
 
     Args:
         measure: what to measure.
@@ -175,6 +188,7 @@ class Probing:
     def _tried(self, measurement: Measurement, problem: Problem) -> list[Record] | None:
         """The records of one measurement; None where memory ran out and there are smaller microbatches."""
         name, start, world = measurement.name, time.perf_counter(), problem.world
+        num_taken = problem.trained.num_taken
         try:
             problem.settle_loss()
             with world.together():
@@ -183,12 +197,13 @@ class Probing:
                 records, state = measurement.measure(problem, state)
                 seconds = world.average(time.perf_counter() - start)
         except Exception as error:
-            if is_out_of_memory(error) and world.anywhere(_most_rows(problem.microbatches) > 1):
+            uncut = problem.trained.coupling if problem.trained.num_taken > num_taken else None
+            if is_out_of_memory(error) and world.anywhere(uncut is None and _most_rows(problem.microbatches) > 1):
                 self._failures.warn_once(
                     "memory", f"memory ran out in `{name}`, which is tried with smaller microbatches", error
                 )
                 return None
-            return [self._failures.failed(name, problem.step, _with_reason(error, problem.microbatches))]
+            return [self._failures.failed(name, problem.step, _with_reason(error, problem.microbatches, uncut))]
         self.states[name] = state  # only now: every process has got here
         self._failures.succeeded(name)
         in_training = any(module.training for module in problem.model.modules())  # where the loss would be another one without
@@ -206,14 +221,23 @@ class Probing:
         return at_most(microbatches, limit)
 
 
-def _with_reason(error: Exception, microbatches: Sequence[Microbatch]) -> Exception:
+def _with_reason(error: Exception, microbatches: Sequence[Microbatch], coupling: str | None) -> Exception:
     """The error; where memory ran out, with why the microbatches are not made smaller."""
-    if not is_out_of_memory(error) or not any(microbatch.is_whole for microbatch in microbatches):
+    if not is_out_of_memory(error):
         return error
-    whole = ProbeError(
-        "memory ran out, and a microbatch stays whole whose tensors have not one row each for its rows: take fewer rows "
-        "(`microbatch_size`)."
-    )
+    if coupling is not None:
+        reason = (
+            f"memory ran out, and a batch of the size of training is never cut where the loss couples its rows ({coupling}): "
+            "measure fewer parameters (`params_filter`), or batch norms on running statistics (`batch_norm`='eval')."
+        )
+    elif any(microbatch.is_whole for microbatch in microbatches):
+        reason = (
+            "memory ran out, and a microbatch stays whole whose tensors have not one row each for its rows: take fewer rows "
+            "(`microbatch_size`)."
+        )
+    else:
+        return error
+    whole = ProbeError(reason)
     whole.__cause__ = error
     return whole
 

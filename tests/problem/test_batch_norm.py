@@ -156,6 +156,24 @@ def test_a_frozen_norm_stays_on_running_statistics_where_flags_tell(mode: str) -
     assert [module.training for module in model.modules()] == flags
 
 
+def test_a_model_in_half_precision_is_measured_in_float32() -> None:
+    model = training(MODELS["of channels"]).bfloat16()
+    before = state(model)
+    truth = torch.linalg.eigvalsh(dense_hessian(model, trained_loss, names_of(model)))[-1:]
+    assert relative_error(hessian_top(model, seed=1), truth) < 1e-4
+    assert is_as_found(model, before)
+
+
+@pytest.mark.parametrize("choice", ["batch", "eval", None])
+def test_a_norm_without_running_statistics_couples_rows_whatever_is_chosen(choice: Any) -> None:
+    model = training(lambda: around(nn.BatchNorm1d(4, track_running_stats=False)))
+    with offline_problem(model, BATCHES, loss="cross_entropy", params_filter=None, batch_norm=choice) as problem:
+        about = problem.trained.take().about
+        assert about["coupled"].startswith("batch norm")
+        assert about["batch_norm"] == "batch"
+        assert relative_error(dense(problem.hessian()), dense_hessian(model, trained_loss, names_of(model))) < 1e-10
+
+
 FISHERS: dict[str, Callable[[Problem], Any]] = {
     "Gram": lambda problem: problem.grams(),
     "empirical": lambda problem: problem.empirical_fisher(),
@@ -184,6 +202,6 @@ def test_a_norm_over_several_processes_is_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 2)
     model = training(MODELS["synchronised, of one process"])
-    with pytest.raises(RefusedError, match="`1` is a SyncBatchNorm over several processes"):
+    with pytest.raises(RefusedError, match="a SyncBatchNorm over several processes"):
         hessian_top(model)
     assert hessian_top(model, batch_norm="eval").isfinite().all()
