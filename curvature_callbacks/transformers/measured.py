@@ -1,6 +1,7 @@
 """What the callback measures: which loss, and the Trainer's own to compare it with."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, final
@@ -12,7 +13,7 @@ from typing_extensions import override
 
 from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.isolation.model import seeded
-from curvature_callbacks.microbatch import as_microbatch
+from curvature_callbacks.model.loss.averages import Evaluate, Settling
 from curvature_callbacks.model.loss.loop import LoopLoss
 from curvature_callbacks.model.loss.own import OwnLoss
 from curvature_callbacks.model.loss.resolve import Loss, LossCallable, MicrobatchLoss, is_function
@@ -108,14 +109,27 @@ class OwnWhereItTrains(MicrobatchLoss):
     def __call__(self, model: nn.Module, microbatch: Any) -> Tensor | SampleLosses:
         batch = as_microbatch(microbatch)
         if self._chosen is None:
-            is_own = self._is_own(model, batch)
-            found = [each for each in self._world.gathered(is_own) if each is not None]
-            if not found:
-                return self._computed(model, batch)
-            self._chosen = self._own if all(found) else self._computed
-            if not all(found) and self._world.rank == 0:
-                _logger.info("curvature is measured of what the Trainer computes with %s.", self._reasons)
-        return self._chosen(model, batch)
+            self._choose(self._is_own(model, batch))
+        return (self._chosen or self._computed)(model, batch)
+
+    def settle(self, evaluate: Evaluate, microbatches: Sequence[Any], world: World) -> None:
+        """Decide, and find out what the loss that it is averages over; see `Settling`."""
+        settled = self._chosen or self._computed
+        if isinstance(settled, Settling):
+            settled.settle(evaluate, microbatches, world)
+        if self._chosen is None:
+            self._choose(evaluate(self._is_own, microbatches[0]))
+            if self._chosen is self._own:
+                self._own.settle(evaluate, microbatches, world)
+
+    def _choose(self, is_own: bool | None) -> None:
+        """By what all processes found on a batch of theirs; not yet where nobody knows."""
+        found = [each for each in self._world.gathered(is_own) if each is not None]
+        if not found:
+            return
+        self._chosen = self._own if all(found) else self._computed
+        if not all(found) and self._world.rank == 0:
+            _logger.info("curvature is measured of what the Trainer computes with %s.", self._reasons)
 
     def _is_own(self, model: nn.Module, batch: Any) -> bool | None:
         """Whether both have the same value on `batch`; None where it is not finite. Cost: an evaluation each."""

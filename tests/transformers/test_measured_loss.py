@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import Trainer
 
 from curvature_callbacks import ConfigurationError, KFACCoverage, TopEigenpairs
 from curvature_callbacks.processes.world import SINGLE
@@ -15,7 +16,7 @@ from curvature_callbacks.transformers.measured import measured_loss
 from tests.configurations.transformers_parts import focal
 from tests.training_cases import callback_options
 from tests.transformers.loss_cases import SMOOTHING, Passing, trainer_for
-from tests.transformers_runs import Sentences, training_arguments
+from tests.transformers_runs import Sentences, language_model, training_arguments
 
 
 def trained_with(directory: Path, measure: Any, case: dict[str, Any], **changes: Any) -> CurvatureCallback:
@@ -45,6 +46,25 @@ def test_without_an_argument_it_is_what_the_trainer_minimises(case: dict[str, An
     told = default.history[0].metadata["objective"]["by the training loop"]
     assert max(told.values()) <= 1e-4
     assert "own `.loss`" not in caplog.text
+
+
+class OverLabels(Trainer):
+    """Twice the mean over labels, which only its gradients tell from one over rows."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Tensor:
+        return 2 * model(**inputs).loss
+
+
+def test_what_a_computed_loss_averages_over_is_found_out_by_default_too(tmp_path: Path) -> None:
+    measure = [TopEigenpairs(k=1, which="LA", max_matvecs=20, tol=1e-5)]
+    case = {"kind": OverLabels, "data": Sentences, "model": language_model}
+    default = trained_with(tmp_path / "default", measure, case, num_microbatches=3)
+    own = trained_with(tmp_path / "own", measure, {"data": Sentences}, num_microbatches=3)
+    found, expected = (
+        next(record.scalars["lambda_max"] for record in probing.history if record.measurement == "hessian")
+        for probing in (default, own)
+    )
+    assert found == pytest.approx(2 * expected, rel=1e-3)
 
 
 def test_a_compute_loss_that_only_logs_keeps_the_likelihood(tmp_path: Path) -> None:
