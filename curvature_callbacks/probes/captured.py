@@ -20,7 +20,10 @@ _logger = logging.getLogger("curvature_callbacks")
 class CapturedProbes(Probes):
     """Copies of the latest training batches, for data that cannot be indexed: streams and combined loaders.
 
-    Of a batch its first rows are kept, and the whole of it for losses that couple rows, unless `offer` is told not to.
+    A batch of which every tensor has as many rows as the loader reads is cut to its first rows. Any other stays whole, because
+    the rows of its tensors are not those that were read: pairs `[chosen; rejected]`, lists of ragged tensors, packed rows.
+
+    The whole of every batch is kept too, for losses that couple rows, unless `offer` is told not to.
 
     Args:
         num_microbatches: microbatches a probe, at most.
@@ -42,8 +45,14 @@ class CapturedProbes(Probes):
         self._rows_of_one: int | None = None if batch_size else 1  # of its tensors, for every row that was read
 
     def offer(self, batch: Any, *, whole: bool = True) -> None:
-        """Keep a copy of the first rows of a training batch, and of all of it where `whole`. Cost: these copies."""
-        microbatch = as_microbatch(batch)
+        """Keep a copy of a training batch, of its first rows where it can be cut; and of all of it where `whole`.
+
+        Cost: these copies.
+        """
+        microbatch = self._counted(batch)
+        if microbatch is None:
+            self._warn_once(batch)
+            return
         if whole:
             self._whole.append(self._copy(microbatch))
             while sum(kept.num_rows for kept in self._whole) > max(self._num_rows, self._whole[-1].num_rows):
