@@ -1,5 +1,6 @@
 """Snapshots: what generators, containers, tensors and arrays hold is copied, and put back where it has changed."""
 
+import copy
 import operator
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -76,7 +77,7 @@ def _restore_of(value: Any) -> Callable[[], None]:
     if isinstance(value, list | dict | set | deque):
         return partial(refill, value, dict(value) if isinstance(value, dict) else list(value))
     if is_generator(type(value)) or isinstance(value, ModuleType):
-        return partial(set_generator_state, value, generator_state(value))
+        return partial(_set_state, value, copy.deepcopy(_state_of(value)))
     return partial(_refill_slots, value, slots(value))
 
 
@@ -129,8 +130,7 @@ def _bits(value: Tensor) -> Tensor:
     return value.reshape(-1).view(torch.uint8)
 
 
-def generator_state(generator: Any) -> Any:
-    """The state of a generator of torch, Python or NumPy, or of the module that stands for one: a copy."""
+def _state_of(generator: Any) -> Any:
     if hasattr(generator, "getstate"):  # Python's
         return generator.getstate()
     if hasattr(generator, "get_state"):  # PyTorch's, and NumPy's older ones
@@ -138,8 +138,7 @@ def generator_state(generator: Any) -> Any:
     return generator.bit_generator.state
 
 
-def set_generator_state(generator: Any, state: Any) -> None:
-    """Put such a generator to where `generator_state` gave `state`."""
+def _set_state(generator: Any, state: Any) -> None:
     if hasattr(generator, "setstate"):
         generator.setstate(state)
     elif hasattr(generator, "set_state"):
