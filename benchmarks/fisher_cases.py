@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from curvature_callbacks.batches import batch_size, map_tensors, take_rows
+from curvature_callbacks.batches import map_tensors
+from curvature_callbacks.microbatch import as_microbatch
 
 Family = Literal["transformer", "perceptron", "convolution"]
 
@@ -39,7 +40,7 @@ class Workload:
 
     @property
     def num_samples(self) -> int:
-        return batch_size(self.batch)
+        return as_microbatch(self.batch).num_rows
 
     def mean_loss(self, batch: Any, values: Mapping[str, Tensor] | None = None, model: nn.Module | None = None) -> Tensor:
         """The loss training minimises, 0-d, at other parameter values or of a copy of the model if given."""
@@ -52,14 +53,14 @@ class Workload:
 
     def summed_loss(self, batch: Any, values: Mapping[str, Tensor] | None = None, model: nn.Module | None = None) -> Tensor:
         """`sum_i l_i`, whose gradients are those of the Gram."""
-        return self.mean_loss(batch, values, model) * (batch_size(batch) * self.targets_per_row)
+        return self.mean_loss(batch, values, model) * (as_microbatch(batch).num_rows * self.targets_per_row)
 
     def microbatches(self, size: int) -> list[Any]:
-        return [take_rows(self.batch, rows) for rows in torch.arange(self.num_samples).split(size)]
+        return [as_microbatch(self.batch).take(rows).content for rows in torch.arange(self.num_samples).split(size)]
 
     def to(self, dtype: torch.dtype, rows: Tensor) -> "Workload":
         """An independent copy with some of the rows, in another dtype."""
-        batch = map_tensors(take_rows(self.batch, rows), lambda x: x.to(dtype) if x.is_floating_point() else x)
+        batch = map_tensors(as_microbatch(self.batch).take(rows).content, lambda x: x.to(dtype) if x.is_floating_point() else x)
         return Workload(copy.deepcopy(self.model).to(dtype), batch, self.targets_per_row)
 
 

@@ -11,8 +11,8 @@ import torch
 from fisher_cases import Workload
 from torch import Tensor, nn
 
-from curvature_callbacks.batches import take_rows
 from curvature_callbacks.linalg.accumulate import gram
+from curvature_callbacks.microbatch import as_microbatch
 from curvature_callbacks.model.blocks import Blocks
 
 Grams = dict[str, Tensor]
@@ -36,7 +36,7 @@ def row_loop(workload: Workload) -> PerSample:
 
 
 def row_gradients(workload: Workload, row: Tensor, named: dict[str, nn.Parameter]) -> list[Tensor]:
-    loss = workload.summed_loss(take_rows(workload.batch, row[None]))
+    loss = workload.summed_loss(as_microbatch(workload.batch).take(row[None]).content)
     return list(torch.autograd.grad(loss, list(named.values()), allow_unused=True, materialize_grads=True))
 
 

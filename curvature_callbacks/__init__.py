@@ -11,7 +11,7 @@ eigenpairs, m steps of Lanczos.
 
 Conventions: sample i is one row, its loss `l_i` is the *sum* over its valid targets, `n_i` counts them; the objective is
 `L = sum_i l_i / sum_i n_i`; the empirical Fisher is `F = (1/N) sum_i g_i g_i'` with `g_i = grad l_i`. Everything is measured in
-evaluation mode and in float32 or better.
+evaluation mode, but for batch norms in Hessians, the GGN and the edge ratio (`batch_norm`), and in float32 or better.
 """
 
 from curvature_callbacks.compute.eigenpairs import compute_spectrum
@@ -35,6 +35,7 @@ from curvature_callbacks.measurements import (
     TopEigenpairs,
 )
 from curvature_callbacks.measurements.kfac_coverage import KFACCoverageReport
+from curvature_callbacks.microbatch import Microbatch
 from curvature_callbacks.probes import CapturedProbes, DatasetProbes, FixedProbes, Probes
 from curvature_callbacks.problem.problem import Problem
 from curvature_callbacks.record import Record
@@ -70,6 +71,7 @@ __all__ = [
     "MatrixOperator",
     "Measurement",
     "MemorySink",
+    "Microbatch",
     "Operator",
     "ProbeError",
     "Probes",

@@ -1,62 +1,75 @@
 """Batches of any nesting: their rows, device and dtype."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from functools import partial
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from curvature_callbacks.errors import ConfigurationError
 
-_COMPARED_BY_VALUE: Final = (bool, int, float, str)  # values of a batch that are the same where they are equal
+CONSTANTS: Final = (bool, int, float, complex, str, bytes, type(None), Enum, torch.dtype, torch.device)
 
 
-def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """`batch` with `function` applied to every tensor; containers keep their type, everything else is passed on."""
+def map_tensors(
+    batch: Any, function: Callable[[Tensor], Tensor], *, columns: Callable[[Any], Any] = lambda column: column
+) -> Any:
+    """`batch` with `function` applied to every tensor; containers keep their type, everything else is passed on.
+
+    Containers are mappings, lists, tuples, dataclasses, packed sequences, and objects with `apply(function)` as graphs have it.
+
+    Args:
+        batch: of any nesting.
+        function: of a tensor.
+        columns: what becomes of lists of strings and numbers.
+    """
     if isinstance(batch, Tensor):
         return function(batch)
+    if isinstance(batch, PackedSequence):
+        return _packed_like(batch, function)
+    if is_column(batch):
+        return columns(batch)
+    inner = partial(map_tensors, function=function, columns=columns)
     if isinstance(batch, Mapping):
-        return _mapping_like(batch, {key: map_tensors(value, function) for key, value in batch.items()})
+        return _mapping_like(batch, {key: inner(value) for key, value in batch.items()})
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(map_tensors(value, function) for value in batch))
+        return type(batch)(*map(inner, batch))
     if isinstance(batch, list | tuple):
-        return type(batch)(map_tensors(value, function) for value in batch)
+        return type(batch)(map(inner, batch))
+    if is_record(batch):
+        return _record_like(batch, {field.name: inner(getattr(batch, field.name)) for field in fields(batch)})
+    if callable(getattr(batch, "apply", None)) and hasattr(batch, "to") and not isinstance(batch, nn.Module):
+        return copy.copy(batch).apply(function)  # it is changed in place
     return batch
 
 
-def as_microbatches(batches: Any) -> list[Any]:
-    """The microbatches in `batches`: a list of them, or a single one (a mapping, a tuple, a tensor, a list of tensors)."""
-    if isinstance(batches, list) and not (batches and isinstance(batches[0], Tensor)):
-        return batches
-    return [batches]
+def is_column(value: Any) -> bool:
+    """Whether it is a list or tuple, not empty, of strings and numbers."""
+    is_list = isinstance(value, list | tuple) and not hasattr(value, "_fields")
+    return is_list and len(value) > 0 and all(isinstance(entry, CONSTANTS) for entry in value)
 
 
-def batch_size(batch: Any) -> int:
-    """Rows of `batch`: the leading dimension of `labels` where there are any, else of its first tensor."""
-    if isinstance(batch, Mapping) and isinstance(batch.get("labels"), Tensor) and batch["labels"].ndim:
-        return int(batch["labels"].shape[0])
-    for tensor in _nested_tensors(batch):
-        if tensor.ndim:
-            return int(tensor.shape[0])
-    raise ConfigurationError(
-        f"a microbatch of type {type(batch).__name__} holds no tensor with rows: give a tensor, a tuple or a mapping."
-    )
+def is_record(value: Any) -> bool:
+    """Whether it is an instance of a dataclass, whose fields are parts of the batch."""
+    return is_dataclass(value) and not isinstance(value, type)
 
 
-def take_rows(batch: Any, rows: Tensor) -> Any:
-    """The given `rows` (an index tensor) of every tensor in `batch` whose leading dimension is the batch size."""
-    size = batch_size(batch)
+def sliced(batch: Any, rows: Tensor, num_rows: int) -> Any:
+    """The given `rows` (an index tensor) of a batch of which every tensor has one row a row, or is a constant."""
+    numbers = rows.tolist()
 
     def take(tensor: Tensor) -> Tensor:
-        return tensor[rows.to(tensor.device)] if tensor.ndim and tensor.shape[0] == size else tensor
+        return tensor[rows.to(tensor.device)] if tensor.ndim and len(tensor) == num_rows else tensor
 
-    return map_tensors(batch, take)
+    def entries(column: Any) -> Any:
+        return type(column)(column[row] for row in numbers)
 
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """`batch` with every tensor on `device`."""
-    return map_tensors(batch, lambda tensor: tensor.to(device))
+    return map_tensors(batch, take, columns=entries)
 
 
 def to_dtype(batch: Any, dtype: torch.dtype) -> Any:
@@ -69,15 +82,18 @@ def detached_copy(batch: Any) -> Any:
     return map_tensors(batch, lambda tensor: tensor.detach().clone())
 
 
-def _nested_tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from _nested_tensors(value)
-    elif isinstance(batch, list | tuple):
-        for value in batch:
-            yield from _nested_tensors(value)
+def _packed_like(packed: PackedSequence, function: Callable[[Tensor], Tensor]) -> PackedSequence:
+    """`packed` with `function` applied to its tensors; sizes of its steps belong on the host."""
+    order = (None if index is None else function(index) for index in (packed.sorted_indices, packed.unsorted_indices))
+    return PackedSequence(function(packed.data), function(packed.batch_sizes).cpu(), *order)
+
+
+def _record_like(original: Any, values: dict[str, Any]) -> Any:
+    """A copy of a dataclass with these values, also where it is frozen; nothing it does when it is made is done again."""
+    replica = copy.copy(original)
+    for name, value in values.items():
+        object.__setattr__(replica, name, value)
+    return replica
 
 
 def _mapping_like(original: Mapping[Any, Any], values: dict[Any, Any]) -> Mapping[Any, Any]:
@@ -89,19 +105,9 @@ def _mapping_like(original: Mapping[Any, Any], values: dict[Any, Any]) -> Mappin
     return replica
 
 
-def at_most(microbatches: Sequence[Any], rows: int) -> list[Any]:
-    """The same rows in microbatches of at most so many."""
-    smaller: list[Any] = []
-    for batch in microbatches:
-        size = batch_size(batch)
-        pieces = [torch.arange(start, min(start + rows, size)) for start in range(0, size, rows)]
-        smaller += [batch] if size <= rows else [take_rows(batch, piece) for piece in pieces]
-    return smaller
-
-
-def joined_batches(first: Any, second: Any) -> Any | None:
+def joined_content(first: Any, second: Any, sizes: tuple[int, int]) -> Any | None:
     """The rows of two batches in one, or None where they differ in more than their rows (types, keys, lengths, constants)."""
-    return _joined(first, second, (batch_size(first), batch_size(second)))
+    return _joined(first, second, sizes)
 
 
 def _joined(first: Any, second: Any, sizes: tuple[int, int]) -> Any | None:
@@ -114,6 +120,13 @@ def _joined(first: Any, second: Any, sizes: tuple[int, int]) -> Any | None:
             return None
         values = {key: _joined(first[key], second[key], sizes) for key in first}
         return None if any(value is None for value in values.values()) else _mapping_like(first, values)
+    if is_record(first):
+        values = {
+            field.name: _joined(getattr(first, field.name), getattr(second, field.name), sizes) for field in fields(first)
+        }
+        return None if any(value is None for value in values.values()) else _record_like(first, values)
+    if is_column(first) and is_column(second) and (len(first), len(second)) == sizes:
+        return type(first)([*first, *second])
     if isinstance(first, list | tuple):
         if len(first) != len(second):
             return None
@@ -121,7 +134,7 @@ def _joined(first: Any, second: Any, sizes: tuple[int, int]) -> Any | None:
         if any(value is None for value in parts):
             return None
         return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
-    return first if isinstance(first, _COMPARED_BY_VALUE) and first == second else None
+    return first if isinstance(first, CONSTANTS) and first == second else None
 
 
 def _joined_tensors(first: Tensor, second: Tensor, sizes: tuple[int, int]) -> Tensor | None:

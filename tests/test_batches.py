@@ -1,6 +1,7 @@
 """Batches put together: the inverse of taking rows, or nothing at all."""
 
 from collections import namedtuple
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -8,9 +9,17 @@ import torch
 from torch import Tensor
 from transformers import BatchEncoding
 
-from curvature_callbacks.batches import joined_batches, take_rows
+from curvature_callbacks.microbatch import as_microbatch, joined
 
 Pair = namedtuple("Pair", ["inputs", "targets"])
+
+
+@dataclass(frozen=True)
+class Record:
+    inputs: Tensor
+    targets: Tensor
+
+
 ids, labels = torch.arange(20).view(5, 4), torch.arange(5)
 
 
@@ -22,6 +31,8 @@ def same(first: Any, second: Any) -> bool:
         return torch.equal(first, second)
     if isinstance(first, tuple | list):
         return len(first) == len(second) and all(same(*both) for both in zip(first, second, strict=True))
+    if isinstance(first, Record):
+        return same((first.inputs, first.targets), (second.inputs, second.targets))
     if hasattr(first, "keys"):
         return list(first.keys()) == list(second.keys()) and all(same(first[key], second[key]) for key in list(first.keys()))
     return bool(first == second)
@@ -37,13 +48,16 @@ def same(first: Any, second: Any) -> bool:
         {"input_ids": ids, "labels": labels},
         BatchEncoding({"input_ids": ids, "labels": labels}),
         {"labels": labels, "nested": {"mask": ids > 3, "more": (ids, ids)}, "scale": torch.tensor(2.0), "task": "copy"},
-        {"labels": labels, "positions": torch.arange(4)[None]},
+        {"labels": labels, "names": list("abcde")},
+        Record(ids, labels),
     ],
-    ids=["tensor", "tuple", "list", "named tuple", "mapping", "encoding", "nested", "constants"],
+    ids=["tensor", "tuple", "list", "named tuple", "mapping", "encoding", "nested", "strings", "dataclass"],
 )
 def test_pieces_of_a_batch_make_the_batch(batch: Any):
-    first, second = take_rows(batch, torch.tensor([0, 1])), take_rows(batch, torch.tensor([2, 3, 4]))
-    assert same(joined_batches(first, second), batch)
+    first, second = (as_microbatch(batch).take(torch.tensor(rows)) for rows in ([0, 1], [2, 3, 4]))
+    together = joined(first, second)
+    assert together is not None
+    assert same(together.content, batch)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +74,7 @@ def test_pieces_of_a_batch_make_the_batch(batch: Any):
     ids=["length", "keys", "order", "dtype", "axes", "kind", "container"],
 )
 def test_batches_that_differ_in_more_than_rows_stay_apart(second: Any):
-    assert joined_batches({"ids": ids, "labels": labels}, second) is None
+    assert joined(as_microbatch({"ids": ids, "labels": labels}), as_microbatch(second)) is None
 
 
 @pytest.mark.parametrize(
@@ -76,4 +90,4 @@ def test_batches_that_differ_in_more_than_rows_stay_apart(second: Any):
     ids=["scalar", "vector", "name", "object", "length of a list", "content of a list"],
 )
 def test_what_is_no_row_must_be_the_same(one: Any, other: Any):
-    assert joined_batches({"labels": labels, "x": one}, {"labels": labels, "x": other}) is None
+    assert joined(as_microbatch({"labels": labels, "x": one}), as_microbatch({"labels": labels, "x": other})) is None

@@ -24,11 +24,11 @@ def numbered(num_rows: int = 20, **changes: Any) -> DatasetProbes:
 
 
 def indices(batches: Any) -> list[int]:
-    return torch.cat(list(batches)).tolist()
+    return torch.cat([batch.content for batch in batches]).tolist()
 
 
 def test_rows_come_in_microbatches_of_the_size_asked_for() -> None:
-    assert [len(batch) for batch in numbered().draw(0)] == [3, 3]
+    assert [batch.num_rows for batch in numbered().draw(0)] == [3, 3]
 
 
 def test_rows_of_a_probe_are_distinct() -> None:
@@ -49,7 +49,7 @@ def test_the_seed_determines_the_rows() -> None:
 @pytest.mark.parametrize(("num_rows", "sizes"), [(1, [1]), (4, [3, 1]), (6, [3, 3])])
 def test_a_small_dataset_gives_what_it_has(num_rows: int, sizes: list[int]) -> None:
     batches = numbered(num_rows).draw(0)
-    assert [len(batch) for batch in batches] == sizes
+    assert [batch.num_rows for batch in batches] == sizes
     assert sorted(indices(batches)) == list(range(num_rows))
 
 
@@ -213,8 +213,8 @@ def test_captured_probes_are_the_latest_batches_oldest_first() -> None:
     for i in range(4):
         probes.offer(torch.full((5, 2), float(i)))
     kept = probes.draw(0)
-    assert [batch[0, 0].item() for batch in kept] == [2.0, 3.0]  # type: ignore[union-attr]
-    assert [len(batch) for batch in kept] == [3, 3]  # type: ignore[union-attr]
+    assert [batch.content[0, 0].item() for batch in kept] == [2.0, 3.0]  # type: ignore[union-attr]
+    assert [batch.num_rows for batch in kept] == [3, 3]  # type: ignore[union-attr]
 
 
 def test_captured_probes_are_copies() -> None:
@@ -222,7 +222,7 @@ def test_captured_probes_are_copies() -> None:
     probes.offer(batch)
     with torch.no_grad():
         batch["x"].zero_()  # type: ignore[attr-defined]
-    (kept,) = probes.draw(0)  # type: ignore[misc]
+    (kept,) = (microbatch.content for microbatch in probes.draw(0))  # type: ignore[union-attr]
     assert kept["x"].sum() == 4
     assert not kept["x"].requires_grad
     assert kept["ids"] == ["a", "b"]
@@ -239,7 +239,7 @@ Pair = namedtuple("Pair", ["x", "y"])
 def test_captured_batches_keep_their_structure(batch: Any) -> None:
     probes = CapturedProbes(**SIZES)
     probes.offer(batch)
-    (kept,) = probes.draw(0)  # type: ignore[misc]
+    (kept,) = (microbatch.content for microbatch in probes.draw(0))  # type: ignore[union-attr]
     assert type(kept) is type(batch)
     assert len(kept[0]) == 3
 
@@ -274,5 +274,35 @@ class LazyFile(Dataset[Any]):
 def test_what_a_data_set_opened_for_a_draw_is_not_left_open(wrap: Any) -> None:
     data = LazyFile()
     probes = DatasetProbes(wrap(data), torch.stack, num_microbatches=2, microbatch_size=3)
-    assert sum(map(len, probes.draw(0))) == 6
+    assert sum(microbatch.num_rows for microbatch in probes.draw(0)) == 6
     assert (data.handle, data.reads) == (None, 0)
+
+
+def test_pairs_of_a_stream_stay_whole() -> None:
+    """`[chosen; rejected]`, eight rows read in sixteen: the first eight alone would be chosen against chosen."""
+    probes = CapturedProbes(num_microbatches=2, microbatch_size=4, batch_size=8)
+    for num_pairs in (8, 4):  # the last batch of a stream is short
+        probes.offer({"x": torch.arange(2 * num_pairs)})
+    kept = probes.draw(0)
+    assert kept is not None
+    assert [(batch.num_rows, len(batch["x"]), batch.is_whole) for batch in kept] == [(8, 16, True), (4, 8, True)]
+
+
+def test_rows_of_a_stream_are_cut_where_they_are_those_that_were_read() -> None:
+    probes = CapturedProbes(num_microbatches=3, microbatch_size=4, batch_size=8)
+    probes.offer({"x": torch.arange(3)})  # it may be of three rows, or of one and a half pairs
+    probes.offer({"x": torch.arange(8)})
+    probes.offer({"x": torch.arange(5)})
+    kept = probes.draw(0)
+    assert kept is not None
+    assert [(batch.num_rows, batch.is_whole) for batch in kept] == [(3, True), (4, False), (4, False)]
+
+
+def test_a_batch_that_does_not_tell_its_rows_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    probes, told = CapturedProbes(**SIZES), CapturedProbes(**SIZES, batch_size=4)
+    for _ in range(2):
+        probes.offer(object())
+    told.offer(object())
+    assert probes.draw(0) is None
+    assert [batch.num_rows for batch in told.draw(0) or ()] == [4]
+    assert ["which do not tell how many rows they have" in each.getMessage() for each in caplog.records] == [True]

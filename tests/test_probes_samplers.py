@@ -21,8 +21,8 @@ from torch.utils.data import (
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from curvature_callbacks import ConfigurationError, CurvatureMonitor, DatasetProbes, ProbeError, probes
-from curvature_callbacks.probes import as_probes, probes_from_loader
+from curvature_callbacks import ConfigurationError, CurvatureMonitor, DatasetProbes, ProbeError
+from curvature_callbacks.probes import as_probes, dataset, probes_from_loader, samplers
 
 DATA: Any = list(range(20))
 ALL = set(DATA)
@@ -31,11 +31,15 @@ SIZES = {"num_microbatches": 2, "microbatch_size": 3}
 WEIGHTS = [float(row in SOME) for row in DATA]
 
 
+def contents(source: DatasetProbes) -> list[Any]:
+    return [microbatch.content for microbatch in source.draw(7)]
+
+
 def rows_drawn(loader: Any, num_draws: int = 40) -> set[Any]:
     """Rows of many probes."""
     found = probes_from_loader(loader, **SIZES)
     assert found is not None
-    return {row for seed in range(num_draws) for batch in found.draw(seed) for row in batch}
+    return {row for seed in range(num_draws) for batch in found.draw(seed) for row in batch.content}
 
 
 def loader(sampler: Any) -> DataLoader[Any]:
@@ -118,12 +122,12 @@ def test_keys_need_not_be_numbers() -> None:
 def test_without_a_restriction_the_rows_are_what_they_were(shuffle: bool) -> None:
     own = probes_from_loader(DataLoader(DATA, batch_size=4, shuffle=shuffle, collate_fn=list), **SIZES)
     assert own is not None
-    assert own.draw(7) == DatasetProbes(DATA, list, **SIZES).draw(7) == [[10, 4, 12], [1, 2, 13]]
+    assert contents(own) == contents(DatasetProbes(DATA, list, **SIZES)) == [[10, 4, 12], [1, 2, 13]]
 
 
 def test_a_plain_loop_has_the_same_rows() -> None:
     found = as_probes(loader(SubsetRandomSampler(SOME)), **SIZES)
-    assert {row for seed in range(40) for batch in found.draw(seed) or () for row in batch} == set(SOME)
+    assert {row for seed in range(40) for batch in found.draw(seed) or () for row in batch.content} == set(SOME)
 
 
 def test_a_sampler_without_rows_is_refused() -> None:
@@ -200,9 +204,9 @@ class Rank:
 def test_every_process_has_a_row(num_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for rank in range(4):
-        monkeypatch.setattr(probes, "current_world", lambda rank=rank: Rank(rank, 4))
+        monkeypatch.setattr(dataset, "current_world", lambda rank=rank: Rank(rank, 4))
         own = DatasetProbes(list(range(num_rows)), list, **SIZES).draw(0)
-        found.append([row for batch in own for row in batch])
+        found.append([row for batch in own for row in batch.content])
     assert all(found)
     together = [row for rows in found for row in rows]
     assert len(set(together)) == min(num_rows, 24)
@@ -210,7 +214,7 @@ def test_every_process_has_a_row(num_rows: int, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_one_process_says_what_is_not_known(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(probes, "current_world", lambda: Rank(1, 2))
+    monkeypatch.setattr(samplers, "current_world", lambda: Rank(1, 2))
     assert rows_drawn(loader(Unknown(5))) == ALL
     assert not caplog.records
 
@@ -228,8 +232,7 @@ class Filtering:
 def test_microbatches_that_the_collator_makes_none_of_are_left_out() -> None:
     prepared: list[Any] = []
     found = DatasetProbes(DATA, Filtering(13), prepare=lambda batch: prepared.append(batch) or batch, **SIZES)
-    kept = found.draw(7)
-    assert kept == [[13]] == prepared
+    assert contents(found) == [[13]] == prepared
 
 
 def test_a_probe_of_none_but_these_says_so() -> None:

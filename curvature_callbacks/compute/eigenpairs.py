@@ -76,8 +76,8 @@ def compute_spectrum(
         loss: see `compute_fisher_spectrum`.
         optimizer: for `preconditioned_hessian`: SGD, Adam, AdamW, RMSprop, or several; only read.
         params_filter: `(name, parameter) -> bool`; the operator's diagonal block of these parameters.
-        batch_norm: `batch` for the statistics of each batch, as in training, in Hessians and the GGN; `eval` and None for
-            running ones. Give batches of the size of training: where batch norms
+        batch_norm: `batch` for the statistics of each batch, as in training, `eval` for running ones; None for `batch` in the
+            Hessians and the GGN, `eval` in Fishers and their factors. Give batches of the size of training: where batch norms
             or the loss couple rows, the numbers depend on it. Modules in evaluation mode in a model that is in training mode
             stay on running statistics; these are left as found.
         k: pairs.

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from curvature_callbacks.batches import as_microbatches, batch_size, take_rows
 from curvature_callbacks.compute.gradient_sources import PerSampleGradients, spectra_of_gradients
 from curvature_callbacks.compute.offline import offline_problem
 from curvature_callbacks.errors import check_positive
 from curvature_callbacks.measurements.fisher_spectrum import FisherSpectrum, spectra_of_problem
+from curvature_callbacks.microbatch import Microbatch, as_microbatch, as_microbatches
 from curvature_callbacks.model.batch_norm import BatchNorm
 from curvature_callbacks.model.blocks import BlockStructure
 from curvature_callbacks.model.loss.fisher_type import Fisher, SampleUnit
@@ -87,7 +87,8 @@ def compute_fisher_spectrum(
     Raises:
         ConfigurationError: an unknown choice, an undeterminable loss, no trainable parameter, no valid target; a loss without
             known targets or likelihood where these are needed, an exact Fisher of more than 1024 passes.
-        RefusedError: samples are coupled, so that they have no gradients of their own.
+        RefusedError: samples are coupled, so that they have no gradients of their own; rows that are to be taken apart, of
+            `num_samples` too, lie in batches of a layout that is not known.
 
     Cost: 0.95 to 1.4 gradients of the same rows on transformers of width 192 and more (one CPU thread;
     benchmarks/results/fisher.json has these and dearer cases), two to three more where the layout of the model is not
@@ -130,7 +131,7 @@ def compute_fisher_spectrum(
     if precomputed_gradients is not None:
         precomputed_gradients = precomputed_gradients[:num_samples]
         return warned(spectra_of_gradients(model, precomputed_gradients, block_structure, params_filter, options))
-    microbatches = as_microbatches(batches)
+    microbatches = [as_microbatch(batch) for batch in as_microbatches(batches)]
     if num_samples is not None:
         check_positive("num_samples", num_samples)
         microbatches = _first_rows(microbatches, num_samples)
@@ -146,11 +147,11 @@ def compute_fisher_spectrum(
         return warned(spectra_of_problem(problem, options))
 
 
-def _first_rows(microbatches: Sequence[Any], count: int) -> list[Any]:
+def _first_rows(microbatches: Sequence[Microbatch], count: int) -> list[Microbatch]:
     kept = []
     for batch in microbatches:
-        rows = min(batch_size(batch), count)
+        rows = min(batch.num_rows, count)
         if rows:
-            kept.append(take_rows(batch, torch.arange(rows)))
+            kept.append(batch.take(torch.arange(rows)))
         count -= rows
     return kept

@@ -1,14 +1,15 @@
 """A problem outside any training loop, which the one-call functions measure."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, get_args
 
 from torch import nn
 
-from curvature_callbacks.batches import as_microbatches
-from curvature_callbacks.errors import check_choice
+from curvature_callbacks.errors import check_choice, is_out_of_memory
 from curvature_callbacks.isolation.model import isolated
+from curvature_callbacks.microbatch import as_microbatches
 from curvature_callbacks.model.batch_norm import BatchNorm
 from curvature_callbacks.model.blocks import BlockStructure
 from curvature_callbacks.model.loss.resolve import Loss
@@ -17,6 +18,9 @@ from curvature_callbacks.model.stability import Optimizers
 from curvature_callbacks.problem.occasion import Occasion
 from curvature_callbacks.problem.problem import Problem
 from curvature_callbacks.problem.subject import Subject
+from curvature_callbacks.problem.training_mode import settle_training_mode
+
+_logger = logging.getLogger("curvature_callbacks")
 
 
 @contextmanager
@@ -45,5 +49,22 @@ def offline_problem(
         )
         occasion = Occasion(seed=seed, step=0, in_training=in_training)
         problem = Problem.of(subject, as_microbatches(batches), occasion, sharing={})
-        problem.check()
+        _check(problem, subject, occasion)
+        if problem.objective.draws.is_random:
+            _logger.warning("the loss draws random numbers: what is measured is it at one draw, that of `seed`=%d.", seed)
         yield problem
+
+
+def _check(problem: Problem, subject: Subject, occasion: Occasion) -> None:
+    """Check it; where that is impossible in evaluation mode, with modules in training mode."""
+    try:
+        problem.settle_loss()
+        problem.check(rows=2)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        settle_training_mode(problem, subject.memory, occasion.in_training)
+        if not subject.memory.in_training_mode:
+            raise
+        problem.settle_loss()
+        problem.check(rows=2)

@@ -15,7 +15,7 @@ What makes the next attempt different is kept in the run's `GramMemory`, so that
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -33,11 +33,12 @@ from curvature_callbacks.gram.row_by_row import FiniteRows, check_apart, finite_
 from curvature_callbacks.gram.storage import Storage, memory_budget
 from curvature_callbacks.gram.subsample import chosen_slices
 from curvature_callbacks.linalg.accumulate import finite_samples
+from curvature_callbacks.microbatch import Microbatch
 from curvature_callbacks.model.blocks import Blocks
 from curvature_callbacks.model.objective import Objective
 
 
-def block_grams(context: GramContext, microbatches: Sequence[Any], blocks: Blocks, options: GramOptions) -> BlockGrams:
+def block_grams(context: GramContext, microbatches: Sequence[Microbatch], blocks: Blocks, options: GramOptions) -> BlockGrams:
     """Exact Grams of all blocks without the S x P matrix of gradients.
 
     One forward pass per microbatch and one backward pass per surrogate record inputs and output gradients of every operation
@@ -120,7 +121,7 @@ class _Attempt:
 
 def _attempt(
     context: GramContext,
-    microbatches: Sequence[Any],
+    microbatches: Sequence[Microbatch],
     slices: Mapping[str, Tensor],
     options: GramOptions,
     refused: Mapping[str, str],

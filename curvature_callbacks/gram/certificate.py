@@ -3,20 +3,21 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from curvature_callbacks.batches import batch_size, take_rows
 from curvature_callbacks.gram.context import GramContext
 from curvature_callbacks.gram.memory import Signature
 from curvature_callbacks.gram.passed import Passed
 from curvature_callbacks.gram.row_by_row import check_separable
 from curvature_callbacks.gram.uses.operation import Operation
 from curvature_callbacks.linalg.accumulate import dot
+from curvature_callbacks.microbatch import Microbatch
+from curvature_callbacks.model.gradients import gradients
 from curvature_callbacks.model.loss.surrogates import Surrogate
-from curvature_callbacks.model.objective import Objective, gradients
+from curvature_callbacks.model.objective import Objective
 
 _ROUNDING_SHARE: Final = 1e-8  # of the squared gradient norm: below it a parameter may be rounding, (1000 eps)^2 of float32
 
@@ -46,7 +47,7 @@ def certificate_errors(
     objective, world = context.objective, context.world
     generator = torch.Generator().manual_seed(world.seed(context.seed))
     weights = [
-        [_random(batch_size(batch), generator, used=number < _PASSES) for number in range(len(chosen))]
+        [_random(batch.num_rows, generator, used=number < _PASSES) for number in range(len(chosen))]
         for batch, chosen in zip(passed.microbatches, passed.surrogates, strict=True)
     ]
     with world.together():
@@ -101,7 +102,7 @@ def _weighted_gradients(objective: Objective, passed: Passed, weights: Sequence[
 
 def _weighted_loss(
     objective: Objective,
-    batch: Any,
+    batch: Microbatch,
     chosen: Sequence[Surrogate | None],
     weights: Sequence[Tensor],
     leaves: Mapping[str, Tensor],
@@ -120,9 +121,9 @@ def _weighted_loss(
     return total
 
 
-def _signed_halves(objective: Objective, batch: Any, w: Tensor, leaves: Mapping[str, Tensor]) -> Tensor:
+def _signed_halves(objective: Objective, batch: Microbatch, w: Tensor, leaves: Mapping[str, Tensor]) -> Tensor:
     halves = [(sign, rows) for sign in (1.0, -1.0) if len(rows := (w == sign).nonzero()[:, 0])]
-    parts = [(sign, objective(take_rows(batch, rows), leaves).total) for sign, rows in halves]
+    parts = [(sign, objective(batch.take(rows), leaves).total) for sign, rows in halves]
     check_separable(objective, batch, sum(float(part.detach()) for _, part in parts))
     return torch.stack([sign * part for sign, part in parts]).sum()
 

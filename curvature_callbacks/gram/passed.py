@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, final
+from typing import TypeVar, final
 
 import torch
 from torch import Tensor
 
 from curvature_callbacks.gram.capture.derived import Placed
 from curvature_callbacks.gram.uses.operation import Operation
+from curvature_callbacks.microbatch import Microbatch
 from curvature_callbacks.model.loss.surrogates import Surrogate
 from curvature_callbacks.processes.world import World
 
@@ -60,7 +61,7 @@ class Passed:
         unruled: parameter to why it has no valid rule, on any process.
     """
 
-    microbatches: Sequence[Any]
+    microbatches: Sequence[Microbatch]
     surrogates: Sequence[Sequence[Surrogate | None]]
     observed: Observed = Observed()
     unruled: Mapping[str, str] = field(default_factory=dict)

@@ -13,13 +13,12 @@ goes on. With several processes nothing is completed on the way: at the end of a
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, final
+from typing import Final, final
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from curvature_callbacks.batches import batch_size, joined_batches, map_tensors
 from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.gram.capture.derived import Placed
 from curvature_callbacks.gram.capture.interception import Capture
@@ -27,6 +26,7 @@ from curvature_callbacks.gram.context import GramContext
 from curvature_callbacks.gram.passed import Observed, Passed, Remainder, Uses
 from curvature_callbacks.gram.row_by_row import check_rows
 from curvature_callbacks.gram.storage import Storage
+from curvature_callbacks.microbatch import Microbatch, joined
 from curvature_callbacks.model.loss.fisher_type import EMPIRICAL, FisherType
 from curvature_callbacks.model.loss.sample_losses import SampleLosses
 from curvature_callbacks.model.loss.surrogates import Surrogate, padded, surrogates
@@ -44,7 +44,7 @@ Finish = Callable[[Mapping[str, Uses], Remainder, Observed], Remainder]
 
 def run_passes(
     context: GramContext,
-    microbatches: Sequence[Any],
+    microbatches: Sequence[Microbatch],
     fisher_type: FisherType,
     storage: Storage,
     *,
@@ -71,6 +71,7 @@ def run_passes(
     Cost: forward passes, and backward passes for activation gradients only; each further round the same again.
     """
     may_join = fisher_type == EMPIRICAL and finish is None and context.memory.row_limit is None  # others draw by microbatch
+    may_join = may_join and not context.objective.draws.is_random
     plan = _Plan(context, fisher_type, microbatches, may_join=may_join)
     remainder = Remainder(postponed=[name for name in context.objective.parameters if name not in unruled], unruled=unruled)
     while True:
@@ -102,7 +103,9 @@ class _Plan:
         is_complete: whether the first round is over.
     """
 
-    def __init__(self, context: GramContext, fisher_type: FisherType, microbatches: Sequence[Any], *, may_join: bool) -> None:
+    def __init__(
+        self, context: GramContext, fisher_type: FisherType, microbatches: Sequence[Microbatch], *, may_join: bool
+    ) -> None:
         self._context = context
         self._fisher_type = fisher_type
         self._may_join = may_join
@@ -131,17 +134,17 @@ class _Plan:
         if not self._may_join:
             return
         first, *rest = self.microbatches
-        bytes_per_row = captured_bytes / batch_size(first)
+        bytes_per_row = captured_bytes / first.num_rows
         most_rows = self._context.limits.joined_bytes / bytes_per_row if bytes_per_row else 0
         run = [first]
         for batch in rest:
-            is_small = len(run) > 1 and batch_size(run[-1]) + batch_size(batch) <= most_rows
-            together = joined_batches(run[-1], batch) if is_small else None
+            is_small = len(run) > 1 and run[-1].num_rows + batch.num_rows <= most_rows
+            together = joined(run[-1], batch) if is_small else None
             run[-1:] = [run[-1], batch] if together is None else [together]
         self.microbatches = run
 
     def _observe(self, index: int, losses: SampleLosses, capture: Capture) -> None:
-        size = batch_size(self.microbatches[index])
+        size = self.microbatches[index].num_rows
         chosen = self._surrogates(index, losses)
         self.surrogates.append(chosen)
         self._seen.append(
@@ -163,7 +166,7 @@ class _Plan:
         if losses.per_sample is None:
             self._may_join = False  # the mean of a batch is known of this batch only
             batch = self.microbatches[index]
-            if batch_size(batch) > 1:
+            if batch.num_rows > 1:
                 check_rows(objective, batch, losses)
         return [None]
 
@@ -220,7 +223,7 @@ class _Round:
         values = {name: parameter.detach() for name, parameter in objective.parameters.items()}
         capture = self._capture(values, batch)
         with objective.saving(), capture, sdpa_kernel(_ANY_KERNEL):
-            losses = objective(map_tensors(batch, torch.Tensor.detach), values, watch=capture)
+            losses = objective(batch.mapped(torch.Tensor.detach), values, watch=capture)
         self.unruled = capture.unruled
         chosen = self.plan.chosen(index, losses, capture)
         is_last = index == len(self.plan.microbatches) - 1
@@ -239,14 +242,14 @@ class _Round:
                 postponed += self._postpone((index + (number + 1) / len(chosen)) / len(self.plan.microbatches))
         return postponed
 
-    def _capture(self, values: dict[str, Tensor], batch: Any) -> Capture:
+    def _capture(self, values: dict[str, Tensor], batch: Microbatch) -> Capture:
         objective = self.context.objective
         unsharded = objective.unsharded_parameters
         captured = {name: values[name] for name in self.names if name in unsharded}
         others = [value for name, value in values.items() if name not in captured and name in unsharded]
         return Capture(
             captured,
-            batch_size(batch),
+            batch.num_rows,
             unruled=self.unruled,
             positions_first=self.context.memory.positions_first,
             constants=[*others, *objective.constants()],

@@ -4,11 +4,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, final
+from typing import final
 
 import torch
 
-from curvature_callbacks.batches import batch_size
 from curvature_callbacks.errors import LinAlgError
 from curvature_callbacks.gram.block_grams import block_grams
 from curvature_callbacks.gram.capture.interception import Capture
@@ -18,6 +17,7 @@ from curvature_callbacks.gram.result import BlockGrams
 from curvature_callbacks.gram.storage import memory_budget as budget_of
 from curvature_callbacks.gram.uses.operation import Operation
 from curvature_callbacks.linalg.kronecker import LayerKronecker
+from curvature_callbacks.microbatch import Microbatch
 from curvature_callbacks.model.blocks import Blocks
 from curvature_callbacks.model.loss.fisher_type import EMPIRICAL, FisherType
 from curvature_callbacks.model.loss.sharing import Sharing
@@ -39,7 +39,7 @@ class ProbeGrams:
     def __init__(
         self,
         context: GramContext,
-        microbatches: Sequence[Any],
+        microbatches: Sequence[Microbatch],
         blocks: Blocks,
         *,
         sharing: Mapping[FisherType, Sharing],
@@ -122,7 +122,7 @@ def _key(options: GramOptions) -> tuple[FisherType, int | None, bool]:
     return options.fisher_type, options.max_params_per_block, torch.are_deterministic_algorithms_enabled()
 
 
-def _watched_operations(context: GramContext, batch: Any) -> Mapping[str, list[Operation]]:
+def _watched_operations(context: GramContext, batch: Microbatch) -> Mapping[str, list[Operation]]:
     """Parameter to the operations that use it, on any process, from one forward pass."""
     objective, world = context.objective, context.world
     with world.together():
@@ -130,7 +130,7 @@ def _watched_operations(context: GramContext, batch: Any) -> Mapping[str, list[O
         unsharded = objective.unsharded_parameters
         capture = Capture(
             {name: values[name] for name in unsharded},
-            batch_size(batch),
+            batch.num_rows,
             unruled={},
             constants=objective.constants(),
             sharded=values.keys() - unsharded.keys(),

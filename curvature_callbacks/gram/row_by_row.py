@@ -3,19 +3,20 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Final, final
+from typing import Final, final
 
 import torch
 from torch import Tensor
 
-from curvature_callbacks.batches import batch_size, take_rows
 from curvature_callbacks.errors import ProbeError, RefusedError
 from curvature_callbacks.gram.context import GramContext
 from curvature_callbacks.gram.passed import Passed
 from curvature_callbacks.linalg.accumulate import gram
+from curvature_callbacks.microbatch import Microbatch
+from curvature_callbacks.model.gradients import gradients
 from curvature_callbacks.model.loss.sample_losses import SampleLosses
 from curvature_callbacks.model.loss.surrogates import Surrogate
-from curvature_callbacks.model.objective import Objective, gradients
+from curvature_callbacks.model.objective import Objective
 from curvature_callbacks.processes.world import World
 
 Part = tuple[str, int, int]  # elements start:stop of a flattened parameter
@@ -42,7 +43,7 @@ def row_grams(context: GramContext, passed: Passed, names: Sequence[str]) -> dic
         return grams
     objective, world = context.objective, context.world
     chosen = list(zip(passed.microbatches, passed.surrogates, strict=True))
-    num_samples = sum(batch_size(batch) * len(of_batch) for batch, of_batch in chosen)
+    num_samples = sum(batch.num_rows * len(of_batch) for batch, of_batch in chosen)
     for group in _groups(objective, names, int(world.total(torch.tensor(num_samples))), context.limits.row_bytes):
         with world.together():
             rows = [
@@ -70,13 +71,13 @@ class FiniteRows:
     local: Sequence[Tensor]
     of_all: Tensor
 
-    def restricted(self, microbatches: Sequence[Any]) -> list[Any]:
+    def restricted(self, microbatches: Sequence[Microbatch]) -> list[Microbatch]:
         """The microbatches without the other rows, and without those that have none left."""
         pairs = zip(microbatches, self.local, strict=True)
-        return [take_rows(batch, flags.nonzero()[:, 0]) for batch, flags in pairs if flags.any()]
+        return [batch.take(flags.nonzero()[:, 0]) for batch, flags in pairs if flags.any()]
 
 
-def finite_rows(context: GramContext, microbatches: Sequence[Any]) -> FiniteRows:
+def finite_rows(context: GramContext, microbatches: Sequence[Microbatch]) -> FiniteRows:
     """Which rows have a finite gradient, by one gradient a row: a layout not yet proved may mix one bad row into all.
 
     Cost: N gradients of one row.
@@ -89,12 +90,12 @@ def finite_rows(context: GramContext, microbatches: Sequence[Any]) -> FiniteRows
     return FiniteRows(local=local, of_all=of_all)
 
 
-def _are_finite(objective: Objective, batch: Any) -> Tensor:
+def _are_finite(objective: Objective, batch: Microbatch) -> Tensor:
     """(N,) whether the gradient of a row's loss is finite. Cost: N gradients of one row."""
     leaves = objective.leaves()
     flags = []
-    for row in torch.arange(batch_size(batch)):
-        of_row = gradients(objective(take_rows(batch, row[None]), leaves).total, leaves)
+    for row in batch.singles():
+        of_row = gradients(objective(row, leaves).total, leaves)
         flags.append(all(bool(gradient.isfinite().all()) for gradient in of_row.values()))
     return torch.tensor(flags)
 
@@ -118,16 +119,16 @@ def _groups(objective: Objective, names: Sequence[str], num_samples: int, limit:
 
 
 def _row_gradients(
-    objective: Objective, batch: Any, group: Sequence[Part], chosen: Sequence[Surrogate | None]
+    objective: Objective, batch: Microbatch, group: Sequence[Part], chosen: Sequence[Surrogate | None]
 ) -> list[list[Tensor]]:
     """For each row and surrogate the gradients of the group's parts."""
     leaves = objective.leaves(dict.fromkeys(name for name, _, _ in group))
     result, total = [], 0.0
-    for row in torch.arange(batch_size(batch)):
-        losses = objective(take_rows(batch, row[None]), leaves)
+    for index, row in enumerate(batch.singles()):
+        losses = objective(row, leaves)
         total += float(losses.total.detach())
         for number, surrogate in enumerate(chosen):
-            loss = losses.total if surrogate is None else surrogate.restricted(row[None])(losses).sum()
+            loss = losses.total if surrogate is None else surrogate.restricted(torch.tensor([index]))(losses).sum()
             of_row = gradients(loss, leaves, again=number < len(chosen) - 1)
             result.append([of_row[name].flatten()[start:stop].clone() for name, start, stop in group])
     check_separable(objective, batch, total)
@@ -139,54 +140,58 @@ def _pass_major(rows: list[list[Tensor]], num_passes: int) -> list[list[Tensor]]
     return [rows[index] for number in range(num_passes) for index in range(number, len(rows), num_passes)]
 
 
-def check_rows(objective: Objective, batch: Any, losses: SampleLosses) -> None:
+def check_rows(objective: Objective, batch: Microbatch, losses: SampleLosses) -> None:
     """`check_separable` for the single rows of a batch with these losses: halves of a ragged one can balance by chance.
 
     Cost: one forward pass over the batch and one over each row.
     """
     if losses.coupled is not None:
         raise RefusedError(
-            f"the loss has a part, `{losses.coupled}`, of all rows of a batch together: samples are coupled and have no "
+            f"the loss has a part of all rows of a batch together ({losses.coupled}): samples are coupled and have no "
             "gradients of their own. Measure a loss without it (`output_router_logits`=False, or a loss function)."
         )
     with torch.no_grad():
-        rows = torch.arange(batch_size(batch))
-        total = sum(float(objective(take_rows(batch, row[None])).total) for row in rows)
+        total = sum(float(objective(row).total) for row in batch.singles())
     check_separable(objective, batch, total)
 
 
-def check_apart(objective: Objective, batch: Any) -> None:
+def check_apart(objective: Objective, batch: Microbatch) -> None:
     """Raise a `RefusedError` unless every row has the same loss among half of its companions.
 
-    Random signs cannot see what rows take from each other without a gradient (a batch mean that is subtracted).
+    Random signs cannot see what rows take from each other without a gradient (a batch mean that is subtracted). Nothing is
+    known of a microbatch that stays whole.
 
     Cost: two forward passes over the batch.
     """
-    size = batch_size(batch)
+    size = batch.num_rows
     with torch.no_grad():
         together = objective(batch).per_sample
-        if together is None or size < 2:
+        if together is None or size < 2 or batch.is_whole:
             return
         for rows in (torch.arange(0, size, 2), torch.arange(1, size, 2)):
-            half = objective(take_rows(batch, rows)).per_sample
+            half = objective(batch.take(rows)).per_sample
             among_all = together[rows.to(together.device)]
             if half is None or bool(((half - among_all).abs() > _COUPLING * (among_all.abs() + together.abs().mean())).any()):
-                raise RefusedError(
-                    "the loss of a row depends on the other rows of its batch: samples are coupled (batch statistics, a "
-                    "contrastive loss) and have no gradients of their own."
-                )
+                reasons = _reasons(objective, "batch statistics", "a contrastive loss")
+                raise RefusedError(f"the loss of a row depends on the other rows of its batch: {reasons}.")
 
 
-def check_separable(objective: Objective, batch: Any, total: float) -> None:
+def check_separable(objective: Objective, batch: Microbatch, total: float) -> None:
     """Raise a `RefusedError` unless `total`, summed over parts of `batch`, is the batch's own `sum_i l_i`."""
     with torch.no_grad():
         of_batch = float(objective(batch).total)
     if abs(total - of_batch) > _COUPLING * abs(of_batch):
         raise RefusedError(
-            f"the losses of single rows add up to {total:.6g}, the batch's to {of_batch:.6g}: samples are coupled (a "
-            "batch-wide loss, a mean over ragged targets) and have no gradients of their own. Pass a loss function that "
-            "returns one loss per row."
+            f"the losses of single rows add up to {total:.6g}, the batch's to {of_batch:.6g}: "
+            f"{_reasons(objective, 'a batch-wide loss', 'a mean over ragged targets')}. Pass a loss function that returns one "
+            "loss per row."
         )
+
+
+def _reasons(objective: Objective, *usual: str) -> str:
+    """What it says of rows that their losses are not their own."""
+    drawn = ("random numbers that do not belong to single rows",) if objective.draws.is_random else ()
+    return f"samples are coupled ({', '.join((*usual, *drawn))}) and have no gradients of their own"
 
 
 def gram_together(rows: Tensor, *, world: World) -> Tensor:

@@ -1,10 +1,8 @@
 """Isolation of a model: whatever a probe does, the training run finds everything as it left it."""
 
 import os
-import random
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Final
 
 import torch
@@ -12,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvature_callbacks.errors import ConfigurationError
+from curvature_callbacks.isolation.generators import begun_at, global_generators
 from curvature_callbacks.isolation.precision import full_precision
 from curvature_callbacks.isolation.replicas import attributes_set_aside
 from curvature_callbacks.isolation.snapshot import put_back
@@ -102,25 +101,8 @@ def seeded(model: nn.Module, *, seed: int) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _generators(device: torch.device, seed: int) -> Iterator[None]:
-    numpy: Any = sys.modules.get("numpy")
-    # One by one: `torch.manual_seed` would also move the generators of every accelerator on the machine.
-    of_torch = [torch.default_generator, *_accelerator_generators(device)]
-    of_numpy = [] if numpy is None else [numpy.random]
-    with put_back([*of_torch, random, *of_numpy]):
-        for generator in of_torch:
-            generator.manual_seed(seed)
-        random.seed(seed)
-        for generator in of_numpy:
-            generator.seed(seed % 2**32)
-        yield
-
-
-def _accelerator_generators(device: torch.device) -> list[torch.Generator]:
-    if device.type != "cuda":
-        return []
-    return [torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]]
+def _generators(device: torch.device, seed: int) -> AbstractContextManager[None]:
+    return begun_at(global_generators(device), seed)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Replicas of what user code changes in place, so that the original can be put back untouched."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, Final
@@ -37,13 +37,17 @@ def replica(value: Any, memo: dict[int, Any]) -> Any:
 
 
 @contextmanager
-def attributes_set_aside(modules: Sequence[nn.Module]) -> Iterator[None]:
+def attributes_set_aside(modules: Sequence[nn.Module], *, shared: Iterable[Any] = ()) -> Iterator[None]:
     """Every module works on replicas of its own attributes: collected outputs, running means, metrics, generators.
 
     Submodules, parameters and hooks registered inside are gone afterwards: those who do so at the first call note it among the
     attributes, and would do it again. Modules kept in plain lists and dicts, which torch does not register, are set aside too.
+
+    Args:
+        modules: whose attributes.
+        shared: objects that are used as they are, because somebody else puts them back.
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {id(value): value for value in shared}
     internal = internal_attributes()
     owners = list(dict.fromkeys([*modules, *_modules_in_containers(modules)]))
     saved = [(owner, {name: value for name, value in owner.__dict__.items() if name not in internal}) for owner in owners]

@@ -1,6 +1,5 @@
 """Snapshots: what generators, containers, tensors and arrays hold is copied, and put back where it has changed."""
 
-import copy
 import operator
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -77,7 +76,7 @@ def _restore_of(value: Any) -> Callable[[], None]:
     if isinstance(value, list | dict | set | deque):
         return partial(refill, value, dict(value) if isinstance(value, dict) else list(value))
     if is_generator(type(value)) or isinstance(value, ModuleType):
-        return partial(_set_state, value, copy.deepcopy(_state_of(value)))
+        return partial(set_generator_state, value, generator_state(value))
     return partial(_refill_slots, value, slots(value))
 
 
@@ -130,7 +129,8 @@ def _bits(value: Tensor) -> Tensor:
     return value.reshape(-1).view(torch.uint8)
 
 
-def _state_of(generator: Any) -> Any:
+def generator_state(generator: Any) -> Any:
+    """The state of a generator of torch, Python or NumPy, or of the module that stands for one: a copy."""
     if hasattr(generator, "getstate"):  # Python's
         return generator.getstate()
     if hasattr(generator, "get_state"):  # PyTorch's, and NumPy's older ones
@@ -138,7 +138,8 @@ def _state_of(generator: Any) -> Any:
     return generator.bit_generator.state
 
 
-def _set_state(generator: Any, state: Any) -> None:
+def set_generator_state(generator: Any, state: Any) -> None:
+    """Put such a generator to where `generator_state` gave `state`."""
     if hasattr(generator, "setstate"):
         generator.setstate(state)
     elif hasattr(generator, "set_state"):

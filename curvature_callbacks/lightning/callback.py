@@ -10,7 +10,7 @@ from typing_extensions import override
 from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.isolation.snapshot import undisturbed
 from curvature_callbacks.lightning.framework import Callback, LightningModule, Trainer
-from curvature_callbacks.lightning.loss import loss_of_module
+from curvature_callbacks.lightning.loss import loop_loss_of_module, loss_of_module
 from curvature_callbacks.lightning.sinks import HeadlineSink, logger_sinks
 from curvature_callbacks.measurements import Measurement
 from curvature_callbacks.model.batch_norm import BatchNorm
@@ -42,7 +42,8 @@ class CurvatureCallback(Callback):
     Tags: see the measurements; of the probe itself `curvature/probe_seconds`, `curvature/failed`,
     `curvature_probe/sink_seconds` (of the probe before), `curvature_probe/matvecs`, `curvature_probe/rows`,
     `curvature_probe/microbatch_size`, `curvature_probe/overhead`, `curvature_probe/skipped`,
-    `curvature_probe/gradient_equivalents`, `curvature_probe/non_finite`. TensorBoard gets curves, heat maps, histograms and a
+    `curvature_probe/gradient_equivalents`, `curvature_probe/non_finite`, `curvature_probe/probe_loss`,
+    `curvature_probe/training_loss` (the loop's latest). TensorBoard gets curves, heat maps, histograms and a
     table, other loggers the scalars, `trainer.callback_metrics` and the progress bar the headline numbers, and
     `curvature.jsonl` in the run's directory everything.
 
@@ -65,8 +66,8 @@ class CurvatureCallback(Callback):
         probe_dataset: map-style, what to measure on in place of the training data; collated like it.
         probe_dataloader: a DataLoader with a dataset and a collator of its own to measure on.
         max_sequence_length: cut token sequences of probes to so many positions.
-        batch_norm: statistics of the batch, as in training (`batch`), for Hessians, the GGN and `EdgeRatio` on whole batches of
-            the size of training, without what is made of single rows; running ones for all (`eval`, and None).
+        batch_norm: statistics of the batch, as in training (`batch`), or running ones (`eval`); None for `batch` in Hessians,
+            the GGN and `EdgeRatio`, on whole batches of the size of training, and for `eval` in Fishers, Grams and K-FAC.
 
     Attributes:
         history: every record so far.
@@ -122,7 +123,7 @@ class CurvatureCallback(Callback):
         self._loaded: dict[str, Any] | None = None
         self._loader: Any = None  # what probes are drawn from
         self._last_state: dict[str, Any] = {}
-        self._loss: Any = None  # of the batch before, where spikes are looked for
+        self._loss: Any = None  # of the batch before
 
     @property
     def history(self) -> list[Record]:
@@ -137,10 +138,17 @@ class CurvatureCallback(Callback):
         self._loader = trainer.train_dataloader
         probes = self._probes(trainer, pl_module)
         if probes is None:
-            probes = self._captured = self._settings.captured_probes()
+            probes = self._captured = self._settings.captured_probes(self._loader)
         sinks: list[Sink] = [self._memory, *logger_sinks(trainer), HeadlineSink(trainer)]
-        optimizer = trainer.optimizers or None
-        setup = Setup(model=pl_module, settings=self._settings, probes=probes, sinks=sinks, loss=loss, optimizer=optimizer)
+        setup = Setup(
+            model=pl_module,
+            settings=self._settings,
+            probes=probes,
+            sinks=sinks,
+            loss=loss,
+            loop=loop_loss_of_module(pl_module, self._settings.loss_fn),
+            optimizer=trainer.optimizers or None,
+        )
         self._monitor = CurvatureMonitor.of(setup)
         if self._loaded is not None:
             self._monitor.load_state_dict(self._loaded)
@@ -181,8 +189,9 @@ class CurvatureCallback(Callback):
     ) -> None:
         """Keep the loss for the coming step."""
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if self._settings.spike is not None and isinstance(loss, Tensor) and loss.numel() == 1:
-            self._loss = loss.detach()
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            parts = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1  # Lightning has divided by it
+            self._loss = loss.detach() * parts if parts > 1 else loss.detach()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from curvature_callbacks._optional import is_available
 from curvature_callbacks.errors import ConfigurationError
-from curvature_callbacks.isolation.model import seeded
+from curvature_callbacks.isolation.generators import kept_generators
 from curvature_callbacks.isolation.replicas import attributes_set_aside
 from curvature_callbacks.isolation.snapshot import put_back
+from curvature_callbacks.model.loss.loop import LoopLoss
 from curvature_callbacks.model.loss.resolve import Loss, is_function
 
 _ADVICE = (
@@ -37,9 +38,27 @@ def loss_of_module(module: Any, loss_fn: Loss) -> Loss:
         raise ConfigurationError(
             "the module optimizes manually, so calling its `training_step` for a probe would train it. " + _ADVICE
         )
-    if "dataloader_iter" in signature(module.training_step).parameters:
+    if _takes_an_iterator(module):
         raise ConfigurationError("the module has no `training_step(batch, ...)`: it takes the loader's iterator. " + _ADVICE)
     return _training_step_loss
+
+
+def loop_loss_of_module(module: Any, loss_fn: Loss) -> LoopLoss | None:
+    """`training_step`, where another loss is measured; None where it is measured itself, or cannot be called for a probe."""
+    is_function_given = is_function(loss_fn) or (loss_fn is None and callable(getattr(module, "curvature_loss", None)))
+    if not (is_function_given or loss_fn is not None) or not module.automatic_optimization or _takes_an_iterator(module):
+        return None
+    return LoopLoss(
+        function=_training_step_loss,
+        name="`training_step`",
+        is_by_choice=is_function_given,
+        advice="Leave `loss_fn` out to measure what `training_step` returns, or pass a function `(module, batch) -> scalar "
+        "mean or (N,) losses` to measure another loss on purpose.",
+    )
+
+
+def _takes_an_iterator(module: Any) -> bool:
+    return "dataloader_iter" in signature(module.training_step).parameters
 
 
 def _curvature_loss(module: Any, batch: Any) -> Tensor:
@@ -77,10 +96,10 @@ def _num_indices(step: Any) -> int:
 def _module_without_trace(module: nn.Module) -> Iterator[None]:
     """A probe is no training batch: nothing is logged, metrics and collected outputs are as before.
 
-    What it draws is the same in every call, so that a probe measures one function.
+    Its generators are those of the objective, which begins them for every call at the microbatch's own seed.
     """
-    aside = attributes_set_aside(list(module.modules()))
-    with _muted(module), _trainer_unchanged(module), aside, seeded(module, seed=0), _default_dtype(module):
+    aside = attributes_set_aside(list(module.modules()), shared=kept_generators(module))
+    with _muted(module), _trainer_unchanged(module), aside, _default_dtype(module):
         yield
 
 

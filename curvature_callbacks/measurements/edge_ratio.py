@@ -56,9 +56,9 @@ class EdgeRatio:
     measure after the scheduler; in a loop of your own call `monitor.step` after `scheduler.step()`), P that of the latest one.
     Before the first step of an optimizer with a preconditioner, and while every learning rate is 0, the ratio is absent and the
     record's metadata has the `reason`. An optimizer whose update is not known is refused once, with a warning. Parameters in no
-    group do not move and are left out. Assumed and unchecked: the loss measured is the one trained (a factor on either is one
-    on the ratio), gradients are not clipped, P changes slowly. Of a microbatch much smaller than the data the ratio is that of
-    its own loss, larger than the full-batch one.
+    group do not move and are left out. Batch norms are as in training, unless `batch_norm` of the run says otherwise. Assumed
+    and unchecked: the loss measured is the one trained (a factor on either is one on the ratio), gradients are not clipped, P
+    changes slowly. Of a batch much smaller than the data the ratio is that of its own loss, larger than the full-batch one.
 
     Args:
         tol: the ratio has converged when its residual is at most `tol` times it.

@@ -58,6 +58,9 @@ class TopEigenpairs(OfMatrix):
     All but the Hessians and matrices of your own are positive semi-definite and have no negative curvature to report. With
     fewer samples than parameters their smallest eigenvalues are zero: `which="LA"` spends all k on the top.
 
+    Hessians and the GGN are of the loss that trains, with batch norms as in training and whole batches where it couples rows;
+    their records say `batch_norm`, `num_rows` N, and then `coupled`, by what, and `batch_size`.
+
     Of at most 1000 rows the empirical Fisher's pairs come from the Gram, those of Kronecker factors from the factors, both with
     true residuals; all others from Lanczos.
 

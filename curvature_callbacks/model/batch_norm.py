@@ -43,6 +43,15 @@ class BatchNorms:
             for module in self.switched:
                 module.training = False
 
+    def refuse_synchronised(self) -> None:
+        """Raise a `RefusedError` where a module normalises the batches of several processes together."""
+        if any(_spans_processes(module) for module in self.switched):
+            raise RefusedError(
+                "the model has a SyncBatchNorm over several processes, whose batches it normalises together: the loss of a "
+                "process depends on the rows of the others, and there are no products for that. Choose `batch_norm`='eval' to "
+                "measure on running statistics."
+            )
+
     def buffers(self, model: nn.Module) -> dict[str, Tensor]:
         """Name to what the modules write to when they normalise by their batch, of `model` that holds them."""
         written = {id(buffer) for module in self.switched for buffer in buffers_of(module).values() if buffer is not None}
@@ -61,16 +70,15 @@ def batch_norms(model: nn.Module, *, batch_norm: BatchNorm, in_training: Collect
         batch_norm: by which statistics.
         in_training: the modules that training has in training mode.
 
-    Raises:
-        RefusedError: one normalises over the batches of several processes.
+    Cost: a look at every module.
     """
-    norms = {path: module for path, module in model.named_modules() if _normalises(module)}
-    switched: list[nn.Module] = []
-    for path, module in norms.items():
-        if batch_norm == "batch" and _has_running_statistics(module) and (not in_training or module in in_training):
-            _refuse_synchronised(path, module)
-            switched.append(module)
-    always = [module for module in norms.values() if not _has_running_statistics(module)]
+    norms = [module for module in model.modules() if _normalises(module)]
+    switched = [
+        module
+        for module in norms
+        if batch_norm == "batch" and _has_running_statistics(module) and (not in_training or module in in_training)
+    ]
+    always = [module for module in norms if not _has_running_statistics(module)]
     return BatchNorms(tuple(switched), any(not isinstance(module, _WITHIN_ROWS) for module in [*switched, *always]))
 
 
@@ -83,12 +91,7 @@ def _has_running_statistics(module: nn.Module) -> bool:
     return all(buffers.get(name) is not None for name in _RUNNING)
 
 
-def _refuse_synchronised(path: str, module: nn.Module) -> None:
+def _spans_processes(module: nn.Module) -> bool:
     if not isinstance(module, nn.SyncBatchNorm) or not torch.distributed.is_initialized():
-        return
-    if torch.distributed.get_world_size(module.process_group) > 1:
-        raise RefusedError(
-            f"`{path}` is a SyncBatchNorm over several processes, whose batches it normalises together: the loss of a process "
-            "depends on the rows of the others, and there are no products for that. Choose `batch_norm`='eval' to measure on "
-            "running statistics."
-        )
+        return False
+    return torch.distributed.get_world_size(module.process_group) > 1

@@ -4,40 +4,35 @@ import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping, MutableSet, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, TypeVar, final
+from typing import Any, TypeVar, final
 
 import torch
 from torch import Tensor, nn
 
-from curvature_callbacks.batches import to_dtype
 from curvature_callbacks.errors import ConfigurationError, ProbeError, named
+from curvature_callbacks.isolation.generators import global_generators, kept_generators
 from curvature_callbacks.isolation.writes import WriteWatch
+from curvature_callbacks.library_internals.tensors import has_gradient_hooks
+from curvature_callbacks.microbatch import as_microbatch
 from curvature_callbacks.model.batch_norm import BatchNorms
+from curvature_callbacks.model.draws import Draws, Generators
 from curvature_callbacks.model.loss.recording import value_only
 from curvature_callbacks.model.loss.resolve import LossFunction
-from curvature_callbacks.model.loss.sample_losses import SampleLosses
+from curvature_callbacks.model.loss.sample_losses import SampleLosses, of_rows
 from curvature_callbacks.model.precision import compute_dtype, is_narrow, widened
 from curvature_callbacks.model.substitution import LossModule, substituted
 from curvature_callbacks.processes.fsdp import ShardSpace, shard, unsharded
-from curvature_callbacks.processes.gathering import OnUse, Watch
+from curvature_callbacks.processes.gathering import OnUse, SizedBuild, Watch
 from curvature_callbacks.processes.group import is_agreed
 from curvature_callbacks.processes.world import SINGLE, World
 from curvature_callbacks.space import LOCAL, Space
 
 ParamsFilter = Callable[[str, nn.Parameter], bool]
 Built = TypeVar("Built")
-
-_PREFIX = "model."
+R = TypeVar("R")
+_Function = Callable[[nn.Module, Any], R]
 
 _logger = logging.getLogger("curvature_callbacks")
-
-
-class SizedBuild(Protocol):
-    """A function that builds a graph and returns it with its size in bytes."""
-
-    def __call__(self, build: Callable[[], Built], /) -> tuple[Built, int]:
-        """The graph that `build` builds, and the bytes of the tensors it saved."""
-        ...
 
 
 @final
@@ -56,6 +51,7 @@ class Objective:
         is_widened: whether any parameter of the model, trainable or not, is stored in bfloat16 or float16.
         space: of vectors of parameters.
         live_parameters: name to trainable parameter, measured or not, as the model holds it.
+        draws: what the loss draws at random.
 
     Args:
         model: inside `isolated`.
@@ -66,6 +62,7 @@ class Objective:
         world: the processes that parameters may be sharded over.
         rewritten: names of parameters that the loss changes in place (a teacher's, normalised ones), of which every call gets
             copies, so that derivatives are those at the values it sets; `watch_writes` adds to it.
+        draws: what is known of them from earlier probes.
     """
 
     def __init__(
@@ -77,7 +74,9 @@ class Objective:
         on_use: OnUse | None = None,
         world: World = SINGLE,
         rewritten: MutableSet[str] | None = None,
+        draws: Draws | None = None,
     ) -> None:
+        self.draws = Draws() if draws is None else draws
         self._on_use = on_use
         self._rewritten = set[str]() if rewritten is None else rewritten
         self._processes = world
@@ -90,10 +89,9 @@ class Objective:
             if parameter.requires_grad and (params_filter is None or params_filter(name, parameter))
         }
         if not chosen:
+            left = " left by `params_filter`" if params_filter else ""
             raise ConfigurationError(
-                "the model has no trainable parameter"
-                + (" left by `params_filter`" if params_filter else "")
-                + ": nothing to measure. Set `requires_grad` where training does."
+                f"the model has no trainable parameter{left}: nothing to measure. Set `requires_grad` where training does."
             )
         self.live_parameters = {name: parameter for name, parameter in of_model.items() if parameter.requires_grad}
         self.dtype = compute_dtype(chosen.values())
@@ -106,6 +104,7 @@ class Objective:
             name: widened(self.dtype, buffer) for name, buffer in model.named_buffers() if is_narrow(buffer.dtype)
         }
         self._module = LossModule(model, loss)
+        self._generators = Generators(kept=kept_generators(model, loss), shared=global_generators(self.device))
         self._norms = BatchNorms()
         self._statistics: dict[str, Tensor] = {}  # buffers that `_norms` write to, by name
 
@@ -126,15 +125,27 @@ class Objective:
         return {name: held[name].detach().requires_grad_() for name in self.live_parameters}
 
     @property
-    def can_run_live(self) -> bool:
-        """Whether the loss can be computed without substitutes: nothing is widened, sharded or written to."""
-        sharded = any(hasattr(parameter, "full_tensor") for parameter in self.live_parameters.values())
-        return not (self.is_widened or self._rewritten or sharded)
+    def live_obstacle(self) -> str | None:
+        """Why the loss cannot be computed and differentiated by the model's own parameters, or None."""
+        live = self.live_parameters.values()
+        if any(hasattr(parameter, "full_tensor") for parameter in live):
+            return "parameters are sharded"
+        if self._rewritten:
+            return "the loss changes parameters in place"
+        return "parameters have hooks that see their gradients" if any(map(has_gradient_hooks, live)) else None
 
     def of_live_parameters(self, batch: Any) -> SampleLosses:
-        """The losses of `batch` by the model as it is, as plain autograd has them."""
-        result: SampleLosses = self._module(to_dtype(batch, self.dtype))
-        return result
+        """The losses of `batch` by the model as it is, in its own dtype, as plain autograd has them."""
+        microbatch = as_microbatch(batch) if self.is_widened else as_microbatch(batch).in_dtype(self.dtype)
+        with self.draws.at(microbatch, self._generators):
+            return of_rows(self._module(microbatch, self._module.loss), microbatch.num_rows)
+
+    def with_loss(self, loss: LossFunction) -> "Objective":
+        """Another loss of the same parameters; what it changes in place and draws is its own."""
+        other = copy.copy(self)
+        other._module = LossModule(self._module.model, loss)
+        other._rewritten, other.draws = set(self._rewritten), Draws()
+        return other
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -149,29 +160,37 @@ class Objective:
     def __call__(self, batch: Any, values: Mapping[str, Tensor] | None = None, *, watch: Watch | None = None) -> SampleLosses:
         """Losses of `batch` with `values` in place of the parameters of the same name.
 
-        Where gradients are off the loss may take derivatives of its own all the same, and nothing is recorded.
+        Where gradients are off the loss may take derivatives of its own all the same. What it draws is the same in every call.
 
         Args:
-            batch: a microbatch.
+            batch: a `Microbatch`, or what one is made of.
             values: shards, where `parameters` has shards.
             watch: observes the parameters that are gathered on the way.
         """
-        values = values or {}
+        loss, values, microbatch = self._module.loss, values or {}, as_microbatch(batch)
         if torch.is_grad_enabled():
-            return self._evaluated(batch, values, watch)
+            return of_rows(self._called(loss, microbatch, values, watch), microbatch.num_rows)
         with value_only():
             constant = {name: value.detach() if value.requires_grad else value for name, value in values.items()}
-            return self._evaluated(batch, constant, watch).detached()
+            return of_rows(self._called(loss, microbatch, constant, watch), microbatch.num_rows).detached()
 
-    def _evaluated(self, batch: Any, values: Mapping[str, Tensor], watch: Watch | None) -> SampleLosses:
+    def with_leaves(self, function: _Function[R], batch: Any) -> R:
+        """What a function of model and batch returns where all parameters are leaves that require gradients."""
+        with torch.enable_grad(), self.saving():
+            return self._called(function, batch, self.leaves(), None)
+
+    def _called(self, function: _Function[R], batch: Any, values: Mapping[str, Tensor], watch: Watch | None) -> R:
         merged = {**self._constants, **self.parameters, **values}
         merged |= {name: merged[name].clone() for name in self._rewritten}
         merged |= {name: merged.get(name, buffer).clone() for name, buffer in self._statistics.items()}
         shards = {name: merged.pop(name) for name in self._sharded}
-        replaced = {_PREFIX + name: tensor for name, tensor in merged.items()}
+        replaced = {f"model.{name}": tensor for name, tensor in merged.items()}
         gathering = nullcontext() if self._on_use is None else self._on_use.using(shards, watch)
-        with gathering, substituted(self._module, replaced), self._norms.in_training_mode():
-            result: SampleLosses = self._module(to_dtype(batch, self.dtype))
+        microbatch = as_microbatch(batch).in_dtype(self.dtype)
+        draws = self.draws if function is self._module.loss else Draws()
+        in_place, norms = substituted(self._module, replaced), self._norms.in_training_mode()
+        with draws.at(microbatch, self._generators), gathering, in_place, norms:
+            result: R = self._module(microbatch, function)
         return result
 
     def watch_writes(self, batch: Any) -> WriteWatch:
@@ -233,7 +252,7 @@ class Objective:
         return nullcontext() if self._on_use is None else self._on_use.saving()
 
     @property
-    def size_of(self) -> "SizedBuild | None":
+    def size_of(self) -> SizedBuild | None:
         """A function that builds a graph and measures its size by counting saved tensors; None where the graph can be asked."""
         return None if self._on_use is None else self._on_use.size_of
 
@@ -243,7 +262,10 @@ class Objective:
         Raises:
             ProbeError: no sample has a valid target, or L is not finite.
         """
-        losses = [self(batch, values) for batch in microbatches]
+        return self.mean_of([self(batch, values) for batch in microbatches])
+
+    def mean_of(self, losses: Sequence[SampleLosses]) -> Tensor:
+        """The same of the losses of these microbatches."""
         num_targets = int(self._processes.total(torch.tensor(sum(int(loss.num_targets.sum()) for loss in losses))))
         if num_targets == 0:
             raise ProbeError("no sample of this probe has a valid target: the loss is undefined.")
@@ -263,17 +285,3 @@ class Objective:
             for name, value in tensors.items()
         }
         return {name: widened(self.dtype, value) for name, value in held.items()}
-
-
-def gradients(loss: Tensor, leaves: Mapping[str, Tensor], *, again: bool = False) -> dict[str, Tensor]:
-    """Name to the gradient of `loss`; zero where it does not depend on the leaf. Cost: one backward pass.
-
-    Args:
-        loss: 0-d.
-        leaves: what to differentiate by.
-        again: whether to keep its graph for another backward pass.
-    """
-    if not loss.requires_grad:
-        return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-    values = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True, retain_graph=again)
-    return dict(zip(leaves, values, strict=True))

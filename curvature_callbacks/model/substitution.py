@@ -1,14 +1,15 @@
 """Other tensors in place of a model's parameters and buffers, for as long as a loss is computed."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 from torch import Tensor, nn
 
 from curvature_callbacks.library_internals.modules import buffers_of, parameters_of
 from curvature_callbacks.model.loss.resolve import LossFunction
-from curvature_callbacks.model.loss.sample_losses import SampleLosses
+
+R = TypeVar("R")
 
 
 @final
@@ -23,11 +24,11 @@ class LossModule(nn.Module):
     def __init__(self, model: nn.Module, loss: LossFunction) -> None:
         super().__init__()
         self.model = model
-        self._loss = loss
+        self.loss = loss
 
-    def forward(self, batch: Any) -> SampleLosses:
-        """The losses of `batch`."""
-        return self._loss(self.model, batch)
+    def forward(self, batch: Any, function: Callable[[nn.Module, Any], R]) -> R:
+        """What `function` returns for the model and `batch`: its losses, or what tells how these come about."""
+        return function(self.model, batch)
 
 
 @contextmanager

@@ -13,7 +13,8 @@ from curvature_callbacks.linalg.inner_products import InnerProducts
 from curvature_callbacks.linalg.lanczos.options import LanczosOptions
 from curvature_callbacks.linalg.lanczos.solver import solve
 from curvature_callbacks.linalg.operator import Operator
-from curvature_callbacks.model.objective import Objective, gradients
+from curvature_callbacks.model.gradients import gradients
+from curvature_callbacks.model.objective import Objective
 from curvature_callbacks.operators.capabilities import SelfCheck
 from curvature_callbacks.operators.vectors import flatten, unflatten
 

@@ -8,18 +8,19 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from curvature_callbacks.batches import batch_size, take_rows
 from curvature_callbacks.errors import ConfigurationError, ProbeError, check_choice
 from curvature_callbacks.linalg.eigenpairs import Eigenpairs
 from curvature_callbacks.linalg.gram_eigenpairs import eigenpairs_of_gram
 from curvature_callbacks.linalg.lanczos.options import LanczosOptions
 from curvature_callbacks.linalg.lanczos.solver import solve
 from curvature_callbacks.linalg.operator import JacobianOperator
+from curvature_callbacks.microbatch import Microbatch, as_microbatch
 from curvature_callbacks.model.checks import refusing_single_derivatives
+from curvature_callbacks.model.gradients import gradients
 from curvature_callbacks.model.loss.fisher_type import FisherType, SampleUnit
 from curvature_callbacks.model.loss.sample_losses import SampleLosses
 from curvature_callbacks.model.loss.surrogates import Surrogate, surrogates
-from curvature_callbacks.model.objective import Objective, gradients
+from curvature_callbacks.model.objective import Objective
 from curvature_callbacks.operators.capabilities import SelfCheck
 from curvature_callbacks.operators.graphs import MicrobatchOperator
 from curvature_callbacks.operators.jacobian import DirectLossJacobian, LossJacobian, SlopedLossJacobian
@@ -66,6 +67,7 @@ class FisherOperator(MicrobatchOperator[LossJacobian]):
         num_draws: int,
     ) -> None:
         check_choice("sample_unit", sample_unit, get_args(SampleUnit))
+        microbatches = [as_microbatch(batch) for batch in microbatches]
         super().__init__(objective, microbatches, names)
         self.sample_unit = sample_unit
         self.num_draws = num_draws
@@ -110,7 +112,7 @@ class FisherOperator(MicrobatchOperator[LossJacobian]):
     def _graph(self, index: int) -> LossJacobian:
         return self._loss_jacobian(self._losses(index, curved=False), index)
 
-    def _built(self, microbatches: Sequence[Any], rows: Sequence[Tensor]) -> bool:
+    def _built(self, microbatches: Sequence[Microbatch], rows: Sequence[Tensor]) -> bool:
         """Graphs of these rows; False, and nothing to rely on, when something in them is not finite."""
         self._microbatches = microbatches
         noted: list[tuple[Tensor, int, int, bool]] = []
@@ -130,17 +132,17 @@ class FisherOperator(MicrobatchOperator[LossJacobian]):
         self._scale = 1 / max(self.normaliser, 1)
         return all(is_finite for *_, is_finite in noted)
 
-    def _finite_part(self, microbatches: Sequence[Any]) -> tuple[list[Any], list[Tensor]]:
+    def _finite_part(self, microbatches: Sequence[Microbatch]) -> tuple[list[Microbatch], list[Tensor]]:
         """The rows with a finite gradient, in their microbatches, and their numbers."""
         kept, numbers = [], []
         for batch, of_batch in zip(microbatches, _row_numbers(microbatches), strict=True):
-            finite = [row for row in torch.arange(len(of_batch)) if self._is_finite(take_rows(batch, row[None]))]
-            if finite:
-                kept.append(take_rows(batch, torch.stack(finite)))
-                numbers.append(of_batch[torch.stack(finite)])
+            finite = torch.tensor([self._is_finite(row) for row in batch.singles()]).nonzero()[:, 0]
+            if len(finite):
+                kept.append(batch.take(finite))
+                numbers.append(of_batch[finite])
         return kept, numbers
 
-    def _is_finite(self, row: Any) -> bool:
+    def _is_finite(self, row: Microbatch) -> bool:
         """Whether the loss and the gradient of a single row are finite. Cost: that gradient."""
         loss = self._objective(row, self._named_leaves).total
         parts = gradients(loss, self._named_leaves).values()
@@ -235,7 +237,7 @@ class SampledFisherOperator(FisherOperator):
         self._drawn: dict[int, list[Surrogate]] = {}
         super().__init__(objective, microbatches, names, sample_unit=sample_unit, num_draws=num_draws)
 
-    def _built(self, microbatches: Sequence[Any], rows: Sequence[Tensor]) -> bool:
+    def _built(self, microbatches: Sequence[Microbatch], rows: Sequence[Tensor]) -> bool:
         self._drawn.clear()  # those of other rows
         return super()._built(microbatches, rows)
 
@@ -279,7 +281,7 @@ def _slope_by_logits(total: Tensor, logits: Tensor) -> Tensor:
     return slope
 
 
-def _row_numbers(microbatches: Sequence[Any]) -> list[Tensor]:
+def _row_numbers(microbatches: Sequence[Microbatch]) -> list[Tensor]:
     """Row numbers of each microbatch, counted over all."""
-    sizes = [batch_size(batch) for batch in microbatches]
+    sizes = [batch.num_rows for batch in microbatches]
     return list(torch.split(torch.arange(sum(sizes)), sizes))

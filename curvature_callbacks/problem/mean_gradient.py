@@ -8,7 +8,8 @@ from typing import Any, final
 from torch import Tensor
 
 from curvature_callbacks.device import synchronise
-from curvature_callbacks.model.objective import Objective, gradients
+from curvature_callbacks.model.gradients import gradients
+from curvature_callbacks.model.objective import Objective
 
 
 @final
@@ -18,10 +19,14 @@ class MeanGradient:
 
     Attributes:
         by_name: parameter name to its gradient, in the parameter's shape; the shard's where parameters are sharded.
+        loss: this process's part of the mean loss.
+        microbatch_losses: the mean loss of each microbatch that has a valid target.
         seconds: wall time it took.
     """
 
     by_name: Mapping[str, Tensor]
+    loss: Tensor
+    microbatch_losses: Sequence[float]
     seconds: float
 
 
@@ -31,7 +36,13 @@ def mean_gradient(objective: Objective, microbatches: Sequence[Any]) -> MeanGrad
     start = time.perf_counter()
     leaves = objective.leaves()
     with objective.saving():
-        mean = objective.mean(microbatches, leaves)
+        losses = [objective(batch, leaves) for batch in microbatches]
+        mean = objective.mean_of(losses)
     by_name = gradients(mean, leaves)
     synchronise(objective.device)
-    return MeanGradient(by_name=by_name, seconds=time.perf_counter() - start)
+    return MeanGradient(
+        by_name=by_name,
+        loss=mean.detach(),
+        microbatch_losses=[float(each.total.detach() / each.num_targets.sum()) for each in losses if each.num_targets.any()],
+        seconds=time.perf_counter() - start,
+    )

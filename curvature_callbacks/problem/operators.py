@@ -3,16 +3,16 @@
 from abc import ABC
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from curvature_callbacks.batches import batch_size
 from curvature_callbacks.errors import ProbeError, RefusedError
 from curvature_callbacks.gram.probe_grams import ProbeGrams
 from curvature_callbacks.linalg.inner_products import InnerProducts
 from curvature_callbacks.linalg.operator import Operator
+from curvature_callbacks.microbatch import Microbatch
 from curvature_callbacks.model.checks import check_second_derivatives
 from curvature_callbacks.model.loss.fisher_type import EMPIRICAL, FisherType, SampleUnit
 from curvature_callbacks.model.loss.sharing import Sharing
@@ -46,7 +46,7 @@ class ProblemOperators(ABC):
     """
 
     model: nn.Module
-    microbatches: Sequence[Any]
+    microbatches: Sequence[Microbatch]
     objective: Objective
     trained: TrainedLoss
     grams: ProbeGrams
@@ -61,7 +61,7 @@ class ProblemOperators(ABC):
 
     @property
     def _own_rows(self) -> int:
-        return sum(map(batch_size, self.microbatches))
+        return sum(microbatch.num_rows for microbatch in self.microbatches)
 
     def hessian(self, names: Names = None) -> HessianOperator | ReplicatedOperator:
         """The Hessian of the mean loss, restricted to the named parameters.

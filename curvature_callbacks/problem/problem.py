@@ -12,17 +12,19 @@ from curvature_callbacks.gram.probe_grams import ProbeGrams
 from curvature_callbacks.model.batch_norm import BatchNorm
 from curvature_callbacks.model.blocks import BlockStructure
 from curvature_callbacks.model.checks import check_model
+from curvature_callbacks.model.loss.averages import Settling
 from curvature_callbacks.model.loss.fisher_type import FisherType
 from curvature_callbacks.model.loss.resolve import Loss
 from curvature_callbacks.model.loss.sharing import Sharing
 from curvature_callbacks.model.objective import ParamsFilter
 from curvature_callbacks.model.stability import Optimizers
+from curvature_callbacks.probes import with_seeds
+from curvature_callbacks.problem.certificate import prove_objective
 from curvature_callbacks.problem.deadline import NO_DEADLINE, Deadline
 from curvature_callbacks.problem.mean_gradient import mean_gradient
 from curvature_callbacks.problem.memory import ProbeMemory
 from curvature_callbacks.problem.occasion import Occasion
 from curvature_callbacks.problem.operators import ProblemOperators
-from curvature_callbacks.problem.reach import check_reach
 from curvature_callbacks.problem.subject import Subject
 from curvature_callbacks.problem.targets import check_targets
 from curvature_callbacks.problem.trained_loss import TrainedLoss
@@ -39,7 +41,7 @@ class Problem(ProblemOperators):
 
     Args:
         model: the module training runs, unwrapped.
-        microbatches: moved to the model's device.
+        microbatches: `Microbatch` objects, or batches whose rows are counted by inspection; moved to the model's device.
         loss: see `resolve_loss`.
         params_filter: `(name, parameter) -> bool`, which trainable parameters to measure; default all.
         block_structure: see `group_blocks`.
@@ -51,10 +53,11 @@ class Problem(ProblemOperators):
         world: the processes whose microbatches make up the problem; each has the model, and calls every method that computes,
             in the same order.
         deadline: when the probe's time is up, for iterative measurements to end early.
-        batch_norm: statistics of the batch, as in training (`batch`), for Hessians and the GGN on whole batches, without what
-            is made of single rows; running ones for all (`eval`, and None).
+        batch_norm: statistics of the batch, as in training (`batch`), or running ones (`eval`); None for `batch` in Hessians
+            and the GGN, on whole batches, and for `eval` in all that is made of single rows.
 
     Attributes:
+        microbatches: `Microbatch` objects on the model's device; `objective` takes them, the loss gets their `.content`.
         objective: the loss on running statistics, for what is made of single rows.
         trained: the loss as it trains, on whole batches where it couples their rows.
         grams: `problem.grams()` gives the block Grams of a type of Fisher; its methods what else their passes tell.
@@ -114,11 +117,11 @@ class Problem(ProblemOperators):
         self.world = occasion.world
         self.deadline = occasion.deadline
         self._memory = subject.memory
-        self.objective, self.microbatches = subject.objective(microbatches, self.world)
+        self.objective, self.microbatches = subject.objective(with_seeds(microbatches, self.seed, self.world), self.world)
         self.blocks = subject.blocks(self.objective.parameters)
         self.max_gram_rows = _MAX_GRAM_ROWS
         self.gradient_seconds = 0.0  # wall time of one gradient, once `gradients` was asked for
-        self._memory = subject.memory
+        self.loss, self.microbatch_losses = float("nan"), list[float]()  # their means, likewise
         self.trained = TrainedLoss(subject, occasion, self.objective, self.microbatches)
         context = GramContext(
             objective=self.objective,
@@ -129,22 +132,53 @@ class Problem(ProblemOperators):
         )
         self.grams = ProbeGrams(context, self.microbatches, self.blocks, sharing=sharing)
 
-    def check(self, fisher_types: Sequence[FisherType] = ()) -> None:
-        """Raise a `ConfigurationError` when no sample has a valid target, the loss has not one of these types of Fisher, or our
-        route misses a parameter that the loss trains.
+    def settle_loss(self) -> None:
+        """Find out how the loss averages and shifts, or look whether that still holds; once a probe, on all processes.
 
-        Cost: one forward pass, and once a run one or two of one microbatch.
+        Raises:
+            ProbeError: several ways are possible that make different numbers of these microbatches.
+
+        Cost: forward passes of few rows at two probes of a run, and at one that is the first with new kinds of batches; see
+        `OwnLoss`.
+        """
+        if self._memory.settled_at == self.step:
+            return
+        if isinstance(self._memory.loss, Settling):
+            with self.world.together():
+                self._memory.loss.settle(self.objective.with_leaves, self.microbatches, self.world)
+        self._memory.settled_at = self.step
+
+    def check(self, fisher_types: Sequence[FisherType] = (), *, rows: int | None = None) -> None:
+        """Raise a `ConfigurationError` when no sample has a valid target, the loss has not one of these types of Fisher, or the
+        objective is not the one that trains (see `prove_objective`, once a run).
+
+        Args:
+            fisher_types: that measurements ask for.
+            rows: to prove the objective at; default an eighth of the problem's.
+
+        Cost: one forward pass, and once a run at most one gradient of the problem's rows.
         """
         targets = check_targets(self.objective, self.microbatches, fisher_types, seed=self.seed, world=self.world)
         self._memory.coupled = self._memory.coupled or targets.coupled
-        if not self._memory.is_reached:
-            check_reach(self.objective, self.microbatches[targets.counts.index(max(targets.counts))])
-            self._memory.is_reached = True
+        if self._memory.proof is None:
+            prove_objective(
+                self.objective,
+                self.microbatches[targets.counts.index(max(targets.counts))],
+                self._memory,
+                most_rows=max(2, self._own_rows // 8) if rows is None else rows,
+                seed=self.seed,
+                world=self.world,
+            )
 
     def prove(self) -> None:
         """Check once a run: of a stream nothing may have been checked before training."""
-        if not self._memory.is_reached:
+        if self._memory.proof is None:
             self.check()
+
+    @property
+    def proof(self) -> Mapping[str, Any]:
+        """What the certificate of the objective found, JSON-able; empty until it was made."""
+        return self._memory.proof or {}
 
     @cached_property
     def gradients(self) -> Mapping[str, Tensor]:
@@ -155,6 +189,8 @@ class Problem(ProblemOperators):
         with self.world.together():
             local = mean_gradient(self.objective, self.microbatches)
             self.gradient_seconds = local.seconds
+        self.loss = float(self.world.total(local.loss))
+        self.microbatch_losses = [each for losses in self.world.gathered(local.microbatch_losses) for each in losses]
         if self._has_all_rows:
             return local.by_name
         return {name: self.world.total(gradient) for name, gradient in local.by_name.items()}

@@ -1,19 +1,35 @@
 """Which trainable parameters a loss depends on: one that our route misses and training does not would be measured as zero."""
 
 from collections.abc import Iterable, Mapping, Set
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.library_internals.tensors import has_gradient_hooks
+from curvature_callbacks.model.loss.sample_losses import SampleLosses
 from curvature_callbacks.model.objective import Objective
 from curvature_callbacks.operators.graphs import graph_nodes
 
 
-def check_reach(objective: Objective, batch: Any) -> None:
-    """Check that every parameter that the loss of `batch` trains is reached by way of its substitute.
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Reached:
+    """The losses of a microbatch with their graph.
+
+    Attributes:
+        losses: of the microbatch.
+        stand_ins: of all trainable parameters, by name.
+    """
+
+    losses: SampleLosses
+    stand_ins: Mapping[str, Tensor]
+
+
+def check_reach(objective: Objective, batch: Any) -> Reached:
+    """The losses of `batch`, every parameter that they train reached by way of its substitute.
 
     Call it after the first pass without gradients, in which a loss settles its form and may call the model more often.
 
@@ -29,7 +45,7 @@ def check_reach(objective: Objective, batch: Any) -> None:
     leaves = graph_leaves([losses.total])
     missed = {name for name, parameter in live.items() if id(parameter) in leaves}
     unreached = [name for name, leaf in stand_ins.items() if id(leaf) not in leaves]
-    if unreached and not missed and objective.can_run_live:
+    if unreached and not missed and objective.live_obstacle is None:
         with torch.enable_grad():
             of_live = graph_leaves([objective.of_live_parameters(batch).total])
         missed = {name for name in unreached if id(live[name]) in of_live}
@@ -41,6 +57,7 @@ def check_reach(objective: Objective, batch: Any) -> None:
         )
     if int(losses.num_targets.sum()) > 0:
         _refuse_without_gradient(leaves, {id(leaf) for leaf in stand_ins.values()})
+    return Reached(losses, stand_ins)
 
 
 def _refuse_without_gradient(leaves: Mapping[int, Tensor], parameters: Set[int]) -> None:

@@ -1,22 +1,45 @@
 """The valid targets of a process's microbatches, and whether the loss has what measurements ask of it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Final, final
 
 import torch
 
 from curvature_callbacks.errors import ConfigurationError
+from curvature_callbacks.microbatch import Microbatch, few_rows
 from curvature_callbacks.model.loss.fisher_type import EMPIRICAL, FisherType
 from curvature_callbacks.model.loss.surrogates import surrogates
 from curvature_callbacks.model.objective import Objective
 from curvature_callbacks.processes.world import World
+
+_REPEATED: Final = 1e-5  # relative difference of two evaluations; nondeterministic kernels of float32 give 1e-6
+_ROUNDING: Final = 1e-6  # of the loss of a row, where gains and losses cancel
 
 
 def num_valid_targets(objective: Objective, microbatches: Sequence[Any]) -> int:
     """`sum_i n_i` over these microbatches. Cost: one forward pass."""
     with torch.no_grad():
         return sum(int(objective(batch).num_targets.sum()) for batch in microbatches)
+
+
+def check_repeatable(objective: Objective, microbatch: Microbatch) -> None:
+    """Raise a `ConfigurationError` where two evaluations of the loss differ by more than nondeterministic kernels do.
+
+    Cost: two forward passes over two rows, or over all of a microbatch that stays whole.
+    """
+    rows = few_rows(microbatch)
+    with torch.no_grad():
+        first, second = objective(rows), objective(rows)
+    values = float(first.total), float(second.total)
+    rounding = max(_REPEATED * max(map(abs, values)), _ROUNDING * len(first.num_targets))
+    if math.isfinite(values[0] - values[1]) and abs(values[0] - values[1]) > rounding:
+        raise ConfigurationError(
+            f"the loss of the same rows at the same parameters is {values[0]:.6g} and then {values[1]:.6g}: it draws from a "
+            "generator that a probe cannot find (a global variable, one within an object), or counts its calls. Let it draw "
+            "from the global generators or from one that is an attribute of a module or of the loss function's closure."
+        )
 
 
 @final

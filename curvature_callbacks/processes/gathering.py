@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, UntypedStorage, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from curvature_callbacks.batches import batch_size, take_rows
 from curvature_callbacks.device import device_budget
 from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.library_internals.fsdp import is_fully_sharded, sharded_parameters
@@ -36,6 +35,14 @@ _VECTORS: Final = 4  # of parameters, in float32: their values, a vector, its pr
 
 Built = TypeVar("Built")
 LinearMap = Callable[[Tensor], Tensor]
+
+
+class SizedBuild(Protocol):
+    """A function that builds a graph and returns it with its size in bytes."""
+
+    def __call__(self, build: Callable[[], Built], /) -> tuple[Built, int]:
+        """The graph that `build` builds, and the bytes of the tensors it saved."""
+        ...
 
 
 class Watch(Protocol):
@@ -270,13 +277,6 @@ def on_use_parameters(model: nn.Module, world: World, device: torch.device) -> O
             "root too."
         )
     return on_use
-
-
-def in_step(microbatches: Sequence[Any], world: World) -> list[Any]:
-    """As many microbatches, of as many rows, on every process: every pass gathers parameters, and all must take part."""
-    sizes = world.gathered([batch_size(batch) for batch in microbatches])
-    common = [min(of_processes) for of_processes in zip(*sizes, strict=False)]
-    return [take_rows(batch, torch.arange(size)) for batch, size in zip(microbatches, common, strict=False)]
 
 
 class _LinearMap(torch.autograd.Function):

@@ -3,13 +3,14 @@
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, final
 
 from torch import nn
 from torch.utils.data import DataLoader
 
-from curvature_callbacks.errors import ConfigurationError, is_out_of_memory, named
+from curvature_callbacks.errors import ConfigurationError, ProbeError, is_out_of_memory, named
 from curvature_callbacks.measurements import Checked, Measurement, OfFisher
 from curvature_callbacks.model.batch_norm import BatchNorm
 from curvature_callbacks.model.blocks import BlockStructure
@@ -17,6 +18,7 @@ from curvature_callbacks.model.loss.resolve import Loss
 from curvature_callbacks.model.objective import ParamsFilter
 from curvature_callbacks.model.stability import Optimizers
 from curvature_callbacks.probes import CapturedProbes, Draw, Probes, as_probes, stable_seed
+from curvature_callbacks.problem.targets import check_repeatable
 from curvature_callbacks.processes.group import current_world
 from curvature_callbacks.record import PROBE, Record
 from curvature_callbacks.run.choice import chosen_measurements
@@ -27,6 +29,7 @@ from curvature_callbacks.run.probe_record import PROBE_HEADLINE, probe_record
 from curvature_callbacks.run.schedules import LossSpike, Schedule
 from curvature_callbacks.run.settings import EVERY_N_STEPS, Settings
 from curvature_callbacks.run.setup import Setup
+from curvature_callbacks.run.training_losses import TrainingLosses
 from curvature_callbacks.sinks import MemorySink, Sink
 
 _logger = logging.getLogger("curvature_callbacks")
@@ -64,8 +67,8 @@ class CurvatureMonitor:
         microbatch_size: rows of each.
         seed: with the step it determines every draw and start vector.
         optimizer: what trains the model, or several of them, for measurements of it (`EdgeRatio`); only read.
-        batch_norm: statistics of the batch, as in training (`batch`), for Hessians, the GGN and `EdgeRatio` on whole batches of
-            the size of training, without what is made of single rows; running ones for all (`eval`, and None).
+        batch_norm: statistics of the batch, as in training (`batch`), or running ones (`eval`); None for `batch` in Hessians,
+            the GGN and `EdgeRatio`, on whole batches of the size of training, and for `eval` in Fishers, Grams and K-FAC.
 
     Attributes:
         history: every record so far.
@@ -134,6 +137,7 @@ class CurvatureMonitor:
     def _begin(self, setup: Setup) -> None:
         settings = self._settings = setup.settings
         self._subject = setup.new_subject()
+        self._has_batch_norms = self._subject.has_batch_norms()
         self._probes = setup.probes
         self._measure = chosen_measurements(settings.measure)
         self._pace = Pace(settings.when, max_overhead=settings.max_overhead, spike=settings.spike)
@@ -143,6 +147,7 @@ class CurvatureMonitor:
         self._sinks: list[Sink] = [self._memory, *setup.sinks]
         self._sink_seconds = 0.0  # what the sinks took at the previous probe
         self._checked = False
+        self._losses = TrainingLosses()
 
     @property
     def history(self) -> list[Record]:
@@ -179,7 +184,10 @@ class CurvatureMonitor:
     def _check_probe(self, probe: Probe) -> None:
         problem = probe.problem(probe.microbatches, sharing=self._probing.sharing)
         probe.watch_writes(problem)
+        with suppress(ProbeError):  # several forms are possible: the probe records it, and the next one looks again
+            problem.settle_loss()
         problem.check([each.fisher_type for each in self._measure if isinstance(each, OfFisher)])
+        check_repeatable(problem.objective, problem.microbatches[0])
         for measurement in self._measure:
             if isinstance(measurement, Checked):
                 measurement.check(problem)
@@ -189,9 +197,10 @@ class CurvatureMonitor:
 
         Args:
             step: optimizer steps completed; decides whether to measure.
-            loss: of training since the last call, for `spike`.
+            loss: of training since the last call, for `spike`, and to stand beside the probe's own in its record.
             logged_as: the step the records carry, where the loop's loggers count otherwise; default `step`.
         """
+        self._losses.note(loss)
         trigger = self._pace.advance(step, loss, current_world())
         if trigger is None:
             return []
@@ -216,7 +225,9 @@ class CurvatureMonitor:
         if not isinstance(self._probes, CapturedProbes):
             return
         with self._failures.reported("captured batches", "curvature probes could not keep a training batch"):
-            self._probes.offer(batch)
+            memory = self._subject.memory
+            may_couple = self._has_batch_norms or memory.coupled is not None or memory.proof is None
+            self._probes.offer(batch, whole=may_couple)
 
     def state_dict(self, *, tensors: bool = True) -> dict[str, Any]:
         """What a checkpoint needs: the last step seen, the failures in a row, and the states of measurements.
@@ -251,6 +262,7 @@ class CurvatureMonitor:
                     problem,
                     records,
                     failures=self._failures,
+                    training_losses=self._losses,
                     seconds=seconds,
                     sink_seconds=self._sink_seconds,
                     skipped=self._probing.skipped,

@@ -129,7 +129,7 @@ class Pace:
     def _note_loss(self, step: int, loss: Any, world: World) -> None:
         if self._spike is None:
             return
-        known = [value for value in world.gathered(_number(loss)) if value is not None]
+        known = [value for value in world.gathered(as_number(loss)) if value is not None]
         if not known:
             return
         value = statistics.fmean(known)
@@ -148,7 +148,7 @@ class Pace:
         return value > statistics.fmean(self._losses) + self._spike.num_std * statistics.pstdev(self._losses)
 
 
-def _number(loss: Any) -> float | None:
+def as_number(loss: Any) -> float | None:
     """`loss`, where it is one number; whatever else a loop hands over must not end training, or leave other processes alone."""
     try:
         return None if loss is None else float(loss)

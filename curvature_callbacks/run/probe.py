@@ -5,25 +5,27 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, final
 
 import torch
 
-from curvature_callbacks.batches import at_most, batch_size
-from curvature_callbacks.errors import ConfigurationError, is_out_of_memory
+from curvature_callbacks.errors import ConfigurationError, ProbeError, is_out_of_memory
 from curvature_callbacks.gram.memory import GramMemory
-from curvature_callbacks.isolation.model import isolated
+from curvature_callbacks.isolation.model import isolated, seeded
 from curvature_callbacks.library_internals.fsdp import reshard
 from curvature_callbacks.measurements import Measurement, OfKronecker
+from curvature_callbacks.microbatch import Microbatch, at_most
 from curvature_callbacks.model.blocks import group_blocks
 from curvature_callbacks.model.loss.fisher_type import FisherType
 from curvature_callbacks.model.loss.resolve import is_function
 from curvature_callbacks.model.loss.sharing import Sharing
-from curvature_callbacks.probes import Probes
+from curvature_callbacks.probes import Probes, with_seeds
 from curvature_callbacks.problem.deadline import NO_DEADLINE, Deadline
 from curvature_callbacks.problem.occasion import Occasion
 from curvature_callbacks.problem.problem import Problem
 from curvature_callbacks.problem.subject import Subject
+from curvature_callbacks.problem.training_mode import settle_training_mode
 from curvature_callbacks.processes.fsdp import check_model_over_processes, take_buffers
 from curvature_callbacks.processes.world import World
 from curvature_callbacks.record import Record
@@ -48,20 +50,22 @@ class Probe:
         microbatches: as they were drawn.
     """
 
-    def __init__(self, subject: Subject, microbatches: Sequence[Any], occasion: Occasion, written: ExitStack) -> None:
+    def __init__(self, subject: Subject, microbatches: Sequence[Microbatch], occasion: Occasion, written: ExitStack) -> None:
         self.microbatches = microbatches
         self._subject = subject
         self._occasion = occasion
         self._written = written
 
-    def problem(self, microbatches: Sequence[Any], *, sharing: Mapping[FisherType, Sharing]) -> Problem:
+    def problem(self, microbatches: Sequence[Microbatch], *, sharing: Mapping[FisherType, Sharing]) -> Problem:
         """The problem of these microbatches.
 
         Args:
             microbatches: those drawn, or smaller ones of the same rows.
             sharing: types of Fisher whose Grams are to come with Kronecker factors, and how positions enter these.
         """
-        return Problem.of(self._subject, microbatches, self._occasion, sharing)
+        problem = Problem.of(self._subject, microbatches, self._occasion, sharing)
+        settle_training_mode(problem, self._subject.memory, self._occasion.in_training)
+        return problem
 
     def watch_writes(self, problem: Problem) -> None:
         """Find out what the loss changes in place; it is put back now and after the probe. Cost: one forward pass."""
@@ -106,9 +110,22 @@ def isolated_probe(
             yield None
             return
         assert microbatches is not None
-        occasion = Occasion(seed=seed, step=step, world=world, deadline=Deadline.after(max_seconds), in_training=in_training)
+        occasion = Occasion(
+            seed=seed,
+            step=step,
+            world=world,
+            deadline=Deadline.after(max_seconds),
+            in_training=in_training,
+            draw_whole=partial(_drawn_whole, subject, probes, seed, world),
+        )
         with ExitStack() as written:
-            yield Probe(subject, microbatches, occasion, written)
+            yield Probe(subject, with_seeds(microbatches, seed, world), occasion, written)
+
+
+def _drawn_whole(subject: Subject, probes: Probes, seed: int, world: World) -> Sequence[Any] | None:
+    """Whole batches of the probe with this seed, whatever was drawn and measured before."""
+    with seeded(subject.model, seed=world.seed(seed)):
+        return probes.draw_whole(seed)
 
 
 @final
@@ -116,8 +133,9 @@ class Probing:
     """Runs the measurements of each probe.
 
     Where memory runs out a measurement is tried again on the same rows in microbatches of half the size, down to single rows;
-    the size that worked is kept for the rest of the run. What would begin after a probe's time is up waits for the next probe,
-    which begins with it.
+    the size that worked is kept for the rest of the run. A microbatch of a layout that is not known stays whole, and where all
+    do the measurement fails; so does one that has taken whole batches, because the loss couples their rows. What would begin
+    after a probe's time is up waits for the next probe, which begins with it.
 
     Args:
         measure: what to measure.
@@ -170,31 +188,63 @@ class Probing:
     def _tried(self, measurement: Measurement, problem: Problem) -> list[Record] | None:
         """The records of one measurement; None where memory ran out and there are smaller microbatches."""
         name, start, world = measurement.name, time.perf_counter(), problem.world
+        num_taken = problem.trained.num_taken
         try:
+            problem.settle_loss()
             with world.together():
                 problem.prove()
                 state = self.states[name] if name in self.states else measurement.init(problem)
                 records, state = measurement.measure(problem, state)
                 seconds = world.average(time.perf_counter() - start)
         except Exception as error:
-            if is_out_of_memory(error) and world.anywhere(max(map(batch_size, problem.microbatches)) > 1):
+            uncut = problem.trained.coupling if problem.trained.num_taken > num_taken else None
+            if is_out_of_memory(error) and world.anywhere(uncut is None and _most_rows(problem.microbatches) > 1):
                 self._failures.warn_once(
                     "memory", f"memory ran out in `{name}`, which is tried with smaller microbatches", error
                 )
                 return None
-            return [self._failures.failed(name, problem.step, error)]
+            return [self._failures.failed(name, problem.step, _with_reason(error, problem.microbatches, uncut))]
         self.states[name] = state  # only now: every process has got here
         self._failures.succeeded(name)
-        return [replace(record, seconds=seconds) for record in records]
+        in_training = any(module.training for module in problem.model.modules())  # where the loss would be another one without
+        about = {"random": problem.objective.draws.is_random, "training_mode": in_training}
+        facts = {name: True for name, holds in about.items() if holds}
+        return [replace(record, seconds=seconds, metadata={**record.metadata, **facts}) for record in records]
 
-    def _smaller(self, microbatches: Sequence[Any]) -> list[Any]:
+    def _smaller(self, microbatches: Sequence[Microbatch]) -> list[Microbatch]:
         """Halves, after what the failed try held was let go."""
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        limit = -(-max(map(batch_size, microbatches)) // 2)
+        limit = max(1, -(-_most_rows(microbatches) // 2))
         self._memory.row_limit = limit
         return at_most(microbatches, limit)
+
+
+def _with_reason(error: Exception, microbatches: Sequence[Microbatch], coupling: str | None) -> Exception:
+    """The error; where memory ran out, with why the microbatches are not made smaller."""
+    if not is_out_of_memory(error):
+        return error
+    if coupling is not None:
+        reason = (
+            f"memory ran out, and a batch of the size of training is never cut where the loss couples its rows ({coupling}): "
+            "measure fewer parameters (`params_filter`), or batch norms on running statistics (`batch_norm`='eval')."
+        )
+    elif any(microbatch.is_whole for microbatch in microbatches):
+        reason = (
+            "memory ran out, and a microbatch stays whole whose tensors have not one row each for its rows: take fewer rows "
+            "(`microbatch_size`)."
+        )
+    else:
+        return error
+    whole = ProbeError(reason)
+    whole.__cause__ = error
+    return whole
+
+
+def _most_rows(microbatches: Sequence[Microbatch]) -> int:
+    """Of those that can be cut; 0 where all stay whole."""
+    return max((microbatch.num_rows for microbatch in microbatches if not microbatch.is_whole), default=0)
 
 
 def _turn(name: str, waited: Sequence[str]) -> int:

@@ -6,10 +6,10 @@ from typing import Any, Final
 
 import torch
 
-from curvature_callbacks.batches import batch_size
 from curvature_callbacks.problem.problem import Problem
 from curvature_callbacks.record import PROBE, Record
 from curvature_callbacks.run.failures import Failures
+from curvature_callbacks.run.training_losses import TrainingLosses
 
 PROBE_HEADLINE: Final = ("probe_seconds", "failed")
 
@@ -19,6 +19,7 @@ def probe_record(
     records: Sequence[Record],
     *,
     failures: Failures,
+    training_losses: TrainingLosses,
     seconds: float,
     sink_seconds: float,
     skipped: Collection[str],
@@ -31,6 +32,7 @@ def probe_record(
         problem: what it measured.
         records: of its measurements.
         failures: of the run.
+        training_losses: of the run; the probe's is compared with them.
         seconds: wall time it took.
         sink_seconds: wall time the sinks took at the probe before.
         skipped: measurements that it had no time for.
@@ -45,7 +47,7 @@ def probe_record(
         "sink_seconds": average(sink_seconds),
         "matvecs": float(sum(record.num_matvecs for record in records)),
         "rows": float(problem.num_rows),
-        "microbatch_size": float(max(problem.world.gathered(max(map(batch_size, problem.microbatches))))),
+        "microbatch_size": float(max(problem.world.gathered(max(microbatch.num_rows for microbatch in problem.microbatches)))),
         "overhead": average(overhead),
         "skipped": float(len(skipped)),
         "failed": float(len({record.measurement for record in records if record.failed}.union(failures.switched_off))),
@@ -53,11 +55,14 @@ def probe_record(
     }
     if _has_gradient(problem, records, failures):
         scalars["gradient_equivalents"] = scalars["probe_seconds"] / average(problem.gradient_seconds)
+        scalars["probe_loss"] = problem.loss
+        scalars |= training_losses.beside(problem)
     metadata = {
         "seed": problem.seed,
         **about,
         "torch": torch.__version__,
         "blocks": list(problem.blocks),
+        "objective": dict(problem.proof),
     }
     return Record(
         step=problem.step, measurement=PROBE, scalars=scalars, headline=PROBE_HEADLINE, seconds=seconds, metadata=metadata

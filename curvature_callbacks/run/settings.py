@@ -14,6 +14,7 @@ from curvature_callbacks.model.blocks import BlockStructure, check_block_structu
 from curvature_callbacks.model.loss.resolve import Loss, TargetLossName
 from curvature_callbacks.model.objective import ParamsFilter
 from curvature_callbacks.probes import CapturedProbes, DatasetProbes, Draw, Prepare, Probes, check_dataset, probes_from_loader
+from curvature_callbacks.probes.batch_sizes import training_batch_size
 from curvature_callbacks.run.choice import check_measurements, chosen_measurements
 from curvature_callbacks.run.fingerprint import argument_texts, fingerprint
 from curvature_callbacks.run.schedules import EveryNSteps, LossSpike, Schedule
@@ -99,12 +100,14 @@ class Settings:
                 num_microbatches=self.num_microbatches,
                 microbatch_size=self.microbatch_size,
                 prepare=prepare,
+                batch_size=training_batch_size(loader),
             )
         probes = probes_from_loader(
             loader if self.probe_dataloader is None else self.probe_dataloader,
             num_microbatches=self.num_microbatches,
             microbatch_size=self.microbatch_size,
             prepare=prepare,
+            batch_size=training_batch_size(loader),
         )
         if probes is None and self.probe_dataloader is not None:
             raise ConfigurationError(
@@ -113,10 +116,14 @@ class Settings:
             )
         return probes
 
-    def captured_probes(self) -> CapturedProbes:
-        """A source for training batches that can only be watched go by."""
+    def captured_probes(self, loader: Any) -> CapturedProbes:
+        """A source for the batches of this loader, which can only be watched go by."""
+        batch_size = getattr(loader, "batch_size", None)
         return CapturedProbes(
-            num_microbatches=self.num_microbatches, microbatch_size=self.microbatch_size, prepare=self._prepare(None)
+            num_microbatches=self.num_microbatches,
+            microbatch_size=self.microbatch_size,
+            prepare=self._prepare(None),
+            batch_size=batch_size if isinstance(batch_size, int) else None,
         )
 
     def _prepare(self, prepare: Prepare | None) -> Prepare | None:

@@ -6,9 +6,11 @@ from typing import final
 
 from torch import nn
 
+from curvature_callbacks.model.loss.loop import LoopLoss
 from curvature_callbacks.model.loss.resolve import Loss
 from curvature_callbacks.model.stability import Optimizers
 from curvature_callbacks.probes import Probes
+from curvature_callbacks.problem.memory import ProbeMemory
 from curvature_callbacks.problem.subject import Subject
 from curvature_callbacks.run.settings import Settings
 from curvature_callbacks.sinks import Sink
@@ -26,6 +28,7 @@ class Setup:
         sinks: receivers of the records.
         loss: what training minimises; see `resolve_loss`. A callback has found it from the settings' own.
         optimizer: what trains the model, or several of them; only read.
+        loop: the training loop's own loss, to compare `loss` with; None where there is none, or it is `loss` itself.
     """
 
     model: nn.Module
@@ -34,6 +37,7 @@ class Setup:
     sinks: Sequence[Sink]
     loss: Loss
     optimizer: Optimizers | None
+    loop: LoopLoss | None = None
 
     def new_subject(self) -> Subject:
         """What all probes look at, of which nothing is known yet."""
@@ -44,4 +48,5 @@ class Setup:
             block_structure=self.settings.block_structure,
             optimizer=self.optimizer,
             batch_norm=self.settings.batch_norm,
+            memory=ProbeMemory(loop=self.loop),
         )

@@ -37,7 +37,8 @@ from curvature_callbacks.transformers.checkpoints import (  # noqa: E402
     tensor_files,
 )
 from curvature_callbacks.transformers.frames import calling_trainer  # noqa: E402
-from curvature_callbacks.transformers.loss import ComputeLossWatch, departures, loss_of_trainer  # noqa: E402
+from curvature_callbacks.transformers.loss import ComputeLossWatch, departures  # noqa: E402
+from curvature_callbacks.transformers.measured import measured_loss  # noqa: E402
 from curvature_callbacks.transformers.sinks import ReporterSink, TrainerLog, reporters_of, tensorboard_writer  # noqa: E402
 
 _logger = logging.getLogger("curvature_callbacks")
@@ -49,14 +50,14 @@ class CurvatureCallback(TrainerCallback):
 
     After an optimizer step that is due it draws `num_microbatches * microbatch_size` rows of the training data (indexing
     the dataset, never iterating the loader; copies of the latest training batches where the data is a stream), measures in
-    float32 without the Trainer's autocast, and logs. The loss is the model's own `.loss` unless `loss_fn` is given. Where
-    label smoothing, `compute_loss_func` or an overridden `compute_loss` make training minimise something else, a warning says
-    so, and `loss_fn="trainer"` measures that.
+    float32 without the Trainer's autocast, and logs. The loss is the model's own `.loss` unless `loss_fn` is given, or
+    what the Trainer minimises where label smoothing, `compute_loss_func` or an overridden `compute_loss` make that another.
 
     Tags: see the measurements; of the probe itself `curvature/probe_seconds`, `curvature/failed`,
     `curvature_probe/sink_seconds` (of the probe before), `curvature_probe/matvecs`, `curvature_probe/rows`,
     `curvature_probe/microbatch_size`, `curvature_probe/overhead`, `curvature_probe/skipped`,
-    `curvature_probe/gradient_equivalents`, `curvature_probe/non_finite`. TensorBoard gets them under these names through the
+    `curvature_probe/gradient_equivalents`, `curvature_probe/non_finite`, `curvature_probe/probe_loss`,
+    `curvature_probe/training_loss` (the loop's latest). TensorBoard gets them under these names through the
     Trainer's own writer, with heat maps, histograms and a table; the other reporters, `log_history` and the progress bar get
     the headline numbers; `curvature.jsonl` in `output_dir` holds everything. The Trainer is found when training begins;
     `attach(trainer)` names it where that is not possible.
@@ -83,8 +84,8 @@ class CurvatureCallback(TrainerCallback):
         probe_dataset: map-style, what to measure on in place of the training data; collated like it.
         probe_dataloader: a DataLoader with a dataset and a collator of its own to measure on.
         max_sequence_length: cut token sequences of probes to so many positions.
-        batch_norm: statistics of the batch, as in training (`batch`), for Hessians, the GGN and `EdgeRatio` on whole batches of
-            the size of training, without what is made of single rows; running ones for all (`eval`, and None).
+        batch_norm: statistics of the batch, as in training (`batch`), or running ones (`eval`); None for `batch` in Hessians,
+            the GGN and `EdgeRatio`, on whole batches of the size of training, and for `eval` in Fishers, Grams and K-FAC.
 
     Attributes:
         history: every record so far.
@@ -178,7 +179,9 @@ class CurvatureCallback(TrainerCallback):
     def _begin(
         self, args: TrainingArguments, state: TrainerState, model: nn.Module, loader: Any, optimizer: Optimizer | None
     ) -> None:
-        loss = self._loss(args)
+        measured = measured_loss(
+            self._settings.loss_fn, self._follows_trainer, args=args, trainer=self._trainer, world=current_world()
+        )
         probes = self._probes(args, model, loader)
         sinks: list[Sink] = [
             self._memory,
@@ -186,7 +189,15 @@ class CurvatureCallback(TrainerCallback):
             ReporterSink(lambda: reporters_of(self._trainer)),
             TrainerLog(self._trainer, state),
         ]
-        setup = Setup(model=model, settings=self._settings, probes=probes, sinks=sinks, loss=loss, optimizer=optimizer)
+        setup = Setup(
+            model=model,
+            settings=self._settings,
+            probes=probes,
+            sinks=sinks,
+            loss=measured.loss,
+            loop=measured.loop,
+            optimizer=optimizer,
+        )
         self._monitor = CurvatureMonitor.of(setup)
         self._resume(args, state)
         self._monitor.check(state.global_step)
@@ -257,33 +268,20 @@ class CurvatureCallback(TrainerCallback):
         plain, paths = saved[self._state_key], tensor_files(args, state, self._state_key, self._trainer)
         self._monitor.load_state_dict(load_with_tensors(paths, plain) or plain)
 
-    def _loss(self, args: TrainingArguments) -> Loss:
-        """The loss to measure, after saying so where training minimises something else than the model's own."""
-        if self._follows_trainer:
-            return loss_of_trainer(self._trainer, current_world())
-        reasons = departures(args, self._trainer)
-        if reasons and self._settings.loss_fn is None:
-            _logger.warning(
-                "curvature is measured for the model's own `.loss`, without %s: pass `loss_fn`='trainer' to measure the loss "
-                "you train.",
-                " and ".join(reasons),
-            )
-        return self._settings.loss_fn
-
     def _probes(self, args: TrainingArguments, model: nn.Module, loader: Any) -> Probes:
         probes = self._settings.probes(loader)
         if probes is not None:
             return probes
         if departures(args, self._trainer) and self._trainer is not None:
             self._watch = ComputeLossWatch(self._trainer, self._offer)
-            return self._settings.captured_probes()
+            return self._settings.captured_probes(loader)
         if args.label_smoothing_factor and self._settings.loss_fn is None:
             raise ConfigurationError(
                 "the training data is a stream, label smoothing takes the labels away before the model sees them, and the "
                 "Trainer was not found, so the loss of a captured batch cannot be determined: call `callback.attach(trainer)`."
             )
         self._watch = model.register_forward_pre_hook(self._offer_arguments, with_kwargs=True)
-        return self._settings.captured_probes()
+        return self._settings.captured_probes(loader)
 
     def _offer_arguments(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """A forward pre-hook that keeps training batches; a probe runs in evaluation mode and is not one."""

@@ -1,8 +1,9 @@
 """The loss that a Hugging Face Trainer minimises, evaluated for a probe without leaving a trace in the Trainer."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Final, final
 
 import torch
@@ -13,26 +14,25 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_pt_utils import LabelSmoother
+from typing_extensions import override
 
-from curvature_callbacks.batches import take_rows
 from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.isolation.objects import CONTAINERS, reachable
 from curvature_callbacks.isolation.replicas import replica
 from curvature_callbacks.isolation.snapshot import put_back, undisturbed
+from curvature_callbacks.microbatch import Microbatch, as_microbatch
+from curvature_callbacks.model.loss.averages import Averages, Evaluate
+from curvature_callbacks.model.loss.evidence import contradicted_averages, telling_rows
 from curvature_callbacks.model.loss.own import OwnLoss
-from curvature_callbacks.model.loss.recording import is_recorded
-from curvature_callbacks.model.loss.resolve import Loss
+from curvature_callbacks.model.loss.resolve import Loss, MicrobatchLoss
 from curvature_callbacks.model.loss.sample_losses import IGNORED, SampleLosses, cross_entropies, shifted_cross_entropies
 from curvature_callbacks.processes.world import World
 
 _SHARED_FROM: Final = frozenset({"transformers", "accelerate", "datasets"})
 _SHARED: Final = (nn.Module, Optimizer, LRScheduler, Dataset)  # which a loss does not change, and large
-_MATCH: Final = 1e-5  # relative; float32 means of a few rows differ by 1e-7, those with other weights seldom by less than 1e-4
 _LEFT_ALONE: Final = frozenset(  # data (lists are data sets too), functions that no loss calls, and our own watch
     {"train_dataset", "eval_dataset", "model_init", "compute_metrics", "preprocess_logits_for_metrics", "compute_loss"}
 )
-
-_Count = Callable[[Tensor], Tensor]
 
 
 def departures(args: TrainingArguments, trainer: Trainer | None) -> list[str]:
@@ -69,11 +69,37 @@ def loss_of_trainer(trainer: Trainer | None, world: World) -> Loss:
             "often. Pass a function `(model, batch) -> scalar mean or (N,) losses`."
         )
     if _is_overridden(trainer) or trainer.compute_loss_func is not None:
-        return _ComputedLoss(trainer, world)
+        return _ComputedLoss(trainer)
     if trainer.label_smoother is None:
         return None
     is_known = type(trainer.label_smoother) is LabelSmoother and trainer.label_smoother.ignore_index == IGNORED
-    return _SmoothedLoss(trainer.label_smoother.epsilon) if is_known else _ComputedLoss(trainer, world)
+    return _SmoothedLoss(trainer.label_smoother.epsilon) if is_known else _ComputedLoss(trainer)
+
+
+def computes_in_its_own_way(trainer: Trainer) -> bool:
+    """Whether its `compute_loss` is not the Trainer's, so that processes need not call it equally often."""
+    return _is_overridden(trainer)
+
+
+def is_computed(loss: Loss) -> bool:
+    """Whether a loss of `loss_of_trainer` is what `compute_loss` returns, and no loss of the same value."""
+    return isinstance(loss, _ComputedLoss)
+
+
+def computed_loss(trainer: Trainer, model: nn.Module, batch: Any, *, num_items: Tensor | None = None) -> Any:
+    """What the Trainer's `compute_loss` returns for a microbatch, leaving no trace.
+
+    Args:
+        trainer: of the run.
+        model: in place of the one it trains.
+        batch: on the model's device, or its `Microbatch`.
+        num_items: its `num_items_in_batch`, None as in an evaluation.
+    """
+    content = batch.content if isinstance(batch, Microbatch) else batch
+    inputs = dict(content) if isinstance(content, Mapping) else content  # its labels are popped
+    items: dict[str, Any] = {} if num_items is None else {"num_items_in_batch": num_items}
+    with _trainer_without_trace(trainer):
+        return trainer.compute_loss(model, inputs, **items)
 
 
 @final
@@ -125,7 +151,7 @@ def _is_overridden(trainer: Trainer) -> bool:
 
 
 @final
-class _SmoothedLoss:
+class _SmoothedLoss(MicrobatchLoss):
     """What `label_smoothing_factor` trains: the model without its labels, then their smoothed cross-entropy.
 
     Shifted for the classes that Transformers lists as causal, as the Trainer decides it, whatever their own loss does. A
@@ -136,9 +162,11 @@ class _SmoothedLoss:
         self._epsilon = epsilon
         self._own = OwnLoss()
 
-    def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> SampleLosses:
+    @override
+    def __call__(self, model: nn.Module, microbatch: Any) -> SampleLosses:
+        batch = as_microbatch(microbatch).content
         if "labels" not in batch:
-            return self._own(model, batch)
+            return self._own(model, microbatch)
         output: Any = model(**{name: value for name, value in batch.items() if name != "labels"})
         logits = output["logits"] if isinstance(output, dict) else output[0]
         form = shifted_cross_entropies if _shifts_labels(model) else cross_entropies
@@ -151,78 +179,82 @@ def _shifts_labels(model: nn.Module) -> bool:
 
 
 @final
-class _ComputedLoss:
-    """The value of `trainer.compute_loss`, a mean over the batch or one loss per row; nothing else is known of it.
+class _ComputedLoss(MicrobatchLoss):
+    """The value of `trainer.compute_loss`, one loss per row or a mean over the batch, of which nothing else is known.
 
-    A mean is one over rows, or over the labels that are not ignored where single rows say so: until gradients are asked for
-    the first time, batches whose rows have different numbers of labels are evaluated row by row as well.
+    What it is a mean over is found out by `settle`; until then, and where it is neither rows nor labels, it is one over rows.
+
+    It is called without `num_items_in_batch`, as in an evaluation. A `compute_loss_func` that needs it, or sums over the batch
+    without it, is given what the Trainer counts, the labels of the batch, and is a mean over these where it divides by it.
     """
 
-    def __init__(self, trainer: Trainer, world: World) -> None:
+    def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
-        self._world = world
-        self._compute_loss = trainer.compute_loss
-        self._count: _Count | None = None
-        self._is_settled = False
+        self._averages = Averages()
+        self._items: _Items | None = None if trainer.compute_loss_func is not None else _Items.UNUSED
 
-    def __call__(self, model: nn.Module, batch: Any) -> Any:
+    @override
+    def __call__(self, model: nn.Module, microbatch: Any) -> Any:
+        batch = as_microbatch(microbatch)
         loss = self._value(model, batch)
-        if not isinstance(loss, Tensor) or loss.ndim or not isinstance(batch, Mapping):
+        if not isinstance(loss, Tensor) or loss.ndim:
             return loss
-        self._is_settled |= is_recorded()  # such a pass may be watched: one evaluation only
-        if not self._is_settled:
-            self._settle(self._matching_count(model, batch, loss))
-        if self._count is None:
-            return loss
-        counts = self._count(batch["labels"])
-        return SampleLosses(loss * counts.sum() if counts.any() else loss.new_zeros(()), counts, None)
+        counts = self._num_items(batch)
+        if self._items is _Items.DIVIDED_BY and counts is not None:
+            return SampleLosses(loss * counts.sum() if counts.any() else loss.new_zeros(()), counts, None)
+        losses = self._averages.losses(loss, batch)
+        return loss if losses is None else losses
 
-    def _value(self, model: nn.Module, batch: Any) -> Any:
-        inputs = dict(batch) if isinstance(batch, Mapping) else batch  # its labels are popped
-        device = next(model.parameters()).device
-        generators = torch.random.fork_rng([device] if device.type == "cuda" else [])
-        with _trainer_without_trace(self._trainer), generators:  # noise of its own is the same at every evaluation of a probe
-            return self._compute_loss(model, inputs)
+    def settle(self, evaluate: Evaluate, microbatches: Sequence[Any], world: World) -> None:
+        """Find out what the loss is a mean over; see `Settling`."""
+        if self._items is None:
+            found = [evaluate(self._use_of_items, batch) for batch in microbatches[:1]]
+            self._items = max((each for uses in world.gathered(found) for each in uses), key=list(_Items).index)
+        self._averages.settle(lambda batch: evaluate(self._contradicted, batch), microbatches, world)
 
-    def _settle(self, count: str | None) -> None:
-        """Agree on the name of a count; all processes call it once, at their first batch, and one that knows is enough."""
-        names = {name for name in self._world.gathered(count) if name is not None}
-        if len(names) > 1:
-            raise ConfigurationError(
-                f"processes find that the Trainer's loss is a mean over different things ({', '.join(sorted(names))}): pass a "
-                "function `(model, batch) -> scalar mean or (N,) losses`."
-            )
-        self._count = _COUNTS[names.pop()] if names else None
-        self._is_settled = self._count is not None or self._world.size > 1
+    def _contradicted(self, model: nn.Module, batch: Any) -> frozenset[str] | None:
+        return contradicted_averages(self._value, model, batch)
 
-    def _matching_count(self, model: nn.Module, batch: Mapping[str, Any], loss: Tensor) -> str | None:
-        """The name of the only count by which losses of single rows average to `loss`; None where they do not differ."""
-        labels = batch.get("labels")
-        if not isinstance(labels, Tensor) or labels.ndim != 2 or IGNORED not in labels:
+    def _use_of_items(self, model: nn.Module, batch: Any) -> "_Items":
+        """How the loss has to be given `num_items_in_batch`: it is a sum without it, and half of that for two as for one."""
+        if self._num_items(batch) is None:
+            return _Items.UNUSED
+        rows = telling_rows(batch)
+        try:
+            alone = computed_loss(self._trainer, model, rows)
+        except TypeError:
+            alone = None
+        if alone is not None and not _is_mean(alone):
+            return _Items.UNUSED
+        once, twice = (computed_loss(self._trainer, model, rows, num_items=torch.tensor(items)) for items in (1, 2))
+        if _is_mean(once) and torch.isclose(once, 2 * twice, rtol=1e-5) and (alone is None or torch.isclose(once, alone)):
+            return _Items.DIVIDED_BY
+        return _Items.NEEDED if alone is None else _Items.UNUSED
+
+    def _value(self, model: nn.Module, batch: Microbatch) -> Any:
+        items = None if self._items in (None, _Items.UNUSED) else self._num_items(batch)
+        return computed_loss(self._trainer, model, batch, num_items=None if items is None else items.sum())
+
+    def _num_items(self, batch: Any) -> Tensor | None:
+        """(N,) labels of every row that the Trainer counts for a batch by itself; None where it counts none."""
+        content = as_microbatch(batch).content
+        labels = content.get("labels") if isinstance(content, Mapping) else None
+        if not isinstance(labels, Tensor) or not labels.ndim:
             return None
-        single = torch.stack([self._value(model, take_rows(batch, row)) for row in torch.arange(len(labels))[:, None]])
-        single = single.nan_to_num()  # of rows without a label, which count nothing
-        means = {name: (single * count(labels)).sum() / count(labels).sum() for name, count in _COUNTS.items()}
-        matching = [name for name, mean in means.items() if bool((mean - loss).abs() <= _MATCH * loss.abs())]
-        return matching[0] if len(matching) == 1 else None
+        counted = labels[..., 1:] if getattr(self._trainer, "_loss_shifts_labels", False) else labels
+        return counted.ne(IGNORED).reshape(len(labels), -1).sum(1)
 
 
-def _rows_with_labels(labels: Tensor) -> Tensor:
-    """(N,) 1 for each row with a label."""
-    return (_given(labels) > 0).to(torch.int64)
+class _Items(Enum):
+    """What a `compute_loss_func` does with `num_items_in_batch`; the later ones need it more."""
+
+    UNUSED = "unused"
+    NEEDED = "needed"
+    DIVIDED_BY = "divided by"
 
 
-def _following(labels: Tensor) -> Tensor:
-    """(N,) labels that a causal model is to predict."""
-    return _given(labels[:, 1:])
-
-
-def _given(labels: Tensor) -> Tensor:
-    """(N,) labels that are not ignored."""
-    return (labels != IGNORED).sum(1)
-
-
-_COUNTS: Final[Mapping[str, _Count]] = {"rows": _rows_with_labels, "labels that follow": _following, "labels": _given}
+def _is_mean(loss: Any) -> bool:
+    return isinstance(loss, Tensor) and not loss.ndim
 
 
 @contextmanager

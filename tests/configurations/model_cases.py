@@ -367,7 +367,7 @@ CASES: dict[str, ModelCase] = {
         speech_batch,
         "row",
         likelihood=None,
-        refused=BY_BATCH | {"Hessian": ONCE},
+        refused={"GGN": NO_LIKELIHOOD, "Hessian": ONCE},
     ),
 }
 # GROUPED is what Llama and its kin are built of; a test of attention asks that they do share their keys.

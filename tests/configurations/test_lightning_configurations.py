@@ -12,6 +12,7 @@ import curvature_callbacks.lightning
 from curvature_callbacks import ConfigurationError, probes
 from curvature_callbacks.isolation import model as isolation
 from curvature_callbacks.lightning import loss as training_step
+from curvature_callbacks.model import draws
 from tests.configurations.lightning_cases import CASES
 from tests.configurations.lightning_fits import IN_YAML, command_line, written
 from tests.configurations.lightning_sessions import Session, assert_same_bits
@@ -64,13 +65,12 @@ def test_training_is_bit_identical_whatever_is_measured(name: str, tmp_path: Pat
 @pytest.mark.parametrize(
     ("name", "module", "protection"),
     [
-        ("frozen at every epoch", isolation, "_training_flags"),
+        ("plain", isolation, "_training_flags"),
         ("augmentation", isolation, "_generators"),
         ("logging directly", training_step, "_muted"),
         ("metrics", training_step, "attributes_set_aside"),
         ("remembering", training_step, "attributes_set_aside"),
-        ("noise", training_step, "seeded"),
-        ("noisy layer", isolation, "attributes_set_aside"),
+        ("noise", draws, "begun_at"),
         ("transform", probes, "undisturbed"),
         pytest.param("plain", isolation, "_training_flags", marks=pytest.mark.slow),
         pytest.param("plain", training_step, "_muted", marks=pytest.mark.slow),

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from curvature_callbacks import CurvatureMonitor, FisherSpectrum
-from curvature_callbacks.batches import batch_size
 from curvature_callbacks.compute.offline import offline_problem
 from curvature_callbacks.gram.context import GramLimits
 from curvature_callbacks.gram.memory import GramMemory
 from curvature_callbacks.gram.passes import run_passes
 from curvature_callbacks.gram.storage import MemoryBudget, Storage
+from curvature_callbacks.microbatch import as_microbatch
 from curvature_callbacks.model.loss.fisher_type import FisherType
 from curvature_callbacks.model.objective import Objective
 from tests.cases import CASES, Case
@@ -35,7 +35,7 @@ def sizes_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def counting(self: Objective, batch: Any, *arguments: Any, **options: Any) -> Any:
         if options.get("watch") is not None:
-            found.append(batch_size(batch))
+            found.append(as_microbatch(batch).num_rows)
         return call(self, batch, *arguments, **options)
 
     monkeypatch.setattr(Objective, "__call__", counting)
@@ -164,7 +164,7 @@ def test_once_memory_ran_out_microbatches_stay_small(sizes_run: list[int], monke
     call = Objective.__call__
 
     def small_only(self: Objective, batch: Any, *arguments: Any, **options: Any) -> Any:
-        if options.get("watch") is not None and batch_size(batch) > 2:
+        if options.get("watch") is not None and as_microbatch(batch).num_rows > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return call(self, batch, *arguments, **options)
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from curvature_callbacks import FisherSpectrum
-from curvature_callbacks.batches import take_rows
 from curvature_callbacks.compute.offline import offline_problem
 from curvature_callbacks.gram import passes as passes_module
 from curvature_callbacks.gram.capture.derived import Placed, View
@@ -22,6 +21,7 @@ from curvature_callbacks.gram.result import BlockGrams
 from curvature_callbacks.gram.storage import KeptForm, MemoryBudget, Storage
 from curvature_callbacks.gram.uses.elementwise import SCALE
 from curvature_callbacks.gram.uses.uses import Dense, Lookup, OuterProduct, Use
+from curvature_callbacks.microbatch import as_microbatch
 from curvature_callbacks.model.blocks import group_blocks
 from curvature_callbacks.model.loss.fisher_type import FisherType
 from curvature_callbacks.statistics.fisher_spectra import fisher_spectra
@@ -138,7 +138,7 @@ def test_modes_agree_with_each_other_to_the_bit(name: str, fisher_type: str):
 def test_microbatches_are_the_batch_cut_up(name: str):
     case = CASES[name]
     model, (batch,) = case.model(), case.microbatches((6,))
-    pieces = [take_rows(batch, torch.tensor(rows)) for rows in ([0, 1, 2], [3], [4, 5])]
+    pieces = [as_microbatch(batch).take(torch.tensor(rows)).content for rows in ([0, 1, 2], [3], [4, 5])]
     whole = grams(case, model, [batch], BUDGETS["device"])
     assert whole.mode == "one pass"
     for budget in ("device", "groups"):

@@ -52,7 +52,7 @@ class Cache:
 def read(kept: Any, change: Callable[[Any, int], Any]) -> None:
     """One probe of six rows."""
     probes = DatasetProbes(Counting(kept, change), list, num_microbatches=2, microbatch_size=3)
-    assert sum(map(len, probes.draw(0))) == 6
+    assert sum(microbatch.num_rows for microbatch in probes.draw(0)) == 6
 
 
 def add_one(kept: Any, row: int) -> None:

@@ -125,7 +125,8 @@ def test_a_teacher_stands_still_within_a_probe(net: Any) -> None:
         model.follow()
         return F.cross_entropy(model(batch[0]), batch[1]) + 5 * F.mse_loss(model(batch[0]), model.teacher(batch[0]))
 
-    watching = CurvatureMonitor(model, probes=[batch], measure=[TopEigenpairs(k=1, tol=1e-6)], loss=loss)
+    measure = [TopEigenpairs(k=1, tol=1e-6)]
+    watching = CurvatureMonitor(model, probes=[batch], measure=measure, loss=loss, batch_norm="eval")
     found = next(record for record in watching.step(0) if record.measurement == "hessian")
     assert not found.failed, found.error
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -114,16 +114,14 @@ def test_hessians_and_ggn_are_of_the_batches_and_fishers_of_the_rows(name: str) 
     hessian = dense_hessian(model, trained_loss, names)
     ggn = dense_ggn(model, names, trained_targets, F.cross_entropy)
     rows = stacked(sample_gradients(model, BATCHES, "pair"))
-    with offline_problem(model, BATCHES, loss="cross_entropy", params_filter=None, batch_norm="batch") as problem:
+    with offline_problem(model, BATCHES, loss="cross_entropy", params_filter=None) as problem:
         assert relative_error(dense(problem.hessian()), hessian) < 1e-10
         assert relative_error(dense(problem.finite_difference_hessian()), hessian) < 1e-5
         assert relative_error(dense(problem.ggn()), ggn) < 1e-10
-        assert is_as_found(model, before), "the next measurement of a probe sees the running statistics"
-        assert problem.trained.take().about["batch_norm"] == "batch"
-    with offline_problem(model, BATCHES, loss="cross_entropy", params_filter=None) as problem:
+        assert is_as_found(model, before), "the Fishers of a probe see the running statistics"
         gram = sum(problem.grams().grams.values())
         assert relative_error(torch.linalg.eigvalsh(gram / len(rows)).flip(0), fisher_eigenvalues(rows)) < 1e-10
-        assert problem.trained.take().about["batch_norm"] == "eval"
+        assert problem.trained.take().about["batch_norm"] == "batch"
     assert is_as_found(model, before)
     assert all(module.training for module in model.modules())
 
@@ -138,9 +136,8 @@ def test_running_statistics_are_measured_where_they_are_chosen() -> None:
     losses = (lambda m: mean_loss(m, BATCHES, "pair")), trained_loss
     evaluated, trained = (dense_hessian(model, loss, names_of(model)) for loss in losses)
     tops = [torch.linalg.eigvalsh(matrix)[-1:] for matrix in (evaluated, trained)]
-    assert relative_error(hessian_top(model, batch_norm="batch"), tops[1]) < 1e-6
-    for choice in ("eval", None):
-        assert relative_error(hessian_top(model, batch_norm=choice), tops[0]) < 1e-6
+    assert relative_error(hessian_top(model, batch_norm="eval"), tops[0]) < 1e-6
+    assert relative_error(hessian_top(model), tops[1]) < 1e-6
     assert relative_error(*tops) > 0.1
 
 
@@ -155,8 +152,26 @@ def test_a_frozen_norm_stays_on_running_statistics_where_flags_tell(mode: str) -
         model.eval()
     flags = [module.training for module in model.modules()]
     truth = torch.linalg.eigvalsh(dense_hessian(model, trained_loss, names_of(model)))[-1:]
-    assert relative_error(hessian_top(model, batch_norm="batch"), truth) < 1e-6
+    assert relative_error(hessian_top(model), truth) < 1e-6
     assert [module.training for module in model.modules()] == flags
+
+
+def test_a_model_in_half_precision_is_measured_in_float32() -> None:
+    model = training(MODELS["of channels"]).bfloat16()
+    before = state(model)
+    truth = torch.linalg.eigvalsh(dense_hessian(model, trained_loss, names_of(model)))[-1:]
+    assert relative_error(hessian_top(model, seed=1), truth) < 1e-4
+    assert is_as_found(model, before)
+
+
+@pytest.mark.parametrize("choice", ["batch", "eval", None])
+def test_a_norm_without_running_statistics_couples_rows_whatever_is_chosen(choice: Any) -> None:
+    model = training(lambda: around(nn.BatchNorm1d(4, track_running_stats=False)))
+    with offline_problem(model, BATCHES, loss="cross_entropy", params_filter=None, batch_norm=choice) as problem:
+        about = problem.trained.take().about
+        assert about["coupled"].startswith("batch norm")
+        assert about["batch_norm"] == "batch"
+        assert relative_error(dense(problem.hessian()), dense_hessian(model, trained_loss, names_of(model))) < 1e-10
 
 
 FISHERS: dict[str, Callable[[Problem], Any]] = {
@@ -187,6 +202,6 @@ def test_a_norm_over_several_processes_is_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 2)
     model = training(MODELS["synchronised, of one process"])
-    with pytest.raises(RefusedError, match="`1` is a SyncBatchNorm over several processes"):
-        hessian_top(model, batch_norm="batch")
-    assert hessian_top(model).isfinite().all()
+    with pytest.raises(RefusedError, match="a SyncBatchNorm over several processes"):
+        hessian_top(model)
+    assert hessian_top(model, batch_norm="eval").isfinite().all()

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from curvature_callbacks import EveryNSteps, LossSpike, Record
-from curvature_callbacks.batches import batch_size
 from curvature_callbacks.processes.world import SINGLE
 from curvature_callbacks.run.pace import Pace
 from tests.run.monitor_cases import example_batch, new_monitor
@@ -34,7 +33,7 @@ class Fitting:
         return None
 
     def measure(self, problem: Any, state: None) -> Any:
-        sizes = list(map(batch_size, problem.microbatches))
+        sizes = [microbatch.num_rows for microbatch in problem.microbatches]
         TRIES.append(max(sizes))
         if max(sizes) > self.most:
             raise self.error

@@ -105,13 +105,13 @@ TIMES = ("probe_seconds", "gradient_equivalents", "sink_seconds", "overhead")
 
 
 def content(records: Sequence[Record]) -> list[tuple[Any, ...]]:
-    """Records without clocks and without the prefix that a Lightning module puts before parameter names."""
+    """Records without clocks, what the loop told of its loss, and the prefix that Lightning puts before parameter names."""
     return [
         (
             record.step,
             record.measurement,
             record.block,
-            {name: value for name, value in record.scalars.items() if name not in TIMES},
+            {name: value for name, value in record.scalars.items() if name not in (*TIMES, "training_loss")},
             dict(record.arrays),
             record.num_matvecs,
             record.metadata.get("seed"),

@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel, Trainer
 
+from curvature_callbacks.isolation.generators import begun_at, global_generators
 from curvature_callbacks.processes.world import SINGLE
 from curvature_callbacks.transformers.callback import CurvatureCallback
 from curvature_callbacks.transformers.loss import loss_of_trainer
@@ -54,8 +56,10 @@ def batch_of(trainer: Trainer, rows: int = 5) -> dict[str, Tensor]:
 
 
 def evaluated(trainer: Trainer, batch: dict[str, Tensor]) -> Any:
+    """The Trainer's loss by generators that begin where they did before, as an objective evaluates it."""
     function: Any = loss_of_trainer(trainer, SINGLE)
-    return function(trainer.model.eval(), batch)
+    with begun_at(global_generators(torch.device("cpu")), 0):
+        return function(trainer.model.eval(), batch)
 
 
 class Passing(Trainer):

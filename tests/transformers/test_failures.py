@@ -60,12 +60,6 @@ def test_a_bad_argument_is_refused_at_construction(changes: dict[str, Any], matc
         new_callback(**changes)
 
 
-def test_a_loss_other_than_the_models_own_is_pointed_out(tmp_path: Path, caplog: Any) -> None:
-    trainer_for(tmp_path, [new_callback(measure=[Checksum()])], label_smoothing_factor=0.1, max_steps=1).train()
-    assert [report for report in reports(caplog) if "`label_smoothing_factor`" in report and "`loss_fn`" in report]
-    assert len(reports(caplog)) == 1
-
-
 @pytest.mark.parametrize(
     "error",
     [

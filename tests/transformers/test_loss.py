@@ -1,7 +1,6 @@
 """The loss that a Trainer minimises, measured: its value, its samples, the curvature."""
 
 import copy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,9 @@ from torch.nn import functional as F
 from transformers import Trainer
 from transformers.trainer_pt_utils import LabelSmoother
 
-from curvature_callbacks import ConfigurationError, FisherSpectrum, Record, TopEigenpairs, compute_spectrum
+from curvature_callbacks import FisherSpectrum, Record, TopEigenpairs, compute_spectrum
 from curvature_callbacks.model.loss.sample_losses import SampleLosses
 from curvature_callbacks.processes.world import SINGLE
-from curvature_callbacks.transformers import loss as trainer_loss
 from curvature_callbacks.transformers.callback import CurvatureCallback
 from curvature_callbacks.transformers.loss import loss_of_trainer
 from tests.configurations.transformers_parts import focal, mask_filler
@@ -136,40 +134,6 @@ def test_a_mean_over_ragged_tokens_or_rows_is_told_apart_by_its_rows(kind: Any, 
         own = CurvatureCallback(**callback_options(num_microbatches=3, draw="fixed"))
         trainer_for(tmp_path / "own", [own], model=model, data=Sentences).train()
         assert spectrum(probing.history) == pytest.approx(spectrum(own.history), rel=1e-3)
-
-
-@dataclass(frozen=True)
-class WithAnother:
-    """This process and another one, whose rows show what the mean is over: the name of a count, None where they do not."""
-
-    count_of_the_other: str | None
-    rank: int = 0
-    size: int = 2
-
-    def gathered(self, count: str | None) -> list[str | None]:
-        return [count, self.count_of_the_other]
-
-
-@pytest.mark.parametrize("count", ["labels that follow", "rows", None])
-def test_what_one_process_can_tell_holds_for_all(count: str | None, tmp_path: Path) -> None:
-    trainer = trainer_for(tmp_path, kind=Passing, data=Sentences)
-    batch = dict(batch_of(trainer))
-    batch["labels"] = batch["input_ids"].clone()  # rows of one length tell nothing
-    N, T = batch["labels"].shape
-    loss: Any = trainer_loss._ComputedLoss(trainer, WithAnother(count))  # type: ignore[arg-type]
-    with torch.no_grad():
-        found = loss(trainer.model.eval(), batch)
-    if count is None:
-        assert found.ndim == 0
-    else:
-        assert found.num_targets.tolist() == [1 if count == "rows" else T - 1] * N
-
-
-def test_processes_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
-    trainer = trainer_for(tmp_path, kind=Passing, data=Sentences)
-    loss = trainer_loss._ComputedLoss(trainer, WithAnother("rows"))  # type: ignore[arg-type]
-    with pytest.raises(ConfigurationError, match=r"mean over different things \(labels, rows\).*pass"):
-        loss._settle("labels")
 
 
 def test_rows_without_any_label_are_no_obstacle(tmp_path: Path) -> None:

@@ -1,22 +1,23 @@
 """OwnLoss: the model's own loss, row by row."""
 
-from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
-from typing import Any, Final, final
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from curvature_callbacks.batches import batch_size, take_rows
 from curvature_callbacks.errors import ConfigurationError, ProbeError
+from curvature_callbacks.microbatch import as_microbatch
+from curvature_callbacks.model.loss.averages import Averages, Evaluate
+from curvature_callbacks.model.loss.evidence import contradicted_averages
+from curvature_callbacks.model.loss.known_forms import KnownForm, KnownForms
+from curvature_callbacks.model.loss.own_evaluation import Evaluation, evaluated, forms_of_finite_rows, router_loss
 from curvature_callbacks.model.loss.own_forms import (
-    MATCH,
     LossForm,
     candidate_forms,
-    count_targets,
     labels_of,
     logits_of,
-    matching_forms,
     with_reversed_labels,
     without_labels,
 )
@@ -29,34 +30,19 @@ from curvature_callbacks.model.loss.sample_losses import (
 )
 from curvature_callbacks.processes.fsdp import passes_are_collective
 from curvature_callbacks.processes.group import current_world, is_agreed
-
-_ROUTER_LOSSES: Final = ("aux_loss", "z_loss")  # how the outputs of mixtures of experts name them
-
-
-@final
-@dataclass(slots=True)
-class _Settled:
-    """What is known about batches of one layout.
-
-    Attributes:
-        form: of the loss; None where no standard one fits and the model's mean has to do.
-        needs_labels: whether the logits of the form do; None until it was tried.
-        is_mean_over_rows: where no form fits, whether the model's mean is one over rows and not over targets.
-    """
-
-    form: LossForm | None
-    needs_labels: bool | None = None
-    is_mean_over_rows: bool = False
+from curvature_callbacks.processes.world import World
 
 
 @final
 class OwnLoss:
-    """The model's own loss, rebuilt from its logits in whichever standard form gives the value of `.loss`.
+    """The model's own loss, rebuilt from its logits in whichever standard form gives `.loss` and its gradient.
 
-    Names do not tell shift, head and problem type apart; values do. The form is settled at the first call whose value is
-    finite and fits one form only, and kept, for every layout of batches (its keys, dtype and rank of the labels) by itself;
-    where none fits, the model's mean loss times its targets is used, or times its rows where two halves of the batch say that
-    it is a mean over these (CTC). One object may serve a whole run. What a call does:
+    Names do not tell shift, head and problem type apart. Values do not always: near initialisation every position has the same
+    loss, and where all rows have equally many labels a mean over rows is one over labels. `settle` therefore compares gradients
+    by the logits too, on a few rows of which some labels are ignored where the data has such, and once more at the next probe.
+    What it finds is kept for every layout of batches (its keys, dtype and rank of the labels) by itself; where no form fits,
+    the model's mean loss is used times what it is a mean over (`Averages`). One object may serve a whole run. A loss that was
+    not settled is, at its first call without gradients, by the value alone. What a call does:
 
     | known of the layout | the model is called | the losses are |
     | --- | --- | --- |
@@ -79,93 +65,86 @@ class OwnLoss:
             positions and with the shift of the model's own, which has to be a cross-entropy of `labels` then. This is what
             `label_smoothing_factor` makes of the loss in Hugging Face's Trainer.
 
-    Cost: two more evaluations of the loss at the first call; two more forward passes at the first without gradients (one where
-    no form fits).
+    Cost: at each of two probes a forward pass over four rows, where no form fits five gradients of them more; two forward
+    passes over a microbatch at the first call without gradients.
     """
 
     def __init__(self, *, label_smoothing: float | None = None) -> None:
         self._label_smoothing = label_smoothing
-        self._settled: dict[Hashable, _Settled] = {}
+        self._forms = KnownForms()
+        self._averages = Averages()
 
     def __call__(self, model: nn.Module, batch: Any) -> SampleLosses:
-        """Losses of `batch`, a mapping called as `model(**batch)`.
+        """Losses of `batch`, whose content is a mapping that the model is called with.
 
         Raises:
             ConfigurationError: the model returns no loss, or not the cross-entropy that is to be smoothed.
             ProbeError: it returns no logits where it gave them before; with smoothing also, its loss is not finite before its
                 form is known.
         """
-        settled = self._settled.get(_batch_layout(batch))
+        microbatch = as_microbatch(batch)
+        batch = microbatch.content
+        settled = self._forms.of(microbatch)
         if settled is not None and settled.form is not None and settled.needs_labels is False:
             logits = _fitting_logits(settled.form, model, batch, model(**without_labels(batch)))
             return self._rebuilt(settled.form, logits, batch)
-        evaluation = _evaluate(model, batch)
+        evaluation = evaluated(model, microbatch)
         if settled is None:
             if not evaluation.num_targets().any():  # the model's mean is 0 / 0 and tells nothing about the form
                 return _without_targets(evaluation)
-            settled = self._settle(evaluation)
+            settled = self._settle_by_value(evaluation)
         if self._label_smoothing is not None:
             _require_cross_entropy(settled.form, evaluation.loss)
         if settled.form is None:
-            return _scaled_mean(evaluation, over_rows=settled.is_mean_over_rows)
+            return self._of_mean(evaluation)
         logits = _fitting_logits(settled.form, model, batch, evaluation.output)
         if settled.needs_labels is None and _may_call_again(model):
             settled.needs_labels = _logits_need_labels(model, batch, logits)
         return self._rebuilt(settled.form, logits, batch)
+
+    def settle(self, evaluate: Evaluate, microbatches: Sequence[Any], world: World) -> None:
+        """Find out the form, and where none fits what the loss averages over; see `Settling`."""
+        self._forms.settle(evaluate, microbatches, world)
+        without_form = [batch for batch in microbatches if (known := self._forms.of(batch)) is not None and known.form is None]
+        self._averages.settle(lambda batch: evaluate(_contradicted_averages, batch), without_form, world)
 
     def _rebuilt(self, form: LossForm, logits: Tensor, batch: Mapping[str, Any]) -> SampleLosses:
         if self._label_smoothing is None:
             return form(logits, labels_of(batch))
         return form(logits, labels_of(batch), label_smoothing=self._label_smoothing)
 
-    def _settle(self, evaluation: "_Evaluation") -> _Settled:
-        """What the evaluation tells about its layout; kept where it is proven, to be looked at again at the next call else."""
-        may_call_again = _may_call_again(evaluation.model)
+    def _of_mean(self, evaluation: Evaluation) -> SampleLosses:
+        """The model's mean times what it is a mean over, where that is not known times its targets."""
+        loss = evaluation.loss
+        known = self._averages.losses(loss, evaluation.microbatch)
+        if known is None:
+            counts = evaluation.num_targets()
+            total = loss * counts.sum().to(loss.device) if counts.any() else loss.new_zeros(())
+            known = SampleLosses(total, counts, None)
+        return replace(known, coupled=router_loss(evaluation.output))
+
+    def _settle_by_value(self, evaluation: Evaluation) -> KnownForm:
+        """What the value tells about its layout; kept where that is one form or none, looked at again at the next call else."""
+        model, batch = evaluation.model, evaluation.microbatch
+        may_call_again = _may_call_again(model)
         is_finite = bool(evaluation.loss.isfinite())
         matching = evaluation.forms_of_loss()
         if not matching and not is_finite and may_call_again:
-            matching = _forms_of_finite_rows(evaluation)
-        settled = _Settled(matching[0] if matching else None)
-        if not matching and may_call_again:
-            settled.is_mean_over_rows = _is_mean_over_rows(evaluation)
+            matching = forms_of_finite_rows(evaluation)
+        settled = KnownForm(matching[0] if matching else None)
+        if not matching and may_call_again and current_world().size == 1 and not self._averages.knows(batch):
+            self._averages.note(batch, contradicted_averages(_own_mean, model, batch))
         if len(matching) == 1 or (not matching and is_finite):
-            self._settled[_batch_layout(evaluation.batch)] = settled
+            self._forms.note(batch, settled)
         return settled
 
 
-@final
-@dataclass(frozen=True, slots=True, eq=False)
-class _Evaluation:
-    """One call of the model with labels: its output and its own mean loss, 0-d."""
-
-    model: nn.Module
-    batch: Mapping[str, Any]
-    output: Any
-    loss: Tensor
-
-    def num_targets(self) -> Tensor:
-        """(N,) valid targets, by the look of labels and model."""
-        return count_targets(self.model, self.output, self.batch)
-
-    def forms_of_loss(self) -> list[LossForm]:
-        """The standard forms that give the value of the loss."""
-        return matching_forms(self.model, self.output, self.batch, self.loss.detach())
+def _own_mean(model: nn.Module, batch: Any) -> Tensor:
+    return evaluated(model, batch).loss
 
 
-def _evaluate(model: nn.Module, batch: Mapping[str, Any]) -> _Evaluation:
-    output = model(**batch)
-    loss = getattr(output, "loss", None)
-    if not isinstance(loss, Tensor):
-        raise ConfigurationError(
-            "the model returns no `.loss` for the drawn microbatch (keys: " + ", ".join(map(str, batch)) + "): the loss "
-            "cannot be determined. Add `labels` to the batch or pass a loss function."
-        )
-    return _Evaluation(model, batch, output, loss)
-
-
-def _batch_layout(batch: Mapping[str, Any]) -> Hashable:
-    labels = labels_of(batch)
-    return frozenset(batch), None if labels is None else (labels.is_floating_point(), labels.ndim)
+def _contradicted_averages(model: nn.Module, batch: Any) -> frozenset[str] | None:
+    return contradicted_averages(_own_mean, model, batch)
 
 
 def _may_call_again(model: nn.Module) -> bool:
@@ -186,41 +165,6 @@ def _require_cross_entropy(form: LossForm | None, loss: Tensor) -> None:
         "mean cross-entropy of `.logits` at `labels`, and for this model it is not: pass a loss function "
         "`(model, batch) -> scalar mean or (N,) losses`."
     )
-
-
-def _forms_of_finite_rows(evaluation: _Evaluation) -> list[LossForm]:
-    """The forms that match on the rows whose logits are finite: one bad row hides the value of all others.
-
-    Cost: one forward pass over these.
-    """
-    model, batch = evaluation.model, evaluation.batch
-    logits = logits_of(evaluation.output, batch)
-    if logits is None or len(logits) != batch_size(batch):
-        return []
-    finite = logits.flatten(1).isfinite().all(1)
-    if not finite.any():
-        return []
-    return _evaluate(model, take_rows(batch, finite.nonzero()[:, 0])).forms_of_loss()
-
-
-def _is_mean_over_rows(evaluation: _Evaluation) -> bool:
-    """Whether the loss is the mean of that of two halves of the batch weighed by their rows, and not weighed by their targets.
-
-    False where it may be both, and for many processes, which could come to different answers. Cost: two forward passes over
-    half the rows.
-    """
-    batch, loss, counts = evaluation.batch, evaluation.loss, evaluation.num_targets()
-    N = batch_size(batch)
-    if N < 2 or len(counts) != N or current_world().size > 1:
-        return False
-    halves = [torch.arange(start, N, 2) for start in (0, 1)]
-    losses = [_evaluate(evaluation.model, take_rows(batch, rows)).loss for rows in halves]
-
-    def fits(weights: Tensor) -> bool:
-        mean = sum(half * weights[rows].sum() for half, rows in zip(losses, halves, strict=True)) / weights.sum()
-        return bool((mean - loss).abs() <= MATCH * loss.abs())
-
-    return fits(torch.ones(N)) and not fits(counts.cpu().float())
 
 
 def _fitting_logits(form: LossForm, model: nn.Module, batch: Mapping[str, Any], output: Any) -> Tensor:
@@ -259,7 +203,7 @@ def _gives(model: nn.Module, changed: Mapping[str, Any], batch: Mapping[str, Any
     return others is not None and others.dtype == logits.dtype and torch.equal(others.nan_to_num(), logits.nan_to_num())
 
 
-def _without_targets(evaluation: _Evaluation) -> SampleLosses:
+def _without_targets(evaluation: Evaluation) -> SampleLosses:
     """Losses of a batch without a target: zero through the logits, where these have a form that counts none either.
 
     Backward passes through parameters that are gathered on use are everybody's, also of a process that has no target.
@@ -270,20 +214,3 @@ def _without_targets(evaluation: _Evaluation) -> SampleLosses:
     possible = (form(logits, labels) for form in forms)
     empty = next((losses for losses in possible if not losses.num_targets.any()), None)
     return without_targets(evaluation.num_targets(), loss.device, loss.dtype) if empty is None else empty
-
-
-def _scaled_mean(evaluation: _Evaluation, *, over_rows: bool) -> SampleLosses:
-    """The model's mean times what it is a mean over: its rows or its targets."""
-    loss, counts = evaluation.loss, evaluation.num_targets()
-    counts = torch.ones_like(counts) if over_rows else counts
-    total = loss * counts.sum().to(loss.device) if counts.any() else loss.new_zeros(())
-    return SampleLosses(total, counts, None, coupled=_router_loss(evaluation.output))
-
-
-def _router_loss(output: Any) -> str | None:
-    """The name of a loss that balances the experts over the whole batch, where the model's own has one in it.
-
-    Products of means over all rows: as a thousandth of the loss, which is usual, too small to show in the value of it.
-    """
-    parts = getattr(output, "__dict__", {}).items()
-    return next((name for name, value in parts if name.endswith(_ROUTER_LOSSES) and isinstance(value, Tensor)), None)

@@ -1,16 +1,16 @@
 """The standard forms of a model's own loss, and the logits and labels of its mapping batches that they are built from."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from curvature_callbacks.batches import batch_size
 from curvature_callbacks.model.loss.sample_losses import (
     IGNORED,
     SampleLosses,
     binary_cross_entropies,
+    counts_of_rows,
     cross_entropies,
     shifted_cross_entropies,
     span_cross_entropies,
@@ -19,7 +19,7 @@ from curvature_callbacks.model.loss.sample_losses import (
 
 LossForm = Callable[..., SampleLosses]  # of logits and labels; cross-entropies also with `label_smoothing`
 
-MATCH: Final = 1e-4  # relative agreement with the model's own loss; float32 sums differ by about 1e-6
+_GRADIENT: Final = 1e-3  # of its gradient, to which other positions or weights make a difference as large as itself
 _POSITIONS: Final = ("start_positions", "end_positions")
 
 
@@ -29,14 +29,14 @@ def labels_of(batch: Mapping[str, Any]) -> Tensor | None:
     if isinstance(labels, Tensor):
         return labels
     positions = [batch.get(key) for key in _POSITIONS]
-    if not _has_spans(batch) or not all(_is_column(position) for position in positions):
+    if not has_spans(batch) or not all(_is_column(position) for position in positions):
         return None
     return torch.stack([position.flatten() for position in positions if position is not None], dim=1)
 
 
 def logits_of(output: Any, batch: Mapping[str, Any]) -> Tensor | None:
     """The `.logits`, for spans (N, 2, T) `.start_logits` and `.end_logits`."""
-    if not _has_spans(batch):
+    if not has_spans(batch):
         logits = getattr(output, "logits", None)
         return logits if isinstance(logits, Tensor) else None
     start, end = getattr(output, "start_logits", None), getattr(output, "end_logits", None)
@@ -62,7 +62,7 @@ def candidate_forms(model: nn.Module, logits: Tensor, batch: Mapping[str, Any]) 
     labels = labels_of(batch)
     if labels is None:
         return []
-    if _has_spans(batch):
+    if has_spans(batch):
         return [span_cross_entropies] if logits.shape[:2] == labels.shape else []
     if labels.numel() == logits.numel():  # integer ones too: counts are regressed
         return [squared_errors, binary_cross_entropies]
@@ -75,22 +75,59 @@ def candidate_forms(model: nn.Module, logits: Tensor, batch: Mapping[str, Any]) 
     return []
 
 
-def matching_forms(model: nn.Module, output: Any, batch: Mapping[str, Any], loss: Tensor) -> list[LossForm]:
-    """Those among them that give the value of the model's `loss`."""
+def matching_forms(model: nn.Module, output: Any, batch: Mapping[str, Any], loss: Tensor, *, match: float) -> list[LossForm]:
+    """Those among them that give the value of the model's `loss`, to `match` relative."""
     logits, labels = logits_of(output, batch), labels_of(batch)
     if logits is None or labels is None:
         return []
     possible = [form for form in candidate_forms(model, logits, batch) if _has_classes(form, logits, labels)]
     means = [(form, _mean(form, form(logits.detach(), labels))) for form in possible]
-    return [form for form, mean in means if bool((mean - loss).abs() <= MATCH * loss.abs())]
+    return [form for form, mean in means if bool((mean - loss).abs() <= match * loss.abs())]
 
 
-def count_targets(model: nn.Module, output: Any, batch: Mapping[str, Any]) -> Tensor:
-    """(N,) valid targets by the look of labels and model, for a loss whose form is not known."""
+def forms_with_gradient(
+    forms: Sequence[LossForm], output: Any, batch: Mapping[str, Any], loss: Tensor, leaves: Sequence[Tensor]
+) -> list[LossForm] | None:
+    """Those of `forms` that have the gradient of `loss` by the logits, else by the `leaves`; None where neither has one.
+
+    A head of zeros gives all forms one value, but none the gradient of another. Cost: a backward pass through the loss alone,
+    for a loss that does not come from `.logits` one through the model for each form.
+    """
+    logits, labels = logits_of(output, batch), labels_of(batch)
+    if logits is None or labels is None or not loss.requires_grad or not logits.requires_grad:
+        return None
+    names = ("start_logits", "end_logits") if has_spans(batch) else ("logits",)
+    inputs = [getattr(output, name) for name in names]
+    if any(each is None for each in torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True)):
+        inputs = list(leaves)
+    if not inputs:
+        return None
+    trained = _gradient(loss, inputs)
+    of_forms = [(form, _gradient(_mean(form, form(logits, labels)), inputs)) for form in forms]
+    return [form for form, gradient in of_forms if bool((gradient - trained).norm() <= _GRADIENT * trained.norm())]
+
+
+def _gradient(mean: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+    gradients = torch.autograd.grad(mean, inputs, retain_graph=True, allow_unused=True, materialize_grads=True)
+    return torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def count_targets(model: nn.Module, output: Any, batch: Mapping[str, Any], *, num_rows: int) -> Tensor:
+    """(num_rows,) valid targets by the look of labels and model, for a loss whose form is not known.
+
+    Where labels have other rows than were drawn, their targets are shared out among these as evenly as can be.
+    """
+    counts = _counts_by_label(model, output, batch)
+    if counts is None:
+        return torch.ones(num_rows, dtype=torch.int64)
+    return counts_of_rows(counts, num_rows)
+
+
+def _counts_by_label(model: nn.Module, output: Any, batch: Mapping[str, Any]) -> Tensor | None:
     labels = labels_of(batch)
     if labels is None or labels.is_floating_point() or labels.ndim == 0:
-        return torch.ones(batch_size(batch), dtype=torch.int64)
-    if _has_spans(batch):
+        return None
+    if has_spans(batch):
         logits = logits_of(output, batch)
         return torch.full((len(labels),), 2) if logits is None else (labels < logits.shape[-1]).sum(1)
     valid = labels[:, 1:] if is_causal(model) and labels.ndim > 1 else labels
@@ -108,7 +145,8 @@ def _is_column(position: Any) -> bool:
     return isinstance(position, Tensor) and position.ndim > 0 and len(position) == position.numel()
 
 
-def _has_spans(batch: Mapping[str, Any]) -> bool:
+def has_spans(batch: Mapping[str, Any]) -> bool:
+    """Whether its targets are start and end positions of spans."""
     return "labels" not in batch and all(key in batch for key in _POSITIONS)
 
 

@@ -1,6 +1,7 @@
 """The run's loss, however it was given, as a function to `SampleLosses`: a sum over rows with its count of valid targets."""
 
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Literal, TypeGuard, final, get_args
@@ -8,9 +9,11 @@ from typing import Any, Final, Literal, TypeGuard, final, get_args
 import torch
 from torch import Tensor, nn
 
-from curvature_callbacks.batches import batch_size
 from curvature_callbacks.errors import ConfigurationError, check_choice
+from curvature_callbacks.layout import counted_rows
 from curvature_callbacks.library_internals.modules import is_criterion
+from curvature_callbacks.microbatch import Microbatch, as_microbatch
+from curvature_callbacks.model.loss.averages import Evaluate, Settling
 from curvature_callbacks.model.loss.own import OwnLoss
 from curvature_callbacks.model.loss.sample_losses import (
     IGNORED,
@@ -20,6 +23,7 @@ from curvature_callbacks.model.loss.sample_losses import (
     cross_entropies,
     squared_errors,
 )
+from curvature_callbacks.processes.world import World
 
 __all__ = [
     "Criterion",
@@ -37,7 +41,7 @@ TargetLossName = Literal["cross_entropy", "mse", "bce"]
 Criterion = nn.CrossEntropyLoss | nn.MSELoss | nn.BCEWithLogitsLoss
 LossCallable = Callable[[nn.Module, Any], Tensor | SampleLosses]  # the latter from the package itself
 Loss = TargetLossName | Criterion | LossCallable | None
-LossFunction = Callable[[nn.Module, Any], SampleLosses]
+LossFunction = Callable[[nn.Module, Any], SampleLosses]  # of a `Microbatch`, or of what one is made of
 
 _CRITERIA: Final[Mapping[type[nn.Module], TargetLossName]] = {
     nn.CrossEntropyLoss: "cross_entropy",
@@ -49,6 +53,14 @@ _FORMS: Final[Mapping[TargetLossName, Callable[[Tensor, Tensor], SampleLosses]]]
     "mse": squared_errors,
     "bce": binary_cross_entropies,
 }
+
+
+class MicrobatchLoss(ABC):
+    """A loss function of the package's own that is called with the `Microbatch`, not with its content."""
+
+    @abstractmethod
+    def __call__(self, model: nn.Module, microbatch: Microbatch) -> Any:
+        """What a `LossCallable` returns."""
 
 
 def is_function(loss: Loss) -> TypeGuard[LossCallable]:
@@ -65,7 +77,7 @@ def resolve_loss(loss: Loss, batch: Any) -> LossFunction:
             `BCEWithLogitsLoss` with `reduction="mean"` and without weights mean the same as these names, the first with its
             `label_smoothing` and `ignore_index`. It may also come with mapping batches: then it takes the positions and
             the shift of the model's own cross-entropy and smooths its labels.
-        batch: an example.
+        batch: the content of a microbatch, as an example.
 
     Raises:
         ConfigurationError: the loss cannot be determined from these; for None at the first call, when the model gives none.
@@ -93,8 +105,15 @@ class _CallableLoss:
 
     function: LossCallable
 
+    def settle(self, evaluate: Evaluate, microbatches: Sequence[Any], world: World) -> None:
+        """Of a loss of the package's own that has something to settle; a user's is what it says."""
+        if isinstance(self.function, Settling):
+            self.function.settle(evaluate, microbatches, world)
+
     def __call__(self, model: nn.Module, batch: Any) -> SampleLosses:
-        value = self.function(model, batch)
+        microbatch = as_microbatch(batch)
+        wants_rows = isinstance(self.function, MicrobatchLoss)
+        value = self.function(model, microbatch if wants_rows else microbatch.content)
         if isinstance(value, SampleLosses):
             return value
         if not isinstance(value, Tensor):
@@ -102,12 +121,14 @@ class _CallableLoss:
                 f"the loss function returned {type(value).__name__} instead of a tensor: return the mean loss of the batch "
                 "or one loss per row."
             )
-        size = batch_size(batch)
+        size = microbatch.num_rows
         ones = torch.ones(size, dtype=torch.int64, device=value.device)
         if value.ndim == 0:
             return SampleLosses(value * size, ones, None)
         if value.shape == (size,):
             return SampleLosses(value.sum(), ones, value)
+        if value.ndim == 1 and len(value) == counted_rows(microbatch.content):  # of which rows were made that were not drawn
+            return SampleLosses(value.mean() * size, ones, None)
         raise ConfigurationError(
             f"the loss function returned shape {tuple(value.shape)} for a batch of {size} rows: return a scalar mean or "
             f"({size},) losses."
@@ -123,7 +144,8 @@ class _TargetLoss:
     has_classes: bool  # on axis 1 of the logits, and of targets that are probabilities
 
     def __call__(self, model: nn.Module, batch: Any) -> SampleLosses:
-        inputs, targets = batch[0], batch[1]
+        content = as_microbatch(batch).content
+        inputs, targets = content[0], content[1]
         output = model(inputs)
         logits = getattr(output, "logits", output)
         if self.has_classes:

@@ -133,6 +133,22 @@ def without_targets(num_targets: Tensor, device: torch.device, dtype: torch.dtyp
     return SampleLosses(per_target.sum(), num_targets, per_target[:, 0], per_target, predictive)
 
 
+def of_rows(losses: SampleLosses, num_rows: int) -> SampleLosses:
+    """The losses of a microbatch of so many rows; only their total is known where the loss has other rows than were drawn."""
+    counts = losses.num_targets
+    if len(counts) == num_rows:
+        return losses
+    return SampleLosses(losses.total, counts_of_rows(counts, num_rows), None, coupled=losses.coupled)
+
+
+def counts_of_rows(counts: Tensor, num_rows: int) -> Tensor:
+    """(num_rows,) valid targets: `counts` itself, or its sum shared out as evenly as can be where that is of other rows."""
+    if len(counts) == num_rows:
+        return counts
+    total = int(counts.sum())
+    return total // num_rows + (torch.arange(num_rows, device=counts.device) < total % num_rows).to(torch.int64)
+
+
 def _row_means(elements: Tensor, logits: Tensor, likelihood: Likelihood) -> SampleLosses:
     N = len(elements)
     valid = torch.ones(N, 1, dtype=torch.bool, device=elements.device)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from curvature_callbacks import ConfigurationError
-from curvature_callbacks.batches import take_rows
+from curvature_callbacks.microbatch import as_microbatch
 from curvature_callbacks.model.loss.fisher_type import FisherType
 from curvature_callbacks.model.loss.resolve import resolve_loss
 from curvature_callbacks.model.loss.sample_losses import SampleLosses
@@ -282,7 +282,7 @@ def test_rows_keep_their_draws(kind: str, fisher: str, unit: str):
     model, batch, loss = loss_case(kind)
     losses = loss(model, batch)
     subset = torch.tensor([2, 0])
-    part = loss(model, take_rows(batch, subset))
+    part = loss(model, as_microbatch(batch).take(subset))
     for surrogate in surrogates(FisherType(fisher=fisher, sample_unit=unit), losses, seed=3):
         again = surrogate.restricted(subset)
         assert torch.equal(again.weights, surrogate.weights[subset])
