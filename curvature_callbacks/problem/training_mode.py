@@ -33,7 +33,8 @@ def settle_training_mode(problem: Problem, memory: ProbeMemory, in_training: Col
     Found out once a run, at two rows: in evaluation mode the loss cannot be computed, or it is another one although it
     draws nothing at random in training mode either. Then all modules that training has in training mode are, but for dropouts
     and those that write their buffers in it (batch norms, power iterations, codebooks). A loss that differs by what it draws
-    stays in evaluation mode, as with dropout.
+    stays in evaluation mode, as with dropout. While it is not known what a loss averages over, one that can be computed in
+    evaluation mode waits for the next problem of the run.
 
     Args:
         problem: of a model in evaluation mode; the first rows of its first microbatch are looked at.
@@ -44,15 +45,18 @@ def settle_training_mode(problem: Problem, memory: ProbeMemory, in_training: Col
     mode where modules write their buffers.
     """
     modules, world = dict(problem.model.named_modules()), problem.world
-    if memory.in_training_mode is None and isinstance(memory.loss, Settling) and memory.settled_at is None:
-        return  # how it averages is to be found out first
     if memory.in_training_mode is None:
+        is_settled = memory.settled_at is not None or not isinstance(memory.loss, Settling)
         candidates = {name for name, module in modules.items() if not in_training or module in in_training}
-        found: frozenset[str] = frozenset()
+        found: frozenset[str] | None = frozenset()
         if not problem.objective.is_sharded and not any(module.training for module in modules.values()):
+            rows = few_rows(problem.microbatches[0]) if is_settled else problem.microbatches[0]
             with world.together():
-                found = _needed(problem.objective, few_rows(problem.microbatches[0]), modules, candidates)
-        memory.in_training_mode = max(world.gathered(found), key=len)
+                found = _needed(problem.objective, rows, modules, candidates, is_settled=is_settled)
+        known = [names for names in world.gathered(found) if names is not None]
+        if not known:
+            return
+        memory.in_training_mode = max(known, key=len)
         if memory.in_training_mode and world.rank == 0:
             _logger.warning(
                 "the loss is another one in evaluation mode, for more than dropout (its forward pass knows `training`): it is "
@@ -63,11 +67,18 @@ def settle_training_mode(problem: Problem, memory: ProbeMemory, in_training: Col
 
 
 def _needed(
-    objective: Objective, microbatch: Microbatch, modules: dict[str, nn.Module], candidates: Collection[str]
-) -> frozenset[str]:
-    """Names of the modules that have to be in training mode; none where evaluation mode will do."""
+    objective: Objective,
+    microbatch: Microbatch,
+    modules: dict[str, nn.Module],
+    candidates: Collection[str],
+    *,
+    is_settled: bool,
+) -> frozenset[str] | None:
+    """Names of the modules that have to be in training mode, none where evaluation mode will do; None: not known yet."""
     chosen = {name: modules[name] for name in candidates if not _is_left(modules[name])}
     in_evaluation = _trial(objective, microbatch, [])
+    if in_evaluation.total is not None and not is_settled:
+        return None
     for _ in range(_MOST_TRIALS):
         trial = _trial(objective, microbatch, list(chosen.values()))
         if not trial.writers:
