@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from curvature_callbacks.errors import ConfigurationError
 from curvature_callbacks.isolation.model import seeded
+from curvature_callbacks.microbatch import as_microbatch
 from curvature_callbacks.model.loss.averages import Evaluate, Settling
 from curvature_callbacks.model.loss.loop import LoopLoss
 from curvature_callbacks.model.loss.own import OwnLoss
