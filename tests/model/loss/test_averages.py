@@ -16,6 +16,7 @@ PROMPTS = labelled((2, 0), (3, 1), (1, 2), (2, 2))  # every first label is ignor
 EQUAL_HALVES = labelled((0, 5), (0, 3), (0, 3), (0, 5))  # rows 0 and 2 have as many labels as rows 1 and 3
 EQUAL_ROWS = labelled((0, 2), (0, 2), (0, 2), (0, 2))
 TWO_EMPTY = labelled((6, 0), (0, 1), (0, 6), (0, 3))
+WHOLE = labelled((0, 0), (0, 0), (0, 0))
 RAGGED = labelled((0, 0), (0, 1), (0, 4), (0, 2), (0, 0), seed=1)
 
 
@@ -23,13 +24,22 @@ def trace(model: Speaker, *batches: dict[str, Tensor]) -> float:
     return compute_fisher_spectrum(model, list(batches), block_structure="none").full.metrics()["trace"]
 
 
-@pytest.mark.parametrize("first", [PROMPTS, EQUAL_HALVES, EQUAL_ROWS], ids=["prompts", "equal halves", "equal rows"])
+@pytest.mark.parametrize(
+    "first", [PROMPTS, EQUAL_HALVES, EQUAL_ROWS, WHOLE], ids=["prompts", "equal halves", "equal rows", "whole rows"]
+)
 @pytest.mark.parametrize("average", AVERAGES)
 @pytest.mark.parametrize("scale", [1.0, 1e-6, 0.0])
 def test_samples_are_those_of_the_average(average: str, first: dict[str, Tensor], scale: float) -> None:
     """Whatever the counts of the first microbatch, and where all targets have one loss as well."""
     model = flattened(speaker(average), scale)
     assert trace(model, first, RAGGED) == pytest.approx(fisher_trace(model, first, RAGGED), rel=1e-6)
+
+
+@pytest.mark.parametrize("average", ["over labels", "over rows", "sum"])
+def test_microbatches_of_one_row_tell_the_same(average: str) -> None:
+    model = speaker(average)
+    rows = [{key: value[i : i + 1] for key, value in RAGGED.items()} for i in (1, 2, 3)]
+    assert trace(model, *rows) == pytest.approx(fisher_trace(model, *rows), rel=1e-6)
 
 
 @pytest.mark.parametrize("shift", [True, False])
@@ -104,12 +114,14 @@ def test_what_was_found_is_looked_at_at_the_next_probe_and_not_again(caplog: Any
     assert not caplog.records
 
 
-@pytest.mark.parametrize("before", ["over labels", "over rows"])
-def test_a_mistake_is_corrected_at_the_next_probe(before: str, caplog: Any) -> None:
+@pytest.mark.parametrize(
+    ("before", "now"), [("over labels", "over rows"), ("over rows", "over labels"), ("over rows", "sum"), ("sum", "over rows")]
+)
+def test_a_mistake_is_corrected_at_the_next_probe(before: str, now: str, caplog: Any) -> None:
     model = speaker(before)
     first = Problem(model, [PROMPTS])
     first.settle_loss()
-    model.average = now = next(each for each in ("over labels", "over rows") if each != before)
+    model.average = now
     later = Problem(model, [PROMPTS], step=1, memory=first._memory)
     later.settle_loss()
     expected = AVERAGES[now][1](*model.targets(**PROMPTS)[1:]).sum()
