@@ -27,7 +27,8 @@ def float64_copy(model: nn.Module) -> nn.Module:
 
 def rows(microbatches: Sequence[Any]) -> Iterator[Any]:
     """Every sample as a batch of one, microbatch after microbatch."""
-    for batch in microbatches:
+    for microbatch in microbatches:
+        batch = getattr(microbatch, "content", microbatch)
         values = list(batch.values()) if isinstance(batch, Mapping) else list(batch)
         for i in range(len(values[0])):
             row = [value[i : i + 1].double() if value.is_floating_point() else value[i : i + 1] for value in values]

@@ -87,6 +87,19 @@ class TrainedLoss:
         """What couples the rows of the batches that were taken; None where nothing does, or none were taken."""
         return None if self._taken is None else self._taken.about.get("coupled")
 
+    @cached_property
+    def losses(self) -> list[float] | None:
+        """The mean loss of each whole batch of all processes; None where none were taken because rows are coupled.
+
+        Cost: one forward pass of these batches.
+        """
+        if self._taken is None or self.coupling is None:
+            return None
+        with self._occasion.world.together(), torch.no_grad():
+            found = [self._taken.objective(microbatch) for microbatch in self._taken.microbatches]
+            local = [float(each.total / each.num_targets.sum()) for each in found if each.num_targets.any()]
+        return [loss for losses in self._occasion.world.gathered(local) for loss in losses]
+
     def refuse_rows(self) -> None:
         """Raise a `RefusedError` where rows have no gradients of their own, because the statistics of the batch were chosen."""
         if self.row_refusal is not None:

@@ -182,8 +182,7 @@ class CurvatureMonitor:
             ) from error
 
     def _check_probe(self, probe: Probe) -> None:
-        problem = probe.problem(probe.microbatches, sharing=self._probing.sharing)
-        probe.watch_writes(problem)
+        problem = probe.problem(probe.microbatches, sharing=self._probing.sharing, watch_writes=True)
         with suppress(ProbeError):  # several forms are possible: the probe records it, and the next one looks again
             problem.settle_loss()
         problem.check([each.fisher_type for each in self._measure if isinstance(each, OfFisher)])

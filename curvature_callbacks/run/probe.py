@@ -56,20 +56,22 @@ class Probe:
         self._occasion = occasion
         self._written = written
 
-    def problem(self, microbatches: Sequence[Microbatch], *, sharing: Mapping[FisherType, Sharing]) -> Problem:
+    def problem(
+        self, microbatches: Sequence[Microbatch], *, sharing: Mapping[FisherType, Sharing], watch_writes: bool = False
+    ) -> Problem:
         """The problem of these microbatches.
 
         Args:
             microbatches: those drawn, or smaller ones of the same rows.
             sharing: types of Fisher whose Grams are to come with Kronecker factors, and how positions enter these.
+            watch_writes: first of all find out what the loss changes in place; it is put back then and after the probe. Cost:
+                one forward pass.
         """
         problem = Problem.of(self._subject, microbatches, self._occasion, sharing)
+        if watch_writes:
+            self._written.callback(problem.objective.watch_writes(problem.microbatches[0]).put_back)
         settle_training_mode(problem, self._subject.memory, self._occasion.in_training)
         return problem
-
-    def watch_writes(self, problem: Problem) -> None:
-        """Find out what the loss changes in place; it is put back now and after the probe. Cost: one forward pass."""
-        self._written.callback(problem.objective.watch_writes(problem.microbatches[0]).put_back)
 
     @property
     def may_write(self) -> bool:
@@ -163,10 +165,10 @@ class Probing:
         """The problem that was measured last, and the records."""
         limit = self._memory.row_limit
         problem = probe.problem(
-            probe.microbatches if limit is None else at_most(probe.microbatches, limit), sharing=self.sharing
+            probe.microbatches if limit is None else at_most(probe.microbatches, limit),
+            sharing=self.sharing,
+            watch_writes=probe.may_write,
         )
-        if probe.may_write:
-            probe.watch_writes(problem)
         waited, self.skipped = self.skipped, []
         records: list[Record] = []
         for measurement in sorted(self._active(), key=lambda each: _turn(each.name, waited)):

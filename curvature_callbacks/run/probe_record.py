@@ -55,8 +55,8 @@ def probe_record(
     }
     if _has_gradient(problem, records, failures):
         scalars["gradient_equivalents"] = scalars["probe_seconds"] / average(problem.gradient_seconds)
-        scalars["probe_loss"] = problem.loss
-        scalars |= training_losses.beside(problem)
+        with failures.reported("loss", "the loss of a curvature probe cannot be computed on whole batches"):
+            scalars |= training_losses.beside(problem)
     metadata = {
         "seed": problem.seed,
         **about,

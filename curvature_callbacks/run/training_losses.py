@@ -40,23 +40,26 @@ class TrainingLosses:
     def beside(self, problem: Problem) -> dict[str, float]:
         """`probe_loss` of a problem whose gradient was taken, `training_loss`, the loop's latest, where there is one.
 
-        Where they are far apart that is said once a run, with the reason. Call it last in a probe: the running statistics that
-        are moved to find the reason are put back by `isolated`.
+        The former is that of whole batches where they were measured because the loss couples their rows. Where they are far
+        apart that is said once a run, with the reason. Call it last in a probe: the running statistics that are moved to find
+        the reason are put back by `isolated`.
 
-        Cost: where they are far apart at most two forward passes, once a run.
+        Cost: one forward pass of whole batches; where they are far apart at most two more, once a run.
         """
         training = self._known(problem.world)
-        scalars = {"probe_loss": problem.loss} | ({"training_loss": training[-1]} if training else {})
-        if not self._is_said and is_far(problem.microbatch_losses, training):
+        whole = problem.trained.losses
+        loss = statistics.fmean(whole) if whole else problem.loss
+        scalars = {"probe_loss": loss} | ({"training_loss": training[-1]} if training else {})
+        if not self._is_said and is_far(whole or problem.microbatch_losses, training):
             self._is_said = True
             there = statistics.fmean(training)
-            reason = _reason(problem, there)
+            reason = _reason(problem, loss, there)
             if problem.world.rank == 0:
                 _logger.warning(
                     "the loss of the curvature probe at step %d is %.4g, that of the training loop %.4g at its latest %d: %s. "
                     "Training is not affected. This is said once.",
                     problem.step,
-                    problem.loss,
+                    loss,
                     there,
                     len(training),
                     reason,
@@ -86,8 +89,8 @@ def is_far(microbatches: Sequence[float], training: Sequence[float]) -> bool:
     return abs(here - there) > max(_FAR * spread, _SHARE * max(abs(here), abs(there)))
 
 
-def _reason(problem: Problem, there: float) -> str:
-    """What brings the probe's loss at least half of the way to that of the loop, `there`."""
+def _reason(problem: Problem, here: float, there: float) -> str:
+    """What brings the probe's loss at least half of the way from `here` to that of the loop, `there`."""
     norms = batch_norms(problem.model, batch_norm="batch", in_training=()).switched
     others = [module for module in problem.model.modules() if module not in norms and module is not problem.model]
     for reason, modules in (
@@ -97,7 +100,7 @@ def _reason(problem: Problem, there: float) -> str:
         if modules:
             with _in_training_mode(modules), torch.no_grad():
                 moved = float(problem.world.total(problem.objective.mean(problem.microbatches, {})))
-            if abs(moved - there) <= abs(problem.loss - there) / 2:
+            if abs(moved - there) <= abs(here - there) / 2:
                 return reason
     return (
         "neither batch norm nor training mode explains it, so the rows or what is done to them are other ones "

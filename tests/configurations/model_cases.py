@@ -202,7 +202,7 @@ class Snapshot:
 
     def measure(self, problem: Problem, state: None) -> tuple[list[Record], None]:
         if not self.seen:
-            self.seen.append((copy.deepcopy(problem.model), copy.deepcopy(problem.microbatches[0])))
+            self.seen.append((copy.deepcopy(problem.model), copy.deepcopy(problem.microbatches[0].content)))
         return [Record(step=problem.step, measurement=self.name, scalars={"one": 1.0})], None
 
 

@@ -79,9 +79,18 @@ def flat(tensors: Any) -> Tensor:
     return torch.cat([tensor.detach().flatten() for tensor in tensors])
 
 
+def as_trained(model: nn.Module) -> nn.Module:
+    """A float64 copy with batch norms as in training."""
+    replica = float64_copy(model)
+    for module in replica.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.train()
+    return replica
+
+
 def hessian_oracle(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> float:
     """Of any loss, from a graph of its gradient."""
-    replica = float64_copy(model)
+    replica = as_trained(model)
     leaves = [parameter for parameter in replica.parameters() if parameter.requires_grad]
     options: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
     gradients = torch.autograd.grad(loss(replica), leaves, create_graph=True, **options)
@@ -91,7 +100,7 @@ def hessian_oracle(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> flo
 
 def ggn_oracle(model: nn.Module, batch: Batch, *, shifted: bool) -> float:
     """`J' H J` with J in forward mode and H of the mean cross-entropy written out."""
-    replica = float64_copy(model)
+    replica = as_trained(model)
     values = {name: value.detach() for name, value in replica.named_parameters() if value.requires_grad}
     shapes = [value.shape for value in values.values()]
     batch = {key: value.double() if value.is_floating_point() else value for key, value in batch.items()}
@@ -130,7 +139,8 @@ def assert_second_order(case: ModelCase, directory: Path) -> None:
     """Both, where they are not refused."""
     measure = [one for one in SECOND if NAMES[one.name] not in case.refused]
     model, batch, records = first_probe(case, directory, measure)
-    loss = (lambda m: m(**batch).loss) if case.refused else (lambda m: mean_loss(m, [batch], case.kind))
+    is_coupled = case.refused or records[measure[0].name, None].metadata.get("batch_norm") == "batch"
+    loss = (lambda m: m(**batch).loss) if is_coupled else (lambda m: mean_loss(m, [batch], case.kind))
     for one in measure:
         found = records[one.name, None]
         assert not found.failed, found.error

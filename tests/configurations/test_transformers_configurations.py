@@ -62,12 +62,12 @@ def test_training_is_bit_identical_whatever_is_measured(name: str, tmp_path: Pat
         ("plain", isolation, "sdpa_kernel"),
         ("bf16", isolation, "_unpatched_forward"),
         ("model's own checkpointing, reentrant", isolation, "plain_checkpoints"),
-        ("own generator", probes, "undisturbed"),
+        ("own generator", probes.dataset, "undisturbed"),
     ],
 )
 def test_each_protection_is_needed(name: str, module: Any, protection: str, tmp_path: Path, monkeypatch: Any) -> None:
     """Without it training differs, a measurement fails or is refused: the comparison above can fail."""
     monkeypatch.setattr(module, protection, lambda *args, **kwargs: nullcontext())
-    monkeypatch.setattr(probes, "_private_copy", lambda collate: collate)
+    monkeypatch.setattr(probes.dataset, "_private_copy", lambda collate: collate)
     with pytest.raises((AssertionError, ConfigurationError)):
         assert_same_bits(CASES[name], tmp_path)

@@ -156,7 +156,7 @@ def traces(problem: Problem) -> dict[str, Any]:
         "gradients": [(id(p.grad), p.grad.clone()) for p in model.parameters() if p.grad is not None],
         "buffers": [(buffer.data_ptr(), buffer.clone()) for buffer in model.buffers()],
         "flags": [(module.training, len(module._forward_hooks), len(module._backward_hooks)) for module in model.modules()],
-        "batches": [[value.clone() for value in _values(batch)] for batch in problem.microbatches],
+        "batches": [[value.clone() for value in _values(each.content)] for each in problem.microbatches],
         "optimizer": [value.clone() for state in problem.optimizer.state.values() for value in state.values()],
         "generator": torch.get_rng_state(),
         "grad mode": torch.is_grad_enabled(),

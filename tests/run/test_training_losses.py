@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from curvature_callbacks import CurvatureMonitor, KFACCoverage
+from curvature_callbacks import CurvatureMonitor, KFACCoverage, TopEigenpairs
 from tests.run.monitor_cases import example_batch, new_monitor
 
 BATCHES = [tuple(part[start : start + 6] for part in example_batch(24)) for start in range(0, 24, 6)]
@@ -93,6 +93,18 @@ def test_losses_that_are_far_apart_are_said_once_with_the_reason(
     assert f"{watching.history[0].scalars['probe_loss']:.4g}" in said
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(module.training for module in model.modules())
+
+
+def test_the_loss_of_batch_norms_that_are_measured_as_trained_is_that_of_training(caplog: Any) -> None:
+    model = network(Offset())
+    there = in_training(model)
+    with caplog.at_level(logging.WARNING):
+        watching = CurvatureMonitor(model, probes=BATCHES, loss="cross_entropy", measure=[TopEigenpairs(k=1)], when=2)
+        for step in range(9):
+            watching.step(step, there + 0.01 * step)
+    losses = [record.scalars["probe_loss"] for record in watching.history if record.measurement == "probe"]
+    assert losses == pytest.approx([there] * 5, rel=1e-5)
+    assert "of the training loop" not in caplog.text
 
 
 def test_losses_that_differ_by_less_than_their_spread_are_not(caplog: Any) -> None:
