@@ -54,13 +54,17 @@ def _has_rows(value: Any, num_rows: int, *, is_top: bool) -> bool:
     parts = parts_of(value)
     if is_column(value):
         return len(value) == num_rows
-    if parts is None or (not is_top and _is_list(value) and len(value) == num_rows > 1):  # it may hold one tensor a row
+    if parts is None or (not is_top and _may_list_rows(value) and len(value) == num_rows > 1):
         return False
     return all(_has_rows(part, num_rows, is_top=False) for part in parts)
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list | tuple) and not hasattr(value, "_fields")
+def _may_list_rows(value: Any) -> bool:
+    """Whether it may have one entry a row: entries of one kind, tensors of one dtype and as many axes."""
+    if not isinstance(value, list | tuple) or hasattr(value, "_fields") or not value:
+        return False
+    kinds = {(type(each), each.dtype, each.ndim) if isinstance(each, Tensor) else type(each) for each in value}
+    return len(kinds) == 1
 
 
 def _possible_counts(value: Any, *, is_top: bool) -> Iterator[set[int]]:
@@ -70,14 +74,14 @@ def _possible_counts(value: Any, *, is_top: bool) -> Iterator[set[int]]:
     elif isinstance(value, Tensor):
         if value.ndim:
             yield {value.size(0)}
-    elif not is_top and _is_list(value) and value:
-        yield {len(value), *_common(value)}
+    elif not is_top and _may_list_rows(value):
+        yield {len(value), *_common_length(value)}
     else:
         for part in parts_of(value) or ():
             yield from _possible_counts(part, is_top=False)
 
 
-def _common(values: Iterable[Any]) -> set[int]:
+def _common_length(values: Iterable[Any]) -> set[int]:
     """The length of tensors that are all as long."""
     lengths = {len(value) if isinstance(value, Tensor) and value.ndim else None for value in values}
     return {length for length in lengths if length is not None} if len(lengths) == 1 else set()

@@ -49,13 +49,13 @@ def offline_problem(
         )
         occasion = Occasion(seed=seed, step=0, in_training=in_training)
         problem = Problem.of(subject, as_microbatches(batches), occasion, sharing={})
-        _check(problem, subject, occasion)
+        _check_in_either_mode(problem, subject, occasion)
         if problem.objective.draws.is_random:
             _logger.warning("the loss draws random numbers: what is measured is it at one draw, that of `seed`=%d.", seed)
         yield problem
 
 
-def _check(problem: Problem, subject: Subject, occasion: Occasion) -> None:
+def _check_in_either_mode(problem: Problem, subject: Subject, occasion: Occasion) -> None:
     """Check it; where that is impossible in evaluation mode, with modules in training mode."""
     try:
         problem.settle_loss()

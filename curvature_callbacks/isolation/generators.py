@@ -30,7 +30,7 @@ def kept_generators(model: nn.Module, *functions: Any) -> list[Any]:
     """Generators among the attributes of the model's modules, or in containers there, and those that functions reach by their
     closures; each once."""
     attributes = [value for module in model.modules() for value in vars(module).values()]
-    within = chain.from_iterable(_entries(value) for value in attributes if type(value) in (tuple, *CONTAINERS))
+    within = chain.from_iterable(_held_in(value) for value in attributes if type(value) in (tuple, *CONTAINERS))
     held = [value for value in chain(attributes, within, reachable(functions)) if is_generator(type(value))]
     return list({id(value): value for value in held}.values())
 
@@ -62,20 +62,20 @@ def begin(generator: Any, seed: int) -> None:
 
 def has_moved(generator: Any, state: Any) -> bool:
     """Whether a generator is not where it was when `generator_state` gave `state`."""
-    return not _same(generator_state(generator), state)
+    return not _are_same_states(generator_state(generator), state)
 
 
-def _same(now: Any, before: Any) -> bool:
+def _are_same_states(now: Any, before: Any) -> bool:
     if isinstance(now, torch.Tensor):
         return torch.equal(now, before)
     if isinstance(now, dict):
-        return all(_same(now[name], before[name]) for name in now)
+        return all(_are_same_states(now[name], before[name]) for name in now)
     if isinstance(now, tuple):
-        return all(map(_same, now, before))
+        return all(map(_are_same_states, now, before))
     return bool((now == before).all()) if hasattr(now, "all") else bool(now == before)
 
 
-def _entries(container: Any) -> list[Any]:
+def _held_in(container: Any) -> list[Any]:
     """Of a container; none of one that is long, which holds data."""
     values = list(container.values()) if isinstance(container, dict) else list(container)
     return values if len(values) <= _LONGEST else []

@@ -43,7 +43,7 @@ class DrawsOfBatch:
         """Notes what is drawn inside. Cost: some microseconds an operation."""
 
         def note(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-            if _draws(operation):
+            if _is_random(operation):
                 given = (_given(leaf) for leaf in _leaves(args, kwargs)[0])
                 self.draws.append(Draw(str(operation), tuple(value for value in given if value is not None)))
             return operation(*args, **kwargs)
@@ -64,7 +64,7 @@ class DrawsOfBatch:
         noted = iter(self.draws)
 
         def draw(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-            if not _draws(operation):
+            if not _is_random(operation):
                 return operation(*args, **kwargs)
             return _Replay(next(noted, None), self.num_rows, rows)(operation, args, kwargs)
 
@@ -138,7 +138,7 @@ class _Replay:
         return by_row.index_select(self.axis, index.to(tensor.device)).flatten(self.axis, self.axis + 1)
 
 
-def _draws(operation: Any) -> bool:
+def _is_random(operation: Any) -> bool:
     return torch.Tag.nondeterministic_seeded in operation.tags
 
 

@@ -104,7 +104,7 @@ class DatasetProbes(Probes):
         return microbatches
 
     def _microbatch(self, collate: Collator, items: list[Any], seed: int) -> Microbatch | None:
-        kept = [_replica(item) for item in items]
+        kept = [_shallow_copy(item) for item in items]
         content = collate(items)
         if content is None:
             return None
@@ -117,7 +117,7 @@ class DatasetProbes(Probes):
     def _collated(self, collate: Collator, items: list[Any], seed: int, rows: Sequence[int]) -> Any:
         """What the collator and the loop make of these rows alone, the same at every call."""
         with undisturbed(self._dataset, self._collate), seeded(nn.Module(), seed=seed):
-            content = collate([_replica(items[row]) for row in rows])
+            content = collate([_shallow_copy(items[row]) for row in rows])
             if content is None:
                 raise ProbeError("the collator returned None for some rows of a microbatch and not for all of them.")
             return self._prepare(content)
@@ -204,7 +204,7 @@ def _private_copy(collate: Collator) -> Collator:
         return collate
 
 
-def _replica(item: Any) -> Any:
+def _shallow_copy(item: Any) -> Any:
     """A copy of an item's own level: collators take keys out of the rows that they are given."""
     return copy.copy(item) if isinstance(item, dict | list) else item
 

@@ -138,7 +138,7 @@ def _by_live_parameters(measured: _Measured) -> str | dict[str, float]:
         return "not finite"
     if not apart.exceeds(*(_NARROW if objective.is_widened else (TOLERANCE,))):
         return {"value": apart.value, "gradient": apart.gradient}
-    if _draws(objective, measured):
+    if _draws_at_random(objective, measured):
         return "the loss draws from a generator of its own"
     raise ConfigurationError(
         f"the loss is another with other tensors in place of the model's parameters: {_compared(measured, found, apart)}. The "
@@ -161,7 +161,7 @@ def _by_the_loop(measured: _Measured, loop: LoopLoss) -> str | dict[str, float]:
         return {"value": apart.value, "gradient": apart.gradient}
     if not apart.exceeds(*_NARROW) and (_is_narrow(theirs, measured.batch) or _is_narrow(measured.objective, measured.batch)):
         return {"value": apart.value, "gradient": apart.gradient}
-    if _draws(theirs, measured) or _draws(measured.objective, measured):
+    if _draws_at_random(theirs, measured) or _draws_at_random(measured.objective, measured):
         return "it draws at random"
     said = f"{_compared(measured, found, apart, loop.name)}. {loop.advice}"
     if not loop.is_by_choice:
@@ -230,7 +230,7 @@ def _is_narrow(objective: Objective, batch: Any) -> bool:
     return bool(narrow)
 
 
-def _draws(objective: Objective, measured: _Measured) -> bool:
+def _draws_at_random(objective: Objective, measured: _Measured) -> bool:
     """Whether the loss draws: from a generator that is known, or by another evaluation that has another value.
 
     Cost: three forward passes.

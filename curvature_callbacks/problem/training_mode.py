@@ -86,11 +86,11 @@ def _needed(
         chosen = {name: module for name, module in chosen.items() if module not in trial.writers}
     if trial.total is None or (in_evaluation.total is not None and (trial.is_random or trial.writers)):
         return frozenset()
-    is_same = in_evaluation.total is not None and _are_same(trial.total, in_evaluation.total)
+    is_same = in_evaluation.total is not None and _are_one_function(trial.total, in_evaluation.total)
     return frozenset() if is_same else frozenset(chosen)
 
 
-def _are_same(one: float, other: float) -> bool:
+def _are_one_function(one: float, other: float) -> bool:
     """Whether two losses are of one function; one that is not finite tells nothing."""
     return not abs(one - other) > _SAME * max(abs(one), abs(other))
 
@@ -118,7 +118,7 @@ def _trial(objective: Objective, microbatch: Microbatch, modules: Sequence[nn.Mo
     try:
         with _training(modules), torch.no_grad(), watch:
             total = float(looked_at(microbatch).total)
-        writers = [module for module in modules if any(map(watch.changed, _buffers(module)))]
+        writers = [module for module in modules if any(map(watch.changed, _present_buffers(module)))]
     except Exception as error:  # whoever computes the loss next will meet it
         if is_agreed(error):
             raise
@@ -147,5 +147,5 @@ def _is_left(module: nn.Module) -> bool:
     return is_dropout or any(buffer.startswith("running_") for buffer in buffers_of(module))
 
 
-def _buffers(module: nn.Module) -> list[Any]:
+def _present_buffers(module: nn.Module) -> list[Any]:
     return [buffer for buffer in buffers_of(module).values() if buffer is not None]

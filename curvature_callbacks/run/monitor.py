@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, final
 
@@ -147,6 +147,7 @@ class CurvatureMonitor:
         self._sinks: list[Sink] = [self._memory, *setup.sinks]
         self._sink_seconds = 0.0  # what the sinks took at the previous probe
         self._checked = False
+        self._is_probing = False
         self._losses = TrainingLosses()
 
     @property
@@ -162,12 +163,11 @@ class CurvatureMonitor:
 
         Cost: one draw and two forward passes over it, one more for each measurement that has to ask the loss.
         """
-        world, seed = current_world(), self._probe_seed(step)
-        with world.together():
-            check_subject(self._subject, self._measure, world)
+        with current_world().together():
+            check_subject(self._subject, self._measure, current_world())
         self._checked = True
         try:
-            with isolated_probe(self._subject, self._probes, seed=seed, step=step, world=world) as probe:
+            with self._isolated_probe(step) as probe:
                 if probe is not None:
                     self._check_probe(probe)
         except ConfigurationError:
@@ -220,8 +220,11 @@ class CurvatureMonitor:
         self._probes = probes
 
     def offer(self, batch: Any) -> None:
-        """Show a training batch to probes that watch the loop (`CapturedProbes`); what cannot be kept is reported once."""
-        if not isinstance(self._probes, CapturedProbes):
+        """Show a training batch to probes that watch the loop (`CapturedProbes`); what cannot be kept is reported once.
+
+        What a probe itself computes a loss of is no training batch.
+        """
+        if self._is_probing or not isinstance(self._probes, CapturedProbes):
             return
         with self._failures.reported("captured batches", "curvature probes could not keep a training batch"):
             memory = self._subject.memory
@@ -246,13 +249,23 @@ class CurvatureMonitor:
         self._failures.load(state["failures"])
         self._probing.states.load(state.get("states", {}))  # which the first checkpoints did not have
 
-    def _probe(self, step: int, trigger: Trigger) -> list[Record]:
-        start, seed, world = time.perf_counter(), self._probe_seed(step), current_world()
-        records: list[Record] = []
+    @contextmanager
+    def _isolated_probe(self, step: int, *, max_seconds: float | None = None) -> Iterator[Probe | None]:
+        seed, world = self._probe_seed(step), current_world()
+        self._is_probing = True
         try:
             with isolated_probe(
-                self._subject, self._probes, seed=seed, step=step, world=world, max_seconds=self._settings.max_seconds
+                self._subject, self._probes, seed=seed, step=step, world=world, max_seconds=max_seconds
             ) as probe:
+                yield probe
+        finally:
+            self._is_probing = False
+
+    def _probe(self, step: int, trigger: Trigger) -> list[Record]:
+        start = time.perf_counter()
+        records: list[Record] = []
+        try:
+            with self._isolated_probe(step, max_seconds=self._settings.max_seconds) as probe:
                 if probe is None:
                     return []
                 problem, records = self._probing.run(probe)

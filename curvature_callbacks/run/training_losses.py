@@ -19,7 +19,7 @@ from curvature_callbacks.run.pace import as_number
 _KEPT: Final = 16
 _FEWEST: Final = 4  # losses of the loop that have a spread
 _FAR: Final = 3.0  # spreads, of the loop's losses and of the probe's microbatches together
-_SHARE: Final = 0.2  # of the larger loss, below which a difference is small whatever the spread
+_SHARE: Final = 0.5  # of the larger loss, below which a difference is small: the spread of two microbatches tells little
 
 _logger = logging.getLogger("curvature_callbacks")
 

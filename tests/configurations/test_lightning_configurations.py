@@ -71,7 +71,7 @@ def test_training_is_bit_identical_whatever_is_measured(name: str, tmp_path: Pat
         ("metrics", training_step, "attributes_set_aside"),
         ("remembering", training_step, "attributes_set_aside"),
         ("noise", draws, "begun_at"),
-        ("transform", probes, "undisturbed"),
+        ("transform", probes.dataset, "undisturbed"),
         pytest.param("plain", isolation, "_training_flags", marks=pytest.mark.slow),
         pytest.param("plain", training_step, "_muted", marks=pytest.mark.slow),
         pytest.param("unregistered metric", training_step, "attributes_set_aside", marks=pytest.mark.slow),

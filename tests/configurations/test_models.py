@@ -79,12 +79,18 @@ def flat(tensors: Any) -> Tensor:
     return torch.cat([tensor.detach().flatten() for tensor in tensors])
 
 
+def in_float64(batch: Batch) -> Batch:
+    return {
+        key: value.double() if torch.is_tensor(value) and value.is_floating_point() else value for key, value in batch.items()
+    }
+
+
 def as_trained(model: nn.Module) -> nn.Module:
-    """A float64 copy with batch norms as in training."""
+    """A float64 copy whose batch norms know no statistics but those of the batch."""
     replica = float64_copy(model)
     for module in replica.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.train()
+            module.running_mean = module.running_var = module.num_batches_tracked = None
     return replica
 
 
@@ -103,7 +109,7 @@ def ggn_oracle(model: nn.Module, batch: Batch, *, shifted: bool) -> float:
     replica = as_trained(model)
     values = {name: value.detach() for name, value in replica.named_parameters() if value.requires_grad}
     shapes = [value.shape for value in values.values()]
-    batch = {key: value.double() if value.is_floating_point() else value for key, value in batch.items()}
+    batch = in_float64(batch)
     labels: list[Tensor] = []
 
     def logits(*parts: Tensor) -> Tensor:
@@ -140,7 +146,7 @@ def assert_second_order(case: ModelCase, directory: Path) -> None:
     measure = [one for one in SECOND if NAMES[one.name] not in case.refused]
     model, batch, records = first_probe(case, directory, measure)
     is_coupled = case.refused or records[measure[0].name, None].metadata.get("batch_norm") == "batch"
-    loss = (lambda m: m(**batch).loss) if is_coupled else (lambda m: mean_loss(m, [batch], case.kind))
+    loss = (lambda m: m(**in_float64(batch)).loss) if is_coupled else (lambda m: mean_loss(m, [batch], case.kind))
     for one in measure:
         found = records[one.name, None]
         assert not found.failed, found.error

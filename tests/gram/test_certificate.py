@@ -304,12 +304,12 @@ def error_of(name: str, factor: float, shrink: float = 1.0) -> float:
     model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, CLASSES)).double()
     with torch.no_grad():
         model[1].weight *= shrink
-    (batch,) = microbatches = CASES["mlp"].microbatches((4,))
+    microbatches = CASES["mlp"].microbatches((4,))
     with offline_problem(model, microbatches, loss="cross_entropy", params_filter=None, block_structure="parameter") as problem:
-        truth = sample_gradients(model, [batch], "pair")
+        truth = sample_gradients(model, microbatches, "pair")
         grams = {key: G @ G.T for key, G in truth.items()}
         grams[name] = grams[name] * factor
-        passed = Passed(microbatches=[batch], surrogates=[[None]])
+        passed = Passed(microbatches=problem.microbatches, surrogates=[[None]])
         return certificate_errors(context_of(problem), passed, grams, {})[name]
 
 

@@ -1,8 +1,10 @@
 """Kept and rebuilt graphs give the same products, and their measured sizes are what the budget is held against."""
 
 import gc
+import random
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -207,17 +209,36 @@ def test_graphs_go_with_their_operator(cls: type):
 class Noisy(nn.Module):
     """Draws in its forward pass, in evaluation mode too."""
 
-    def __init__(self) -> None:
+    def __init__(self, draw: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
+        torch.manual_seed(0)
+        self.draw = draw
         self.a, self.b = nn.Linear(5, 4), nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.b(torch.tanh(self.a(x)) * torch.rand(4, dtype=x.dtype))
+        return self.b(torch.tanh(self.a(x)) * self.draw(x))
+
+
+def drawing(draw: Callable[[Tensor], Tensor]) -> AbstractContextManager[Problem]:
+    case = CASES["mlp"]
+    return offline_problem(Noisy(draw).double(), case.microbatches(), loss=case.loss, params_filter=None)
+
+
+def of_the_system(x: Tensor) -> Tensor:
+    """From a generator that has no seed."""
+    return torch.tensor([random.SystemRandom().random() for _ in range(4)], dtype=x.dtype)
 
 
 @pytest.mark.parametrize("cls", [HessianOperator, GGNOperator, EmpiricalFisherOperator])
-def test_a_model_that_draws_is_refused_where_graphs_are_rebuilt(cls: type):
-    case = CASES["mlp"]
-    drawing = offline_problem(Noisy().double(), case.microbatches(), loss=case.loss, params_filter=None)
-    with drawing as problem, pytest.raises(RefusedError):
+def test_a_model_that_draws_has_one_draw_where_graphs_are_rebuilt(cls: type):
+    with drawing(lambda x: torch.rand(len(x), 4, dtype=x.dtype)) as problem:
+        kept, rebuilt = operator_of(cls, problem), operator_of(cls, problem, budget=0)
+        rebuilt.self_check(0)
+        v = vectors(kept.shape[0])
+        assert torch.allclose(rebuilt.matmat(v), kept.matmat(v), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("cls", [HessianOperator, GGNOperator, EmpiricalFisherOperator])
+def test_a_model_whose_draws_cannot_be_kept_is_refused_where_graphs_are_rebuilt(cls: type):
+    with drawing(of_the_system) as problem, pytest.raises(RefusedError):
         operator_of(cls, problem, budget=0).self_check(0)

@@ -79,7 +79,7 @@ def problem_of(case: str, ranks: list[int]) -> Iterator[Problem]:
     world = current_world()
     batches = [batch for rank in ranks for batch in rows_of(rank, case)]
     with isolated(model, seed=0):
-        yield Problem(model, batches, loss="cross_entropy", world=world)
+        yield Problem(model, batches, loss="cross_entropy", world=world, batch_norm="eval")
 
 
 def grams(case: str, budget: int | None = None) -> dict[str, Tensor]:
@@ -142,7 +142,7 @@ def every_fisher(shared: bool) -> list[Record]:
     torch.manual_seed(0)
     ranks = [current_world().rank] if shared else [0, 1]
     batches = [batch for rank in ranks for batch in rows_of(rank, "plain")]
-    return CurvatureMonitor(Net().double(), probes=batches, loss="cross_entropy", measure=measure).step(0)
+    return CurvatureMonitor(Net().double(), probes=batches, loss="cross_entropy", measure=measure, batch_norm="eval").step(0)
 
 
 def test_every_fisher_has_the_rows_of_all(two_processes: Ranks) -> None:

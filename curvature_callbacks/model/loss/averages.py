@@ -48,7 +48,7 @@ class Settling(Protocol):
         ...
 
 
-def layout_of(batch: Any) -> Hashable:
+def label_layout(batch: Any) -> Hashable:
     """The keys of a batch with the kind and rank of its labels: losses of one layout have one form."""
     content = batch.content if isinstance(batch, Microbatch) else batch
     if not isinstance(content, Mapping):
@@ -69,9 +69,9 @@ def row_weights(batch: Any) -> dict[str, Tensor]:
         return {ROWS: ones, SUM: ones}
     if has_spans(content):
         return {GIVEN: 2 * ones, ROWS: ones, SUM: ones}
-    given = _given(labels)
+    given = _labels_per_row(labels)
     weights = {GIVEN: given, LABELLED: (given > 0).to(torch.int64), ROWS: ones, SUM: ones}
-    return {FOLLOWING: _given(labels[:, 1:]), **weights} if labels.ndim == 2 else weights
+    return {FOLLOWING: _labels_per_row(labels[:, 1:]), **weights} if labels.ndim == 2 else weights
 
 
 def has_ragged_rows(batch: Any) -> bool:
@@ -94,7 +94,7 @@ class Averages:
 
     def losses(self, mean: Tensor, batch: Any) -> SampleLosses | None:
         """The losses of a batch of which the loss function returned `mean`, 0-d; None while no average is known."""
-        remaining = self._remaining.get(layout_of(batch), frozenset())
+        remaining = self._remaining.get(label_layout(batch), frozenset())
         weights = row_weights(batch)
         name = next((name for name in weights if name in remaining), None)
         if name is None:
@@ -117,20 +117,20 @@ class Averages:
             batch = microbatches[number] if number < len(microbatches) else None
             if not world.anywhere(batch is not None and self._is_due(batch, looked)):
                 continue
-            found = None if batch is None else (layout_of(batch), frozenset(row_weights(batch)), look(batch))
+            found = None if batch is None else (label_layout(batch), frozenset(row_weights(batch)), look(batch))
             looked |= self._take_in([each for each in world.gathered(found) if each is not None])
         self._require_decided(microbatches, world)
 
     def note(self, batch: Any, contradicted: frozenset[str] | None) -> None:
         """Take in what one process has seen of a batch by itself."""
-        self._take_in([(layout_of(batch), frozenset(row_weights(batch)), contradicted)])
+        self._take_in([(label_layout(batch), frozenset(row_weights(batch)), contradicted)])
 
     def knows(self, batch: Any) -> bool:
         """Whether batches like it were looked at."""
-        return layout_of(batch) in self._remaining
+        return label_layout(batch) in self._remaining
 
     def _is_due(self, batch: Any, looked: Iterable[Hashable]) -> bool:
-        layout = layout_of(batch)
+        layout = label_layout(batch)
         if layout not in looked and self._looks.get(layout, 0) < _ENOUGH:
             return True
         return not _in_proportion(self._weights([batch], layout))
@@ -155,12 +155,12 @@ class Averages:
         before = self._remaining.get(layout)
         self._remaining[layout] = left if before is None else before & left or left
         self._looks[layout] = self._looks.get(layout, 0) + 1
-        if before is not None and not before & left:
+        if before and not before & left:
             _logger.warning(
                 "the loss is found to average over %s and not over %s, as earlier probes of this run had it: their numbers are "
                 "those of another function.",
-                _listed(left),
-                _listed(before),
+                _either(left),
+                _either(before),
             )
         elif left == {SUM} and before != left:
             _logger.warning(
@@ -173,7 +173,7 @@ class Averages:
         remaining = self._remaining.get(layout, frozenset())
         weights: dict[str, list[int]] = {name: [] for name in AVERAGES if name in remaining}
         for batch in microbatches:
-            if layout_of(batch) == layout:
+            if label_layout(batch) == layout:
                 of_batch = row_weights(batch)
                 for name in weights:
                     weights[name] += of_batch[name].tolist() if name in of_batch else []
@@ -185,13 +185,13 @@ class Averages:
             weights = {name: [each for of_rank in by_rank for each in of_rank[name]] for name in by_rank[0]}
             if not _in_proportion(weights):
                 raise ProbeError(
-                    f"the loss may average over {_listed(weights)}: on parts of this probe's rows all of these give its value "
+                    f"the loss may average over {_either(weights)}: on parts of this probe's rows all of these give its value "
                     "and its gradient, and on all of its rows they differ. The next probe looks again; or pass a function "
                     "`(model, batch) -> (N,) losses`."
                 )
 
 
-def _given(labels: Tensor) -> Tensor:
+def _labels_per_row(labels: Tensor) -> Tensor:
     """(N,) labels that are not ignored."""
     return (labels != IGNORED).reshape(len(labels), -1).sum(1).cpu()
 
@@ -207,5 +207,5 @@ def _in_proportion(weights: Mapping[str, Sequence[int]]) -> bool:
     return all(a * sum(every[0]) == b * sum(other) for other in every[1:] for a, b in zip(other, every[0], strict=True))
 
 
-def _listed(names: Iterable[str]) -> str:
+def _either(names: Iterable[str]) -> str:
     return " or ".join(name for name in AVERAGES if name in names) or "neither rows nor labels"

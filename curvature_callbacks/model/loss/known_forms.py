@@ -7,7 +7,7 @@ from functools import reduce
 from typing import Any, Final, final
 
 from curvature_callbacks.errors import ConfigurationError, ProbeError
-from curvature_callbacks.model.loss.averages import Evaluate, has_ragged_rows, layout_of
+from curvature_callbacks.model.loss.averages import Evaluate, has_ragged_rows, label_layout
 from curvature_callbacks.model.loss.evidence import telling_rows
 from curvature_callbacks.model.loss.own_evaluation import ToldForms, evaluated
 from curvature_callbacks.model.loss.own_forms import LossForm
@@ -45,11 +45,11 @@ class KnownForms:
 
     def of(self, batch: Any) -> KnownForm | None:
         """What is known of batches like it."""
-        return self._known.get(layout_of(batch))
+        return self._known.get(label_layout(batch))
 
     def note(self, batch: Any, known: KnownForm) -> None:
         """Keep what one process has found without a proof."""
-        self._known[layout_of(batch)] = known
+        self._known[label_layout(batch)] = known
 
     def settle(self, evaluate: Evaluate, microbatches: Sequence[Any], world: World) -> None:
         """Find out the form, and where none fits what the loss averages over; see `Settling`."""
@@ -60,7 +60,7 @@ class KnownForms:
             if not world.anywhere(batch is not None and self._is_due(batch, seen)):
                 continue
             found = None if batch is None else _told(evaluate, batch)
-            for layout, told, is_ragged in _joined(world.gathered(found)):
+            for layout, told, is_ragged in _agreed_by_layout(world.gathered(found)):
                 seen.add(layout)
                 undecided.pop(layout, None)
                 if len(told.forms) > 1:
@@ -71,7 +71,7 @@ class KnownForms:
             self._take_in_several(layout, told)
 
     def _is_due(self, batch: Any, seen: set[Hashable]) -> bool:
-        layout = layout_of(batch)
+        layout = label_layout(batch)
         settled = self._known.get(layout)
         if settled is None or not settled.num_proofs:
             return True
@@ -94,7 +94,7 @@ class KnownForms:
             return
         if not told.has_gradient:
             raise ProbeError(
-                f"the model's own loss may be {_listed(told.forms)}: all give its value, it does not come from `.logits` and "
+                f"the model's own loss may be {_in_words(told.forms)}: all give its value, it does not come from `.logits` and "
                 "its gradient was not compared. The next probe looks again; or pass a loss function."
             )
         self._known[layout] = KnownForm(told.forms[0])
@@ -104,10 +104,10 @@ def _told(evaluate: Evaluate, batch: Any) -> tuple[Hashable, ToldForms, bool] | 
     """The layout of a batch, the forms that a few rows of it allow, and whether these differ in their number of labels."""
     rows = telling_rows(batch)
     told = evaluate(lambda model, rows: evaluated(model, rows).told_forms(), rows)
-    return None if told is None else (layout_of(batch), told, has_ragged_rows(rows))
+    return None if told is None else (label_layout(batch), told, has_ragged_rows(rows))
 
 
-def _joined(found: Sequence[tuple[Hashable, ToldForms, bool] | None]) -> list[tuple[Hashable, ToldForms, bool]]:
+def _agreed_by_layout(found: Sequence[tuple[Hashable, ToldForms, bool] | None]) -> list[tuple[Hashable, ToldForms, bool]]:
     """What all processes together tell of each layout.
 
     Raises:
@@ -123,7 +123,7 @@ def _joined(found: Sequence[tuple[Hashable, ToldForms, bool] | None]) -> list[tu
         common = reduce(lambda left, right: tuple(form for form in left if form in right), sets)
         if not common and all(sets):
             raise ConfigurationError(
-                f"processes find different forms of the model's own loss ({'; '.join(sorted(map(_listed, sets)))}): pass a "
+                f"processes find different forms of the model's own loss ({'; '.join(sorted(map(_in_words, sets)))}): pass a "
                 "loss function."
             )
         has_gradient = any(each.has_gradient for each, _ in told)
@@ -135,10 +135,10 @@ def _warn_of_change(before: LossForm | None, now: LossForm | None) -> None:
     _logger.warning(
         "the model's own loss is found to be %s and not %s, as earlier probes of this run had it: their numbers are those of "
         "another function.",
-        _listed([now]),
-        _listed([before]),
+        _in_words([now]),
+        _in_words([before]),
     )
 
 
-def _listed(forms: Sequence[LossForm | None]) -> str:
+def _in_words(forms: Sequence[LossForm | None]) -> str:
     return " or ".join("no standard one" if form is None else f"`{form.__name__}`" for form in forms) or "no standard one"

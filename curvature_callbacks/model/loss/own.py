@@ -12,7 +12,7 @@ from curvature_callbacks.microbatch import as_microbatch
 from curvature_callbacks.model.loss.averages import Averages, Evaluate
 from curvature_callbacks.model.loss.evidence import contradicted_averages
 from curvature_callbacks.model.loss.known_forms import KnownForm, KnownForms
-from curvature_callbacks.model.loss.own_evaluation import Evaluation, evaluated, forms_of_finite_rows, router_loss
+from curvature_callbacks.model.loss.own_evaluation import LabelledCall, evaluated, forms_of_finite_rows, router_loss
 from curvature_callbacks.model.loss.own_forms import (
     LossForm,
     candidate_forms,
@@ -113,7 +113,7 @@ class OwnLoss:
             return form(logits, labels_of(batch))
         return form(logits, labels_of(batch), label_smoothing=self._label_smoothing)
 
-    def _of_mean(self, evaluation: Evaluation) -> SampleLosses:
+    def _of_mean(self, evaluation: LabelledCall) -> SampleLosses:
         """The model's mean times what it is a mean over, where that is not known times its targets."""
         loss = evaluation.loss
         known = self._averages.losses(loss, evaluation.microbatch)
@@ -123,7 +123,7 @@ class OwnLoss:
             known = SampleLosses(total, counts, None)
         return replace(known, coupled=router_loss(evaluation.output))
 
-    def _settle_by_value(self, evaluation: Evaluation) -> KnownForm:
+    def _settle_by_value(self, evaluation: LabelledCall) -> KnownForm:
         """What the value tells about its layout; kept where that is one form or none, looked at again at the next call else."""
         model, batch = evaluation.model, evaluation.microbatch
         may_call_again = _may_call_again(model)
@@ -203,7 +203,7 @@ def _gives(model: nn.Module, changed: Mapping[str, Any], batch: Mapping[str, Any
     return others is not None and others.dtype == logits.dtype and torch.equal(others.nan_to_num(), logits.nan_to_num())
 
 
-def _without_targets(evaluation: Evaluation) -> SampleLosses:
+def _without_targets(evaluation: LabelledCall) -> SampleLosses:
     """Losses of a batch without a target: zero through the logits, where these have a form that counts none either.
 
     Backward passes through parameters that are gathered on use are everybody's, also of a process that has no target.

@@ -1,4 +1,4 @@
-"""Evaluation: one call of a model with labels, and the standard forms that its loss may have."""
+"""LabelledCall: one call of a model with labels, and the standard forms that its loss may have."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ _ROUTER_LOSSES: Final = ("aux_loss", "z_loss")  # how the outputs of mixtures of
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
-class Evaluation:
+class LabelledCall:
     """One call of the model with labels: its output and its own mean loss, 0-d."""
 
     model: nn.Module
@@ -60,7 +60,7 @@ class ToldForms:
     has_gradient: bool
 
 
-def evaluated(model: nn.Module, batch: Any) -> Evaluation:
+def evaluated(model: nn.Module, batch: Any) -> LabelledCall:
     """The evaluation of `batch`, whose content is a mapping that the model is called with.
 
     Raises:
@@ -76,10 +76,10 @@ def evaluated(model: nn.Module, batch: Any) -> Evaluation:
             + "): the loss "
             "cannot be determined. Add `labels` to the batch or pass a loss function."
         )
-    return Evaluation(model, microbatch, output, loss)
+    return LabelledCall(model, microbatch, output, loss)
 
 
-def forms_of_finite_rows(evaluation: Evaluation) -> list[LossForm]:
+def forms_of_finite_rows(evaluation: LabelledCall) -> list[LossForm]:
     """The forms that match on the rows whose logits are finite: one bad row hides the value of all others.
 
     Cost: one forward pass over these.

@@ -102,12 +102,12 @@ def forms_with_gradient(
         inputs = list(leaves)
     if not inputs:
         return None
-    trained = _gradient(loss, inputs)
-    of_forms = [(form, _gradient(_mean(form, form(logits, labels)), inputs)) for form in forms]
+    trained = _flat_gradient(loss, inputs)
+    of_forms = [(form, _flat_gradient(_mean(form, form(logits, labels)), inputs)) for form in forms]
     return [form for form, gradient in of_forms if bool((gradient - trained).norm() <= _GRADIENT * trained.norm())]
 
 
-def _gradient(mean: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+def _flat_gradient(mean: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     gradients = torch.autograd.grad(mean, inputs, retain_graph=True, allow_unused=True, materialize_grads=True)
     return torch.cat([gradient.flatten() for gradient in gradients])
 
