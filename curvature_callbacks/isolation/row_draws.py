@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from curvature_callbacks.errors import RefusedError
-from curvature_callbacks.library_internals.tensors import dispatch_mode, written_arguments
+from curvature_callbacks.library_internals.tensors import argument_of, dispatch_mode, written_arguments
 
 Shape = tuple[int, ...]
 Given = Shape | int
@@ -43,7 +43,7 @@ class DrawsOfBatch:
         """Notes what is drawn inside. Cost: some microseconds an operation."""
 
         def note(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-            if _is_random(operation):
+            if _is_random(operation, args, kwargs):
                 given = (_given(leaf) for leaf in _leaves(args, kwargs)[0])
                 self.draws.append(Draw(str(operation), tuple(value for value in given if value is not None)))
             return operation(*args, **kwargs)
@@ -64,7 +64,7 @@ class DrawsOfBatch:
         noted = iter(self.draws)
 
         def draw(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-            if not _is_random(operation):
+            if not _is_random(operation, args, kwargs):
                 return operation(*args, **kwargs)
             return _Replay(next(noted, None), self.num_rows, rows)(operation, args, kwargs)
 
@@ -138,8 +138,11 @@ class _Replay:
         return by_row.index_select(self.axis, index.to(tensor.device)).flatten(self.axis, self.axis + 1)
 
 
-def _is_random(operation: Any) -> bool:
-    return torch.Tag.nondeterministic_seeded in operation.tags
+def _is_random(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether it draws: attention is tagged as random by PyTorch also where it drops nothing."""
+    if torch.Tag.nondeterministic_seeded not in operation.tags:
+        return False
+    return argument_of(operation, "dropout_p", args, kwargs) != 0
 
 
 def _leaves(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], Any]:

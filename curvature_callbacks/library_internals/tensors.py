@@ -78,6 +78,14 @@ def dispatch_mode(intercept: Callable[[Any, Sequence[Any], Mapping[str, Any]], A
     return Mode()  # type: ignore[no-untyped-call]
 
 
+def argument_of(operation: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What an operation of PyTorch is called with for the argument of this name; None where it has none."""
+    for place, argument in enumerate(operation._schema.arguments):
+        if argument.name == name:
+            return args[place] if place < len(args) else kwargs.get(name, argument.default_value)
+    return None
+
+
 def written_arguments(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
     """Of the arguments of an operation that a `dispatch_mode` sees, those that it writes to."""
     if not operation._schema.is_mutable:

@@ -1,16 +1,19 @@
 """Draws: the random numbers of a loss, the same in every evaluation of a microbatch at one probe."""
 
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, final
 
+import torch
 from torch import Tensor
 
 from curvature_callbacks.isolation.generators import begun_at, has_moved
 from curvature_callbacks.isolation.row_draws import DrawsOfBatch
 from curvature_callbacks.isolation.snapshot import generator_state
 from curvature_callbacks.microbatch import Microbatch
+
+_Root = tuple[int, int]  # seed and number of rows of a microbatch that was drawn
 
 
 @final
@@ -37,18 +40,21 @@ class Draws:
 
     def __init__(self) -> None:
         self.is_random = False
-        self._known: dict[Hashable, _Known] = {}
+        self._known: dict[_Root, _Known] = {}
+        self._pieces: dict[_Root, list[tuple[Tensor, _Known]]] = {}  # rows of some, where all of a microbatch was not evaluated
 
     def forget(self) -> None:
         """Another probe: its microbatches draw anew, and a loss may have changed what it draws."""
         self._known.clear()
+        self._pieces.clear()
 
     @contextmanager
     def at(self, microbatch: Microbatch, generators: Generators) -> Iterator[None]:
         """Inside, the loss of `microbatch` draws the same numbers every time: those of its seed.
 
-        A piece of a microbatch draws what its rows have in the draw of all of it, once all of it was evaluated twice; before
-        that it has a draw of its own. The generators are as before afterwards.
+        A piece of a microbatch draws what its rows have in the draw of all of it, once all of it was evaluated twice. Where
+        that has not happened, because all of it does not fit into memory, it has a draw of its own, and so do its own pieces
+        what their rows have in that. The generators are as before afterwards.
 
         Args:
             microbatch: with its seed; None stands for 0.
@@ -62,34 +68,52 @@ class Draws:
         once a microbatch, some microseconds an operation.
         """
         seed, among = microbatch.seed or 0, microbatch.among
-        whole = self._known.get((seed, microbatch.num_rows if among is None else among.num_rows))
-        if whole is not None and (among is None or whole.is_noted or not whole.is_random):
-            evaluation = self._again(whole, seed, generators, None if among is None else among.rows)
+        root = seed, microbatch.num_rows if among is None else among.num_rows
+        whole = self._known.get(root)
+        if whole is not None and (among is None or whole.is_replayable):
+            evaluation = self._again(whole, generators, None if among is None else among.rows)
         elif among is None:
-            evaluation = self._first((seed, microbatch.num_rows), seed, generators, microbatch.num_rows)
+            self._known[root] = known = _Known(DrawsOfBatch(microbatch.num_rows), seed, is_noted=self.is_random)
+            evaluation = self._first(known, generators)
         else:
-            evaluation = self._first(None, seed + 1 + int(among.rows[0]), generators, microbatch.num_rows)
+            evaluation = self._of_piece(root, among.rows, generators)
         with evaluation:
             yield
 
+    def _of_piece(self, root: "_Root", rows: Tensor, generators: Generators) -> AbstractContextManager[None]:
+        """An evaluation of some rows of a microbatch of which no evaluation is known."""
+        pieces = self._pieces.setdefault(root, [])
+        for of_piece, known in pieces:
+            places = (of_piece[None] == rows[:, None]).nonzero()[:, 1]
+            is_all = torch.equal(of_piece, rows)
+            if len(places) == len(rows) and (is_all or known.is_replayable):
+                return self._again(known, generators, None if is_all else places)
+        known = _Known(DrawsOfBatch(len(rows)), root[0] + 1 + int(rows[0]), is_noted=self.is_random)
+        if len(rows) > 1:
+            pieces.append((rows, known))
+        return self._first(known, generators)
+
     @contextmanager
-    def _first(self, key: Hashable, seed: int, generators: Generators, num_rows: int) -> Iterator[None]:
+    def _first(self, known: "_Known", generators: Generators) -> Iterator[None]:
         """An evaluation in which it is found out which generators the loss moves."""
-        known = _Known(DrawsOfBatch(num_rows), is_noted=self.is_random)
-        with begun_at([*generators.kept, *generators.shared], seed):
+        known.draws.draws.clear()
+        with begun_at([*generators.kept, *generators.shared], known.seed):
             kept, shared = (list(map(generator_state, some)) for some in (generators.kept, generators.shared))
             with known.draws.noted() if known.is_noted else nullcontext():
                 yield
             known.moved = [index for index, state in enumerate(shared) if has_moved(generators.shared[index], state)]
             known.is_random = bool(known.moved) or any(map(has_moved, generators.kept, kept))
+            known.is_complete = True
         self.is_random |= known.is_random
-        if key is not None:
-            self._known[key] = known
 
     @contextmanager
-    def _again(self, known: "_Known", seed: int, generators: Generators, rows: Tensor | None) -> Iterator[None]:
+    def _again(self, known: "_Known", generators: Generators, rows: Tensor | None) -> Iterator[None]:
         """A later evaluation of a microbatch, or of some of its rows."""
-        with begun_at([*generators.kept, *(generators.shared[index] for index in known.moved)], seed):
+        if not known.is_complete:  # the first one was left by an exception
+            with self._first(known, generators):
+                yield
+            return
+        with begun_at([*generators.kept, *(generators.shared[index] for index in known.moved)], known.seed):
             if not known.is_random:
                 yield
             elif rows is not None:
@@ -111,12 +135,21 @@ class _Known:
 
     Attributes:
         draws: the operations that drew, once they are noted.
+        seed: that generators begin at.
         is_noted: whether they are.
+        is_complete: whether the first evaluation has ended.
         is_random: whether there are any.
         moved: which generators of the process were drawn from.
     """
 
     draws: DrawsOfBatch
+    seed: int
     is_noted: bool
+    is_complete: bool = False
     is_random: bool = False
     moved: Sequence[int] = ()
+
+    @property
+    def is_replayable(self) -> bool:
+        """Whether single rows can have what they had in it."""
+        return self.is_complete and (self.is_noted or not self.is_random)

@@ -99,4 +99,4 @@ class CapturedProbes(Probes):
         return list(self._whole) or None
 
     def _copy(self, microbatch: Microbatch) -> Microbatch:
-        return replace(microbatch, content=detached_copy(self._prepare(microbatch.content)))
+        return replace(microbatch, content=detached_copy(self._prepare(microbatch.content)), among=None)

@@ -224,7 +224,8 @@ class PenalisedTrainer(Trainer):
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         labels = inputs.pop("labels")
         outputs = model(**inputs)
-        penalty = outputs.logits.square().mean() * torch.rand((), generator=self.generator)
+        of_labels = outputs.logits[:, :-1][labels[:, 1:] != -100]
+        penalty = of_labels.square().mean() * torch.rand((), generator=self.generator)
         loss = F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()) + 0.01 * penalty
         self._metrics["penalty"].append(penalty.item())
         self.meter.update(penalty)

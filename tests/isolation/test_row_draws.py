@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvature_callbacks.errors import RefusedError
 from curvature_callbacks.isolation.row_draws import DrawsOfBatch
@@ -59,6 +60,19 @@ def test_rows_draw_what_they_have_in_the_batch(name: str, x: Tensor) -> None:
     assert torch.equal(function(x), of_batch)  # to note changes nothing
     for rows in map(torch.tensor, ROWS):
         assert torch.equal(alone(draws, function, x, rows), of_batch[rows])
+
+
+def attended(x: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(*([x[:, None, :, None].repeat(1, 2, 1, 4)] * 3)) * torch.rand(len(x), 1, 1, 1)
+
+
+def test_attention_that_drops_nothing_is_no_draw(x: Tensor) -> None:
+    """Batch and rows may be computed by different kernels, of which PyTorch tags some as random."""
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        draws, of_batch = noted(attended, x)
+    assert len(draws.draws) == 1
+    with sdpa_kernel(SDPBackend.MATH):
+        assert torch.allclose(alone(draws, attended, x, torch.tensor([3])), of_batch[3:4], atol=1e-6)
 
 
 def test_rows_may_lie_on_another_axis(x: Tensor) -> None:

@@ -10,14 +10,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from curvature_callbacks import (
+    CapturedProbes,
     ConfigurationError,
     CurvatureMonitor,
     FisherSpectrum,
     GradientNoise,
     KFACCoverage,
+    Record,
     TopEigenpairs,
     compute_fisher_spectrum,
 )
+from curvature_callbacks.microbatch import at_most
 from curvature_callbacks.probes import stable_seed
 from tests.reference import dense_hessian, fisher_eigenvalues, gradients_of, stacked
 from tests.run.monitor_cases import example_batch, row_losses
@@ -141,6 +144,55 @@ def test_pieces_add_up_to_their_microbatch() -> None:
     assert record.scalars["sum"] == pytest.approx(record.scalars["smaller"], rel=1e-5)
 
 
+class Trace:
+    """The trace of the Fisher beside that of single rows, in microbatches of at most `size` rows."""
+
+    name = "trace"
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def init(self, problem: Any) -> None:
+        return None
+
+    def measure(self, problem: Any, state: None) -> Any:
+        pieces, leaves = at_most(problem.microbatches, self.size), problem.objective.leaves()
+        squares = 0.0
+        for row in (row for piece in pieces for row in piece.singles()):
+            gradients = torch.autograd.grad(problem.objective(row, leaves).total, list(leaves.values()))
+            squares += sum(float(gradient.square().sum()) for gradient in gradients)
+        again = sum(float(problem.objective(piece, leaves).total) for piece in pieces)
+        single = sum(float(problem.objective(row, leaves).total) for piece in pieces for row in piece.singles())
+        scalars = {"squares": squares, "again": again, "single": single}
+        return [Record(step=problem.step, measurement=self.name, scalars=scalars)], None
+
+
+def test_rows_have_the_draw_of_their_piece_where_the_whole_was_never_evaluated() -> None:
+    """From a probe at which memory ran out on, microbatches are small from the beginning."""
+    model, (x,) = Denoiser(), data(8)
+    monitor = CurvatureMonitor(model, probes=[x], loss=denoising_mean, measure=[FisherSpectrum(), Trace(4)], when=1)
+    monitor.check(0)
+    monitor.step(0)
+    monitor._probing._memory.row_limit = 4
+    records = {record.measurement: record for record in monitor.step(1) if record.block is None}
+    assert not records["empirical_fisher"].failed, records["empirical_fisher"].error
+    of_rows = records["trace"].scalars
+    assert of_rows["single"] == pytest.approx(of_rows["again"], rel=1e-5)
+    assert records["empirical_fisher"].scalars["full_trace"] == pytest.approx(of_rows["squares"] / 8, rel=1e-5)
+
+
+def test_rows_have_the_draw_of_their_batch_where_a_stream_was_cut() -> None:
+    model, probes = Denoiser(), CapturedProbes(num_microbatches=2, microbatch_size=3)
+    monitor = CurvatureMonitor(model, probes=probes, loss=denoising_mean, measure=[FisherSpectrum(), Trace(3)], when=1)
+    for x in data(8, 8):
+        monitor.offer(x)
+    for step in (0, 1):
+        records = {record.measurement: record for record in monitor.step(step) if record.block is None}
+        assert not records["empirical_fisher"].failed, records["empirical_fisher"].error
+        of_rows = records["trace"].scalars
+        assert records["empirical_fisher"].scalars["full_trace"] == pytest.approx(of_rows["squares"] / 6, rel=1e-5)
+
+
 class Pieces:
     """Losses of a microbatch, of its halves, and of thirds of a half."""
 
@@ -150,9 +202,6 @@ class Pieces:
         return None
 
     def measure(self, problem: Any, state: None) -> Any:
-        from curvature_callbacks import Record
-        from curvature_callbacks.microbatch import at_most
-
         def total(size: int) -> float:
             return sum(float(problem.objective(piece).total) for piece in at_most(at_most(problem.microbatches, 3), size))
 
