@@ -11,6 +11,7 @@ from torch import Tensor
 from curvature_callbacks.batches import joined_content, map_tensors, sliced, to_dtype
 from curvature_callbacks.errors import ConfigurationError, RefusedError
 from curvature_callbacks.layout import counted_rows, has_one_row_each
+from curvature_callbacks.packing import packed_rows
 
 Collate = Callable[[Sequence[int]], Any]  # positions of rows in a microbatch to the content that these alone make
 
@@ -49,6 +50,7 @@ class Microbatch:
         is_sliceable: whether every tensor has one row a row.
         collate: makes the content of some of its rows; None where these are not at hand.
         among: of a piece, the rows of the batch that it was taken out of, whose random draws it has; None for what was drawn.
+        packed: the batch of which every row packs several of these rows, as it was drawn; None for what was not packed.
     """
 
     content: Any
@@ -57,6 +59,7 @@ class Microbatch:
     is_sliceable: bool = False
     collate: Collate | None = None
     among: RowsAmong | None = None
+    packed: Any = None
 
     @property
     def is_whole(self) -> bool:
@@ -82,7 +85,8 @@ class Microbatch:
             return self
         among = RowsAmong(rows.cpu(), self.num_rows) if self.among is None else self.among.taken(rows)
         if self.is_sliceable:
-            return replace(self, content=sliced(self.content, rows, self.num_rows), num_rows=len(rows), among=among)
+            content = sliced(self.content, rows, self.num_rows)
+            return replace(self, content=content, num_rows=len(rows), among=among, packed=None)
         if self.collate is None:
             raise RefusedError(
                 f"rows of a microbatch cannot be taken apart: its tensors have not one row each for its {self.num_rows} rows "
@@ -90,7 +94,7 @@ class Microbatch:
                 "data set (`probe_dataset`), take one row a microbatch, or return one loss per row."
             )
         collate = _among(self.collate, numbers)
-        return replace(self, content=self.collate(numbers), num_rows=len(rows), collate=collate, among=among)
+        return replace(self, content=self.collate(numbers), num_rows=len(rows), collate=collate, among=among, packed=None)
 
     def singles(self) -> "Iterator[Microbatch]":
         """Its rows one by one. Raises a `RefusedError` where it stays whole."""
@@ -99,7 +103,16 @@ class Microbatch:
     def mapped(self, function: Callable[[Tensor], Tensor]) -> "Microbatch":
         """The same rows with `function` applied to every tensor, also of what is collated later."""
         collate = None if self.collate is None else _mapped(self.collate, function)
-        return replace(self, content=map_tensors(self.content, function), collate=collate)
+        packed = None if self.packed is None else map_tensors(self.packed, function)
+        return replace(self, content=map_tensors(self.content, function), collate=collate, packed=packed)
+
+    def as_packed(self) -> "Microbatch":
+        """The batch as it was drawn, of packed rows; itself where it was not packed."""
+        if self.packed is None:
+            return self
+        num_rows = counted_rows(self.packed) or 1
+        is_sliceable = has_one_row_each(self.packed, num_rows)
+        return Microbatch(content=self.packed, num_rows=num_rows, seed=self.seed, is_sliceable=is_sliceable)
 
     def in_dtype(self, dtype: torch.dtype) -> "Microbatch":
         """The same rows with floating-point tensors in `dtype`, cut off from any graph they hang on."""
@@ -128,9 +141,27 @@ def as_microbatch(batch: Any) -> Microbatch:
 
 
 def drawn_microbatch(content: Any, num_rows: int, *, collate: Collate | None = None) -> Microbatch:
-    """A batch that was made of so many rows; `collate` is kept only where slices will not do."""
+    """A batch that was made of so many rows; `collate` is kept only where slices will not do.
+
+    Where rows pack several sequences, each of these is a row.
+    """
+    apart = unpacked_microbatch(content)
+    if apart is not None:
+        return apart
     is_sliceable = has_one_row_each(content, num_rows)
     return Microbatch(content=content, num_rows=num_rows, is_sliceable=is_sliceable, collate=None if is_sliceable else collate)
+
+
+def unpacked_microbatch(content: Any) -> Microbatch | None:
+    """A batch of packed rows with a row for each sequence; None where each row of it is one already."""
+    sequences = packed_rows(content)
+    if sequences is None:
+        return None
+    num_rows = len(sequences.places)
+    if sequences.wastes:
+        return Microbatch(content=content, num_rows=num_rows, collate=sequences.padded, packed=content)
+    apart = sequences.padded(range(num_rows))
+    return Microbatch(content=apart, num_rows=num_rows, is_sliceable=True, packed=content)
 
 
 def as_microbatches(batches: Any) -> list[Any]:
@@ -169,7 +200,7 @@ def joined(first: Microbatch, second: Microbatch) -> Microbatch | None:
     content = joined_content(first.content, second.content, (first.num_rows, second.num_rows))
     if content is None:
         return None
-    return replace(first, content=content, num_rows=first.num_rows + second.num_rows, among=None)
+    return replace(first, content=content, num_rows=first.num_rows + second.num_rows, among=None, packed=None)
 
 
 def _among(collate: Collate, numbers: Sequence[int]) -> Collate:

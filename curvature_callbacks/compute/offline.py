@@ -16,6 +16,7 @@ from curvature_callbacks.model.loss.resolve import Loss
 from curvature_callbacks.model.objective import ParamsFilter
 from curvature_callbacks.model.stability import Optimizers
 from curvature_callbacks.problem.occasion import Occasion
+from curvature_callbacks.problem.packing import as_drawn, may_take_apart
 from curvature_callbacks.problem.problem import Problem
 from curvature_callbacks.problem.subject import Subject
 from curvature_callbacks.problem.training_mode import settle_training_mode
@@ -49,6 +50,8 @@ def offline_problem(
         )
         occasion = Occasion(seed=seed, step=0, in_training=in_training)
         problem = Problem.of(subject, as_microbatches(batches), occasion, sharing={})
+        if not may_take_apart(problem, subject.memory):
+            problem = Problem.of(subject, as_drawn(problem.microbatches), occasion, sharing={})
         _check_in_either_mode(problem, subject, occasion)
         if problem.objective.draws.is_random:
             _logger.warning("the loss draws random numbers: what is measured is it at one draw, that of `seed`=%d.", seed)

@@ -122,7 +122,11 @@ class FisherSpectrum:
         """One model-wide record, and one a block."""
         spectra = spectra_of_problem(problem, self)
         if spectra.full.num_samples < 2:
-            raise ProbeError("fewer than two samples of this probe have a finite gradient.")
+            raise ProbeError(
+                "a probe of a single row has no spectrum: draw more rows (`num_microbatches`, `microbatch_size`)."
+                if problem.num_rows < 2
+                else "fewer than two samples of this probe have a finite gradient."
+            )
         failed = [name for name in spectra.failed_certificates if name not in state]
         if failed:
             _logger.warning("%s: %s This is said once.", self.name, warning_of(failed))

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from curvature_callbacks.batches import detached_copy
 from curvature_callbacks.layout import counted_rows
-from curvature_callbacks.microbatch import Microbatch, drawn_microbatch
+from curvature_callbacks.microbatch import Microbatch, drawn_microbatch, unpacked_microbatch
 from curvature_callbacks.probes.base import Prepare, Probes
 
 _logger = logging.getLogger("curvature_callbacks")
@@ -21,7 +21,8 @@ class CapturedProbes(Probes):
     """Copies of the latest training batches, for data that cannot be indexed: streams and combined loaders.
 
     A batch of which every tensor has as many rows as the loader reads is cut to its first rows. Any other stays whole, because
-    the rows of its tensors are not those that were read: pairs `[chosen; rejected]`, lists of ragged tensors, packed rows.
+    the rows of its tensors are not those that were read: pairs `[chosen; rejected]`, lists of ragged tensors. Of packed rows
+    all sequences are kept, a row each.
 
     The whole of every batch is kept too, for losses that couple rows, unless `offer` is told not to.
 
@@ -57,7 +58,7 @@ class CapturedProbes(Probes):
             self._whole.append(self._copy(microbatch))
             while sum(kept.num_rows for kept in self._whole) > max(self._num_rows, self._whole[-1].num_rows):
                 self._whole.popleft()
-        if not microbatch.is_whole:
+        if not microbatch.is_whole and microbatch.packed is None:
             microbatch = microbatch.take(torch.arange(min(microbatch.num_rows, self._microbatch_size)))
         self._recent.append(self._copy(microbatch))
 
@@ -66,8 +67,9 @@ class CapturedProbes(Probes):
 
         A full one tells how many rows of its tensors belong to one that was read.
         """
-        if isinstance(batch, Microbatch):
-            return batch
+        known = batch if isinstance(batch, Microbatch) else unpacked_microbatch(batch)
+        if known is not None:
+            return known
         size = counted_rows(batch)
         if size is None:
             return None if self._batch_size is None else Microbatch(content=batch, num_rows=self._batch_size)
@@ -99,4 +101,7 @@ class CapturedProbes(Probes):
         return list(self._whole) or None
 
     def _copy(self, microbatch: Microbatch) -> Microbatch:
-        return replace(microbatch, content=detached_copy(self._prepare(microbatch.content)), among=None)
+        kept, packed = (
+            None if part is None else detached_copy(self._prepare(part)) for part in (microbatch.content, microbatch.packed)
+        )
+        return replace(microbatch, content=kept, packed=packed, among=None)

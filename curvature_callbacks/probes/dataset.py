@@ -16,7 +16,7 @@ from curvature_callbacks.errors import ConfigurationError, ProbeError
 from curvature_callbacks.isolation.model import seeded
 from curvature_callbacks.isolation.snapshot import undisturbed
 from curvature_callbacks.layout import counted_rows
-from curvature_callbacks.microbatch import Microbatch, drawn_microbatch
+from curvature_callbacks.microbatch import Microbatch, drawn_microbatch, unpacked_microbatch
 from curvature_callbacks.probes.base import FixedProbes, Prepare, Probes
 from curvature_callbacks.probes.batch_sizes import training_batch_size
 from curvature_callbacks.probes.samplers import rows_of
@@ -109,6 +109,9 @@ class DatasetProbes(Probes):
         if content is None:
             return None
         content = self._prepare(content)
+        apart = unpacked_microbatch(content)
+        if apart is not None:
+            return apart
         again = partial(self._collated, collate, kept, seed)
         if (counted_rows(content) or len(kept)) < len(kept):
             kept[:] = _kept_by(again, kept, counted_rows(content))

@@ -18,7 +18,14 @@ from curvature_callbacks.model.loss.loop import LoopLoss
 from curvature_callbacks.model.loss.sample_losses import SampleLosses
 from curvature_callbacks.model.objective import Objective
 from curvature_callbacks.problem.coupling import coupling_of
-from curvature_callbacks.problem.evaluation import TOLERANCE, Difference, Evaluation, difference, differentiated
+from curvature_callbacks.problem.evaluation import (
+    TOLERANCE,
+    Difference,
+    Evaluation,
+    difference,
+    differentiated,
+    evaluated_objective,
+)
 from curvature_callbacks.problem.memory import ProbeMemory
 from curvature_callbacks.problem.reach import Reached, check_reach
 from curvature_callbacks.processes.world import World
@@ -112,7 +119,7 @@ def _at_few_rows(
     if batch.num_rows > most_rows and not batch.is_whole and not objective.is_sharded:
         rows = counts.nonzero()[:, 0][:most_rows]
         few, leaves = batch.take(rows), objective.trainable_stand_ins()
-        evaluation = _tried(partial(_evaluated, objective, few, leaves, seed), world)
+        evaluation = _tried(partial(evaluated_objective, objective, few, leaves, seed), world)
         if isinstance(evaluation, Evaluation):
             return _Measured(objective, few, leaves, counts[rows], evaluation, seed, world)
     evaluation = differentiated(reached.losses, reached.stand_ins)
@@ -151,7 +158,7 @@ def _by_the_loop(measured: _Measured, loop: LoopLoss) -> str | dict[str, float]:
     """How far the measured loss is from the training loop's, or why that is not known."""
     theirs = measured.objective.with_loss(partial(_as_losses, loop.function, measured.num_targets))
     with _writes_put_back(theirs, measured.batch):
-        found = _tried(partial(_evaluated, theirs, measured.batch, measured.leaves, measured.seed), measured.world)
+        found = _tried(partial(evaluated_objective, theirs, measured.batch, measured.leaves, measured.seed), measured.world)
     if isinstance(found, str):
         return found
     apart = difference(measured.evaluation, found)
@@ -186,12 +193,6 @@ def _compared(measured: _Measured, other: Evaluation, apart: Difference, name: s
 def _as_losses(function: Callable[[nn.Module, Any], Tensor], num_targets: Tensor, model: nn.Module, batch: Any) -> SampleLosses:
     """A mean, or one loss per row, as the sum that it is the mean of."""
     return SampleLosses(function(model, as_microbatch(batch).content).mean() * num_targets.sum(), num_targets, None)
-
-
-def _evaluated(objective: Objective, batch: Any, leaves: Mapping[str, Tensor], seed: int) -> Evaluation:
-    with torch.enable_grad(), objective.saving(), seeded(objective.modules[0], seed=seed):
-        losses = objective(batch, leaves)
-    return differentiated(losses, leaves)
 
 
 def _tried(evaluate: Callable[[], R], world: World) -> R | str:

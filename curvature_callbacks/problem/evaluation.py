@@ -3,12 +3,14 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, final
+from typing import Any, Final, final
 
 import torch
 from torch import Tensor
 
+from curvature_callbacks.isolation.model import seeded
 from curvature_callbacks.model.loss.sample_losses import SampleLosses
+from curvature_callbacks.model.objective import Objective
 
 TOLERANCE: Final = 1e-4  # relative; two ways through a float32 network differed by 1e-7 to 1e-5
 _ROUNDING: Final = 1e-6  # a difference of mean losses, and a norm of gradients, that may be rounding alone
@@ -57,6 +59,13 @@ class Difference:
     def exceeds(self, tolerance: float, of_gradient: float | None = None) -> bool:
         """Whether values differ by more than `tolerance`, or gradients by more than that or a tolerance of their own."""
         return self.value > tolerance or self.gradient > (tolerance if of_gradient is None else of_gradient)
+
+
+def evaluated_objective(objective: Objective, batch: Any, leaves: Mapping[str, Tensor], seed: int) -> Evaluation:
+    """Value and gradient of an objective at a microbatch, its draws from `seed`. Cost: one gradient."""
+    with torch.enable_grad(), objective.saving(), seeded(objective.modules[0], seed=seed):
+        losses = objective(batch, leaves)
+    return differentiated(losses, leaves)
 
 
 def differentiated(losses: SampleLosses, leaves: Mapping[str, Tensor]) -> Evaluation:

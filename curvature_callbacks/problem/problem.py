@@ -180,6 +180,12 @@ class Problem(ProblemOperators):
         """What the certificate of the objective found, JSON-able; empty until it was made."""
         return self._memory.proof or {}
 
+    @property
+    def packing(self) -> str | None:
+        """What a row is where several sequences are packed in one: `sequences` or `packed rows`; None where none were seen."""
+        apart = self._memory.takes_packed_apart
+        return None if apart is None else "sequences" if apart else "packed rows"
+
     @cached_property
     def gradients(self) -> Mapping[str, Tensor]:
         """Name to the gradient of the mean loss; its shard on this process where the parameter fits on none.

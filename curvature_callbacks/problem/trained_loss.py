@@ -140,5 +140,5 @@ class TrainedLoss:
 
 
 def _uncut(microbatch: Microbatch) -> Microbatch:
-    """The same batch, of which nothing takes rows any more."""
-    return replace(microbatch, is_sliceable=False, collate=None)
+    """The same batch as it was drawn, of which nothing takes rows any more."""
+    return replace(microbatch.as_packed(), is_sliceable=False, collate=None)

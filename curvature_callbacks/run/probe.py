@@ -23,6 +23,7 @@ from curvature_callbacks.model.loss.sharing import Sharing
 from curvature_callbacks.probes import Probes, with_seeds
 from curvature_callbacks.problem.deadline import NO_DEADLINE, Deadline
 from curvature_callbacks.problem.occasion import Occasion
+from curvature_callbacks.problem.packing import as_drawn, may_take_apart
 from curvature_callbacks.problem.problem import Problem
 from curvature_callbacks.problem.subject import Subject
 from curvature_callbacks.problem.training_mode import settle_training_mode
@@ -71,7 +72,9 @@ class Probe:
         if watch_writes:
             self._written.callback(problem.objective.watch_writes(problem.microbatches[0]).put_back)
         settle_training_mode(problem, self._subject.memory, self._occasion.in_training)
-        return problem
+        if may_take_apart(problem, self._subject.memory):
+            return problem
+        return Problem.of(self._subject, as_drawn(problem.microbatches), self._occasion, sharing)
 
     @property
     def may_write(self) -> bool:
@@ -209,8 +212,8 @@ class Probing:
         self.states[name] = state  # only now: every process has got here
         self._failures.succeeded(name)
         in_training = any(module.training for module in problem.model.modules())  # where the loss would be another one without
-        about = {"random": problem.objective.draws.is_random, "training_mode": in_training}
-        facts = {name: True for name, holds in about.items() if holds}
+        about = {"random": problem.objective.draws.is_random, "training_mode": in_training, "packing": problem.packing}
+        facts = {name: value for name, value in about.items() if value}
         return [replace(record, seconds=seconds, metadata={**record.metadata, **facts}) for record in records]
 
     def _smaller(self, microbatches: Sequence[Microbatch]) -> list[Microbatch]:

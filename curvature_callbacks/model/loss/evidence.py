@@ -144,9 +144,9 @@ def _sizes(evidence: Tensor) -> Tensor:
 
 def _partly_ignored(rows: Microbatch, batch: Any) -> Microbatch:
     labels = _sequences_of(batch)
-    if labels is None or IGNORED not in labels:
+    given = row_weights(rows).get(GIVEN)
+    if labels is None or given is None or IGNORED not in labels:
         return rows
-    given = row_weights(rows)[GIVEN]
     first, others = given.tensor_split(2)
     if not len(others) or 2 * int(first.max()) <= int(others.min()):
         return rows
