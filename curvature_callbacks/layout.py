@@ -34,6 +34,11 @@ def counted_rows(content: Any) -> int | None:
     return agreed.pop() if len(agreed) == 1 else None
 
 
+def has_rows(content: Any) -> bool:
+    """Whether a part of a batch has rows, however many."""
+    return any(True for _ in _possible_counts(content, is_top=True))
+
+
 def parts_of(value: Any) -> Iterable[Any] | None:
     """What a mapping, list, tuple or dataclass holds; None for whatever is no container."""
     if isinstance(value, PackedSequence):

@@ -45,7 +45,9 @@ class Microbatch:
 
     Attributes:
         content: what the loss is called with.
-        num_rows: rows, as they were drawn.
+        num_rows: rows, as they were drawn; 1 where that is not known.
+        are_rows_known: whether it is. A batch of unknown rows stays whole, counts as much as any other, and has a loss of all
+            its rows together only.
         seed: of the random draws that its loss makes, one a probe; pieces of it have the same. None until a probe gives it.
         is_sliceable: whether every tensor has one row a row.
         collate: makes the content of some of its rows; None where these are not at hand.
@@ -55,6 +57,7 @@ class Microbatch:
 
     content: Any
     num_rows: int
+    are_rows_known: bool = True
     seed: int | None = None
     is_sliceable: bool = False
     collate: Collate | None = None
@@ -64,7 +67,7 @@ class Microbatch:
     @property
     def is_whole(self) -> bool:
         """Whether no row can be taken out of it; one of a single row needs none to be."""
-        return self.num_rows > 1 and not self.is_sliceable and self.collate is None
+        return not self.are_rows_known or (self.num_rows > 1 and not self.is_sliceable and self.collate is None)
 
     def __getitem__(self, key: Any) -> Any:
         """`content[key]`, so that who reads a batch need not know what it lies in."""
@@ -81,7 +84,7 @@ class Microbatch:
             RefusedError: it stays whole.
         """
         numbers = rows.tolist()
-        if numbers == list(range(self.num_rows)):
+        if numbers == list(range(self.num_rows)) and self.are_rows_known:
             return self
         among = RowsAmong(rows.cpu(), self.num_rows) if self.among is None else self.among.taken(rows)
         if self.is_sliceable:

@@ -40,6 +40,7 @@ class Draws:
 
     def __init__(self) -> None:
         self.is_random = False
+        self._has_looked = False
         self._known: dict[_Root, _Known] = {}
         self._pieces: dict[_Root, list[tuple[Tensor, _Known]]] = {}  # rows of some, where all of a microbatch was not evaluated
 
@@ -65,7 +66,7 @@ class Draws:
 
         Cost: at the first evaluation of a microbatch, where it is found out what the loss draws from, a fraction of a
         millisecond; later ones nothing where it draws nothing, else some ten microseconds. Noting the shapes of a random loss,
-        once a microbatch, some microseconds an operation.
+        once a microbatch, and looking for draws at the first evaluation of a run: some microseconds an operation.
         """
         seed, among = microbatch.seed or 0, microbatch.among
         root = seed, microbatch.num_rows if among is None else among.num_rows
@@ -73,7 +74,7 @@ class Draws:
         if whole is not None and (among is None or whole.is_replayable):
             evaluation = self._again(whole, generators, None if among is None else among.rows)
         elif among is None:
-            self._known[root] = known = _Known(DrawsOfBatch(microbatch.num_rows), seed, is_noted=self.is_random)
+            self._known[root] = known = self._new(microbatch.num_rows, seed)
             evaluation = self._first(known, generators)
         else:
             evaluation = self._of_piece(root, among.rows, generators)
@@ -88,10 +89,17 @@ class Draws:
             is_all = torch.equal(of_piece, rows)
             if len(places) == len(rows) and (is_all or known.is_replayable):
                 return self._again(known, generators, None if is_all else places)
-        known = _Known(DrawsOfBatch(len(rows)), root[0] + 1 + int(rows[0]), is_noted=self.is_random)
+        known = self._new(len(rows), root[0] + 1 + int(rows[0]))
         if len(rows) > 1:
             pieces.append((rows, known))
         return self._first(known, generators)
+
+    def _new(self, num_rows: int, seed: int) -> "_Known":
+        """Of an evaluation whose operations are noted, if it is the first of a run or the loss is known to draw.
+
+        Whoever computes the loss may put generators back, so that their states do not tell.
+        """
+        return _Known(DrawsOfBatch(num_rows), seed, is_noted=self.is_random or not self._has_looked)
 
     @contextmanager
     def _first(self, known: "_Known", generators: Generators) -> Iterator[None]:
@@ -102,8 +110,8 @@ class Draws:
             with known.draws.noted() if known.is_noted else nullcontext():
                 yield
             known.moved = [index for index, state in enumerate(shared) if has_moved(generators.shared[index], state)]
-            known.is_random = bool(known.moved) or any(map(has_moved, generators.kept, kept))
-            known.is_complete = True
+            known.is_random = bool(known.moved or known.draws.draws) or any(map(has_moved, generators.kept, kept))
+            known.is_complete = self._has_looked = True
         self.is_random |= known.is_random
 
     @contextmanager

@@ -138,7 +138,7 @@ class Objective:
         """The losses of `batch` by the model as it is, in its own dtype, as plain autograd has them."""
         microbatch = as_microbatch(batch) if self.is_widened else as_microbatch(batch).in_dtype(self.dtype)
         with self.draws.at(microbatch, self._generators):
-            return of_rows(self._module(microbatch, self._module.loss), microbatch.num_rows)
+            return of_rows(self._module(microbatch, self._module.loss), microbatch)
 
     def with_loss(self, loss: LossFunction) -> "Objective":
         """Another loss of the same parameters; what it changes in place and draws is its own."""
@@ -169,10 +169,10 @@ class Objective:
         """
         loss, values, microbatch = self._module.loss, values or {}, as_microbatch(batch)
         if torch.is_grad_enabled():
-            return of_rows(self._called(loss, microbatch, values, watch), microbatch.num_rows)
+            return of_rows(self._called(loss, microbatch, values, watch), microbatch)
         with value_only():
             constant = {name: value.detach() if value.requires_grad else value for name, value in values.items()}
-            return of_rows(self._called(loss, microbatch, constant, watch), microbatch.num_rows).detached()
+            return of_rows(self._called(loss, microbatch, constant, watch), microbatch).detached()
 
     def with_leaves(self, function: _Function[R], batch: Any) -> R:
         """What a function of model and batch returns where all parameters are leaves that require gradients."""

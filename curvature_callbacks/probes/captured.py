@@ -9,7 +9,7 @@ import torch
 from typing_extensions import override
 
 from curvature_callbacks.batches import detached_copy
-from curvature_callbacks.layout import counted_rows
+from curvature_callbacks.layout import counted_rows, has_rows
 from curvature_callbacks.microbatch import Microbatch, drawn_microbatch, unpacked_microbatch
 from curvature_callbacks.probes.base import Prepare, Probes
 
@@ -72,7 +72,9 @@ class CapturedProbes(Probes):
             return known
         size = counted_rows(batch)
         if size is None:
-            return None if self._batch_size is None else Microbatch(content=batch, num_rows=self._batch_size)
+            if self._batch_size is None:
+                return Microbatch(content=batch, num_rows=1, are_rows_known=False) if has_rows(batch) else None
+            return Microbatch(content=batch, num_rows=self._batch_size)
         if self._batch_size is None:
             return drawn_microbatch(batch, size)
         if self._rows_of_one is None and size % self._batch_size == 0:

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final, TypeVar, final
 
@@ -47,6 +47,7 @@ class _Measured:
         batch: of these rows.
         leaves: of all trainable parameters, in place of the model's own.
         num_targets: (N,) of the rows.
+        is_sum: whether the loss that trains is the sum that the measured one is the mean of.
         evaluation: value and gradient.
         seed: of what a loss draws, the same in all evaluations.
         world: the processes.
@@ -56,6 +57,7 @@ class _Measured:
     batch: Microbatch
     leaves: Mapping[str, Tensor]
     num_targets: Tensor
+    is_sum: bool
     evaluation: Evaluation
     seed: int
     world: World
@@ -118,12 +120,12 @@ def _at_few_rows(
     counts = reached.losses.num_targets
     if batch.num_rows > most_rows and not batch.is_whole and not objective.is_sharded:
         rows = counts.nonzero()[:, 0][:most_rows]
-        few, leaves = batch.take(rows), objective.trainable_stand_ins()
+        few, leaves = replace(batch.take(rows), among=None), objective.trainable_stand_ins()  # all losses draw for these alone
         evaluation = _tried(partial(evaluated_objective, objective, few, leaves, seed), world)
         if isinstance(evaluation, Evaluation):
-            return _Measured(objective, few, leaves, counts[rows], evaluation, seed, world)
+            return _Measured(objective, few, leaves, counts[rows], reached.losses.is_sum, evaluation, seed, world)
     evaluation = differentiated(reached.losses, reached.stand_ins)
-    return _Measured(objective, batch, reached.stand_ins, counts, evaluation, seed, world)
+    return _Measured(objective, batch, reached.stand_ins, counts, reached.losses.is_sum, evaluation, seed, world)
 
 
 def _by_live_parameters(measured: _Measured) -> str | dict[str, float]:
@@ -156,7 +158,7 @@ def _by_live_parameters(measured: _Measured) -> str | dict[str, float]:
 
 def _by_the_loop(measured: _Measured, loop: LoopLoss) -> str | dict[str, float]:
     """How far the measured loss is from the training loop's, or why that is not known."""
-    theirs = measured.objective.with_loss(partial(_as_losses, loop.function, measured.num_targets))
+    theirs = measured.objective.with_loss(partial(_as_losses, loop.function, measured.num_targets, measured.is_sum))
     with _writes_put_back(theirs, measured.batch):
         found = _tried(partial(evaluated_objective, theirs, measured.batch, measured.leaves, measured.seed), measured.world)
     if isinstance(found, str):
@@ -190,9 +192,12 @@ def _compared(measured: _Measured, other: Evaluation, apart: Difference, name: s
     return f"on the same {rows} rows it is {measured.evaluation.value:.6g}, that of {name} {other.value:.6g}, and {how}"
 
 
-def _as_losses(function: Callable[[nn.Module, Any], Tensor], num_targets: Tensor, model: nn.Module, batch: Any) -> SampleLosses:
-    """A mean, or one loss per row, as the sum that it is the mean of."""
-    return SampleLosses(function(model, as_microbatch(batch).content).mean() * num_targets.sum(), num_targets, None)
+def _as_losses(
+    function: Callable[[nn.Module, Any], Tensor], num_targets: Tensor, is_sum: bool, model: nn.Module, batch: Any
+) -> SampleLosses:
+    """A mean, or one loss per row, as the sum that it is the mean of; a sum as it is."""
+    value = function(model, as_microbatch(batch).content)
+    return SampleLosses(value.sum() if is_sum else value.mean() * num_targets.sum(), num_targets, None)
 
 
 def _tried(evaluate: Callable[[], R], world: World) -> R | str:

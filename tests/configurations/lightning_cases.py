@@ -174,6 +174,7 @@ CASES: dict[str, Case] = {
         net=FirstLoaderNet,
         data=lambda: {"a": loader(), "b": loader(batch_size=8)},
         has_likelihood=False,
+        has_rows=False,
     ),
     "list of loaders": several("a list", lambda: list(pair().values())),
     "min_size": several('`CombinedLoader(..., "min_size")`', lambda: CombinedLoader(pair(), "min_size")),

@@ -86,12 +86,16 @@ CASES: dict[str, Case] = {
     "sgd": Case("SGD with momentum by `optimizer_cls_and_kwargs`", arguments=stepped),
     "schedule": Case("warm-up and a cosine schedule", {"warmup_steps": 2, "lr_scheduler_type": "cosine", "weight_decay": 0.1}),
     "neftune": Case("NEFTune noise on the embeddings", {"neftune_noise_alpha": 5.0}),
-    "label smoothing": Case("label smoothing, the model's own loss measured", {"label_smoothing_factor": 0.1}),
+    "label smoothing": Case("label smoothing, by default", {"label_smoothing_factor": 0.1}),
     "label smoothing measured": Case(
         "label smoothing, measured with it", {"label_smoothing_factor": 0.1}, callback=OF_THE_TRAINER
     ),
     "compute_loss_func": Case(
-        "`compute_loss_func`, the model's own loss measured", arguments=collecting_focal, data=Unpadded, observed=collected
+        "`compute_loss_func`, by default",
+        arguments=collecting_focal,
+        data=Unpadded,
+        observed=collected,
+        has_likelihood=False,
     ),
     "compute_loss_func measured": Case(
         "`compute_loss_func`, measured itself",
@@ -102,10 +106,11 @@ CASES: dict[str, Case] = {
         has_likelihood=False,
     ),
     "compute_loss": Case(
-        "a Trainer with its own `compute_loss`, the model's own loss measured",
+        "a Trainer with its own `compute_loss`, by default",
         trainer=PenalisedTrainer,
         data=Unpadded,
         observed=penalties,
+        has_likelihood=False,
     ),
     "compute_loss measured": Case(
         "a Trainer with its own `compute_loss`, measured itself",
@@ -159,7 +164,7 @@ CASES: dict[str, Case] = {
     ),
     "one-shot stream": Case("a stream that can be read once", data=OneShot, steps=AFTER_ONE),
     "smoothed stream": Case(
-        "a stream with label smoothing, the model's own loss measured",
+        "a stream with label smoothing, by default",
         {"label_smoothing_factor": 0.1},
         data=lambda: Stream(Sentences()),
         steps=AFTER_ONE,
@@ -172,11 +177,12 @@ CASES: dict[str, Case] = {
         callback=OF_THE_TRAINER,
     ),
     "compute_loss on a stream": Case(
-        "a stream and a Trainer with its own `compute_loss`, the model's own loss measured",
+        "a stream and a Trainer with its own `compute_loss`, by default",
         trainer=PenalisedTrainer,
         data=OneShot,
         observed=penalties,
         steps=AFTER_ONE,
+        has_likelihood=False,
     ),
     "compute_loss on a stream, measured": Case(
         "a stream and a Trainer with its own `compute_loss`, measured itself",

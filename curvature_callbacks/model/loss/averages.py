@@ -101,7 +101,7 @@ class Averages:
             return None
         counts = weights[name]
         if name == SUM:
-            return SampleLosses(mean, counts, None)
+            return SampleLosses(mean, counts, None, is_sum=True)
         return SampleLosses(mean * counts.sum() if counts.any() else mean.new_zeros(()), counts, None)
 
     def settle(self, look: Callable[[Any], frozenset[str] | None], microbatches: Sequence[Any], world: World) -> None:

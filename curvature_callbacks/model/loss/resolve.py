@@ -123,8 +123,8 @@ class _CallableLoss:
             )
         size = microbatch.num_rows
         ones = torch.ones(size, dtype=torch.int64, device=value.device)
-        if value.ndim == 0:
-            return SampleLosses(value * size, ones, None)
+        if value.ndim == 0 or not microbatch.are_rows_known:
+            return SampleLosses(value.mean() * size, ones, None)
         if value.shape == (size,):
             return SampleLosses(value.sum(), ones, value)
         if value.ndim == 1 and len(value) == counted_rows(microbatch.content):  # of which rows were made that were not drawn

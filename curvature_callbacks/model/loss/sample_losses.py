@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from curvature_callbacks.microbatch import Microbatch
+
 IGNORED: Final = -100  # the label torch and Hugging Face ignore
 
 Likelihood = Literal["categorical", "gaussian", "bernoulli"]
@@ -51,6 +53,7 @@ class SampleLosses:
         predictive: what labels can be drawn from; None where the likelihood of the loss is not known.
         coupled: the name of a part that is one of all rows together and makes their gradients no sum over rows; None where
             none is known.
+        is_sum: whether the loss that trains is `total` itself, of which the mean over rows is measured.
     """
 
     total: Tensor
@@ -59,6 +62,7 @@ class SampleLosses:
     per_target: Tensor | None = None
     predictive: Predictive | None = None
     coupled: str | None = None
+    is_sum: bool = False
 
     def detached(self) -> "SampleLosses":
         """The same values without what they were computed from."""
@@ -133,12 +137,13 @@ def without_targets(num_targets: Tensor, device: torch.device, dtype: torch.dtyp
     return SampleLosses(per_target.sum(), num_targets, per_target[:, 0], per_target, predictive)
 
 
-def of_rows(losses: SampleLosses, num_rows: int) -> SampleLosses:
-    """The losses of a microbatch of so many rows; only their total is known where the loss has other rows than were drawn."""
-    counts = losses.num_targets
-    if len(counts) == num_rows:
+def of_rows(losses: SampleLosses, microbatch: Microbatch) -> SampleLosses:
+    """The losses of a microbatch by its rows; only their total is known where the loss has other rows than were drawn."""
+    counts, num_rows = losses.num_targets, microbatch.num_rows
+    coupled = losses.coupled if microbatch.are_rows_known else "how many rows its batches have is not known"
+    if len(counts) == num_rows and coupled == losses.coupled:
         return losses
-    return SampleLosses(losses.total, counts_of_rows(counts, num_rows), None, coupled=losses.coupled)
+    return SampleLosses(losses.total, counts_of_rows(counts, num_rows), None, coupled=coupled, is_sum=losses.is_sum)
 
 
 def counts_of_rows(counts: Tensor, num_rows: int) -> Tensor:
