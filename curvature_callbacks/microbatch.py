@@ -91,10 +91,14 @@ class Microbatch:
             content = sliced(self.content, rows, self.num_rows)
             return replace(self, content=content, num_rows=len(rows), among=among, packed=None)
         if self.collate is None:
+            reason = (
+                f"its tensors have not one row each for its {self.num_rows} rows (pairs, ragged lists)"
+                if self.are_rows_known
+                else "how many rows its batches have is not known, because its tensors do not agree on that"
+            )
             raise RefusedError(
-                f"rows of a microbatch cannot be taken apart: its tensors have not one row each for its {self.num_rows} rows "
-                "(pairs, ragged lists, packed sequences), and there is no data set to collate single rows of. Measure on a "
-                "data set (`probe_dataset`), take one row a microbatch, or return one loss per row."
+                f"rows of a microbatch cannot be taken apart: {reason}, and there is no data set to collate single rows of. "
+                "Measure on a data set (`probe_dataset`), take one row a microbatch, or return one loss per row."
             )
         collate = _among(self.collate, numbers)
         return replace(self, content=self.collate(numbers), num_rows=len(rows), collate=collate, among=among, packed=None)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -92,6 +93,30 @@ def mean_loss(model: nn.Module, microbatches: Sequence[Any], kind: str) -> Tenso
     found = list(rows(microbatches))
     total = sum(num_targets(row, kind) for row in found)
     return torch.stack([row_loss(model, row, kind) for row in found]).sum() / total
+
+
+def largest(product: Callable[[Tensor], Tensor], size: int) -> float:
+    """Largest eigenvalue in float64, by another eigensolver."""
+
+    def matvec(v: Any) -> Any:
+        return product(torch.from_numpy(np.array(v, dtype=np.float64).ravel())).numpy()
+
+    operator = LinearOperator((size, size), matvec=matvec, dtype=np.float64)
+    return float(eigsh(operator, k=1, which="LA", tol=1e-6, return_eigenvectors=False, v0=np.ones(size))[0])
+
+
+@sdpa_kernel(SDPBackend.MATH)
+def largest_of_hessian(replica: nn.Module, loss: Callable[[nn.Module], Tensor]) -> float:
+    """Largest eigenvalue of a Hessian, from a graph of the gradient of `loss(replica)`, a model in float64."""
+    leaves = [parameter for parameter in replica.parameters() if parameter.requires_grad]
+    options: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
+    gradients = torch.autograd.grad(loss(replica), leaves, create_graph=True, **options)
+    slopes = torch.cat([gradient.flatten() for gradient in gradients])
+
+    def product(v: Tensor) -> Tensor:
+        return torch.cat([part.flatten() for part in torch.autograd.grad(slopes, leaves, v, retain_graph=True, **options)])
+
+    return largest(product, slopes.numel())
 
 
 @sdpa_kernel(SDPBackend.MATH)

@@ -21,6 +21,7 @@ from curvature_callbacks import (
     TopEigenpairs,
     compute_spectrum,
 )
+from curvature_callbacks.layout import counted_rows, has_one_row_each
 from curvature_callbacks.microbatch import as_microbatch, at_most
 from curvature_callbacks.operators.hessian import HessianOperator
 
@@ -58,6 +59,15 @@ def packed(rows: list[Any]) -> Any:
 def of_images(rows: list[Any]) -> Any:
     """As detectors take them: a target of its own for each row."""
     return {"x": torch.stack([x.mean(0) for x, _ in rows]), "labels": [{"y": torch.tensor([y])} for _, y in rows]}
+
+
+def test_rows_of_several_loaders_are_those_they_agree_on() -> None:
+    """Inputs and targets in a list are of different kinds, so that it has not one entry a row."""
+    x, y = torch.ones(4, 6), torch.ones(4, dtype=torch.int64)
+    assert counted_rows({"a": [x, y], "b": [x, y]}) == 4
+    assert has_one_row_each({"a": [x, y], "b": [x, y]}, 4)
+    assert counted_rows({"a": [x, y], "b": [x[:3], y[:3]]}) is None
+    assert not has_one_row_each({"a": [x, x, x, x], "y": y}, 4)  # one tensor a row, or four of all
 
 
 def paired(rows: list[Any]) -> Any:

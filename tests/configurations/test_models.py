@@ -1,15 +1,13 @@
 """The callback on the models of Hugging Face: training is the same bits, every number is the oracle's or is refused."""
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
@@ -21,7 +19,17 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from curvature_callbacks import FisherSpectrum, Measurement, TopEigenpairs
 from tests.configurations.model_cases import CASES, NAMES, ModelCase, check, first_probe
 from tests.heads import Batch, outputs_and_labels
-from tests.reference import IGNORED, fisher_eigenvalues, float64_copy, mean_loss, relative_error, sample_gradients, stacked
+from tests.reference import (
+    IGNORED,
+    fisher_eigenvalues,
+    float64_copy,
+    largest,
+    largest_of_hessian,
+    mean_loss,
+    relative_error,
+    sample_gradients,
+    stacked,
+)
 
 TOLERANCE = 2e-4  # of float32 numbers; Hugging Face's norms, rotary embeddings and losses are float32 in the oracle too
 TIGHT: dict[str, Any] = {"k": 1, "which": "LA", "tol": 1e-4, "max_matvecs": 80}
@@ -65,16 +73,6 @@ def test_fisher_is_that_of_single_rows(name: str, tmp_path: Path) -> None:
     assert_fisher_of_rows(CASES[name], tmp_path)
 
 
-def largest(product: Callable[[Tensor], Tensor], size: int) -> float:
-    """Largest eigenvalue in float64, by another eigensolver."""
-
-    def matvec(v: Any) -> Any:
-        return product(torch.from_numpy(np.array(v, dtype=np.float64).ravel())).numpy()
-
-    operator = LinearOperator((size, size), matvec=matvec, dtype=np.float64)
-    return float(eigsh(operator, k=1, which="LA", tol=1e-6, return_eigenvectors=False, v0=np.ones(size))[0])
-
-
 def flat(tensors: Any) -> Tensor:
     return torch.cat([tensor.detach().flatten() for tensor in tensors])
 
@@ -92,16 +90,6 @@ def as_trained(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.running_mean = module.running_var = module.num_batches_tracked = None
     return replica
-
-
-def hessian_oracle(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> float:
-    """Of any loss, from a graph of its gradient."""
-    replica = as_trained(model)
-    leaves = [parameter for parameter in replica.parameters() if parameter.requires_grad]
-    options: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
-    gradients = torch.autograd.grad(loss(replica), leaves, create_graph=True, **options)
-    slopes = torch.cat([gradient.flatten() for gradient in gradients])
-    return largest(lambda v: flat(torch.autograd.grad(slopes, leaves, v, retain_graph=True, **options)), slopes.numel())
 
 
 def ggn_oracle(model: nn.Module, batch: Batch, *, shifted: bool) -> float:
@@ -152,7 +140,9 @@ def assert_second_order(case: ModelCase, directory: Path) -> None:
         assert not found.failed, found.error
         assert found.scalars["num_converged"] == 1
         hessian = one.name == "hessian"
-        value = hessian_oracle(model, loss) if hessian else ggn_oracle(model, batch, shifted=case.kind == "causal")
+        value = (
+            largest_of_hessian(as_trained(model), loss) if hessian else ggn_oracle(model, batch, shifted=case.kind == "causal")
+        )
         assert found.scalars["lambda_max"] == pytest.approx(value, rel=1e-3), one.name
 
 

@@ -49,6 +49,25 @@ def contrastive(model: nn.Module, batch: Any) -> SampleLosses:
     return SampleLosses(losses * len(outputs), ones, None, coupled="a contrastive loss")
 
 
+def of_first(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch["a"][0]), batch["a"][1])
+
+
+def test_batches_that_do_not_tell_their_rows_are_measured_whole() -> None:
+    """Two loaders with batches of different size, of which the loss takes one: each batch counts alike, and none is cut."""
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    firsts, seconds = (iter(DataLoader(pairs(), batch_size=size)) for size in (5, 7))
+    batches = [{"a": next(firsts), "b": next(seconds)} for _ in range(2)]
+    monitor = new_monitor(model, probes=CapturedProbes(**SIZES), loss=of_first, measure=[FisherSpectrum(), TOP], when=1)
+    for batch in batches:
+        monitor.offer(batch)
+    records = monitor.step(0)
+    assert "how many rows its batches have is not known" in str(of(records, "empirical_fisher").error)
+    expected = top_of(model, batches, loss=of_first)
+    assert of(records, "hessian").scalars["lambda_max"] == pytest.approx(expected, rel=1e-5)
+    assert of(records, "hessian").metadata["coupled"] == "how many rows its batches have is not known"
+
+
 def of(records: list[Record], name: str) -> Record:
     return next(record for record in records if record.measurement == name)
 
