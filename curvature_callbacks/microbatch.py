@@ -89,7 +89,8 @@ class Microbatch:
         among = RowsAmong(rows.cpu(), self.num_rows) if self.among is None else self.among.taken(rows)
         if self.is_sliceable:
             content = sliced(self.content, rows, self.num_rows)
-            return replace(self, content=content, num_rows=len(rows), among=among, packed=None)
+            collate = None if self.collate is None else _among(self.collate, numbers)
+            return replace(self, content=content, num_rows=len(rows), collate=collate, among=among, packed=None)
         if self.collate is None:
             reason = (
                 f"its tensors have not one row each for its {self.num_rows} rows (pairs, ragged lists)"
@@ -148,7 +149,7 @@ def as_microbatch(batch: Any) -> Microbatch:
 
 
 def drawn_microbatch(content: Any, num_rows: int, *, collate: Collate | None = None) -> Microbatch:
-    """A batch that was made of so many rows; `collate` is kept only where slices will not do.
+    """A batch that was made of so many rows, which `collate` makes anew where slices will not do.
 
     Where rows pack several sequences, each of these is a row.
     """
@@ -156,7 +157,7 @@ def drawn_microbatch(content: Any, num_rows: int, *, collate: Collate | None = N
     if apart is not None:
         return apart
     is_sliceable = has_one_row_each(content, num_rows)
-    return Microbatch(content=content, num_rows=num_rows, is_sliceable=is_sliceable, collate=None if is_sliceable else collate)
+    return Microbatch(content=content, num_rows=num_rows, is_sliceable=is_sliceable, collate=collate)
 
 
 def unpacked_microbatch(content: Any) -> Microbatch | None:
@@ -207,7 +208,7 @@ def joined(first: Microbatch, second: Microbatch) -> Microbatch | None:
     content = joined_content(first.content, second.content, (first.num_rows, second.num_rows))
     if content is None:
         return None
-    return replace(first, content=content, num_rows=first.num_rows + second.num_rows, among=None, packed=None)
+    return replace(first, content=content, num_rows=first.num_rows + second.num_rows, collate=None, among=None, packed=None)
 
 
 def _among(collate: Collate, numbers: Sequence[int]) -> Collate:

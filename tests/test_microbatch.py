@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from curvature_callbacks import (
+    CapturedProbes,
     ConfigurationError,
     CurvatureMonitor,
     DatasetProbes,
@@ -140,6 +141,65 @@ def test_the_loss_is_that_of_the_rows_drawn(name: str, runs_out: bool, monkeypat
     assert record.error is None
     assert record.scalars["lambda_max"] == pytest.approx(eigenvalues[-1].item(), rel=1e-4)
     assert sizes[-1] == ([2, 2, 2] if runs_out else [4, 2])
+
+
+class Recurrent(nn.Module):
+    """Its outputs are as long as the longest row of a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.RNN(3, 4, batch_first=True), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return self.last(nn.utils.rnn.pad_packed_sequence(self.first(packed)[0], batch_first=True)[0])[..., 0]
+
+
+def of_longest(model: Recurrent, batch: Any) -> Tensor:
+    """The mean error of each row over its own length."""
+    x, lengths, y = batch
+    found = model(x, lengths)
+    valid = torch.arange(found.shape[1]) < lengths[:, None]
+    return (((found - y) ** 2) * valid).sum(1) / lengths
+
+
+def to_longest(rows: list[Any]) -> tuple[Tensor, ...]:
+    x, lengths, y = (torch.stack(column) for column in zip(*rows, strict=True))
+    return x, lengths, y[:, : int(lengths.max())]
+
+
+@pytest.mark.parametrize("loss", [of_longest, lambda model, batch: of_longest(model, batch).mean()], ids=["rows", "mean"])
+def test_rows_that_have_a_loss_only_where_they_were_collated_alone(loss: Any) -> None:
+    """Every tensor has one row a row, and slices of them have no loss: targets are as long as the longest row."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [2, 5, 3, 1, 4, 2]
+    data = [(torch.randn(5, 3, generator=generator), torch.tensor(n), torch.randn(5, generator=generator)) for n in lengths]
+    model = Recurrent()
+    probes = DatasetProbes(data, to_longest, num_microbatches=2, microbatch_size=3)
+    monitor = CurvatureMonitor(model, probes=probes, loss=loss, measure=[FisherSpectrum()], when=1)
+    monitor.check()
+    record = next(record for record in monitor.step(0) if record.measurement == "empirical_fisher" and not record.block)
+    assert not record.failed, record.error
+    gradients = [torch.autograd.grad(of_longest(model, to_longest([row])).sum(), list(model.parameters())) for row in data]
+    squares = sum(float(each.square().sum()) for row in gradients for each in row)
+    assert record.scalars["full_trace"] == pytest.approx(squares / 6, rel=1e-4)
+
+
+def test_a_stream_whose_rows_have_no_loss_alone_is_refused_by_that_name() -> None:
+    probes = CapturedProbes(num_microbatches=1, microbatch_size=3)
+    monitor = CurvatureMonitor(
+        Recurrent(),
+        probes=probes,
+        loss=lambda model, batch: of_longest(model, batch).mean(),
+        measure=[FisherSpectrum(), TopEigenpairs(k=1)],
+        when=1,
+    )
+    data = [(torch.randn(5, 3), torch.tensor(n), torch.randn(5)) for n in (2, 4, 3)]
+    monitor.offer(to_longest(data))
+    records = {record.measurement: record for record in monitor.step(0) if record.block is None}
+    assert "rows cannot be taken apart" in str(records["empirical_fisher"].error)
+    assert not records["hessian"].failed, records["hessian"].error
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -11,6 +11,7 @@ from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler, Ski
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     DataLoader,
     DistributedSampler,
     RandomSampler,
@@ -29,6 +30,41 @@ ALL = set(DATA)
 SOME = [2, 3, 5, 7, 11, 13, 17, 19]
 SIZES = {"num_microbatches": 2, "microbatch_size": 3}
 WEIGHTS = [float(row in SOME) for row in DATA]
+
+
+class OneDatasetEach(BatchSampler):
+    """Batches of one data set each, as trainers with a loss for every data set make them."""
+
+    def __init__(self, *lengths: int) -> None:
+        self.lengths = lengths
+
+    def __iter__(self) -> Iterator[list[int]]:
+        raise AssertionError("the sampler is never iterated")
+
+    def __len__(self) -> int:
+        return sum(self.lengths) // 3
+
+
+def test_a_microbatch_is_of_one_data_set_where_batches_are() -> None:
+    both: Any = ConcatDataset([[("a", row) for row in range(20)], [("b", row) for row in range(10)]])  # type: ignore[list-item]
+    found = probes_from_loader(DataLoader(both, batch_sampler=OneDatasetEach(20, 10), collate_fn=list), **SIZES)
+    assert found is not None
+    drawn = [[batch.content for batch in found.draw(seed)] for seed in range(60)]
+    kinds = [{name for name, _ in batch} for probe in drawn for batch in probe]
+    assert all(len(kind) == 1 for kind in kinds)
+    assert {row for probe in drawn for batch in probe for row in batch} == set(both)
+    assert 60 < kinds.count({"a"}) < 100  # of 120, by the sizes of the data sets
+    assert all(len(set(batch)) == 3 for probe in drawn for batch in probe)
+    assert all(len({row for batch in probe for row in batch}) == 6 for probe in drawn)  # without replacement
+    assert [batch.content for batch in found.draw(7)] == drawn[7]
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 3}, {"batch_size": 3, "shuffle": True}])
+def test_a_microbatch_mixes_data_sets_where_batches_do(options: dict[str, Any]) -> None:
+    both: Any = ConcatDataset([["a"] * 20, ["b"] * 10])  # type: ignore[list-item]
+    found = probes_from_loader(DataLoader(both, collate_fn=list, **options), **SIZES)
+    assert found is not None
+    assert {"a", "b"} in [set(batch.content) for seed in range(20) for batch in found.draw(seed)]
 
 
 def contents(source: DatasetProbes) -> list[Any]:

@@ -1,6 +1,6 @@
 """Per-sample gradients row by row: slow, exact, for any operation."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final, final
@@ -8,7 +8,7 @@ from typing import Final, final
 import torch
 from torch import Tensor
 
-from curvature_callbacks.errors import ProbeError, RefusedError
+from curvature_callbacks.errors import ConfigurationError, ProbeError, RefusedError, is_out_of_memory, named
 from curvature_callbacks.gram.context import GramContext
 from curvature_callbacks.gram.passed import Passed
 from curvature_callbacks.linalg.accumulate import gram
@@ -17,6 +17,7 @@ from curvature_callbacks.model.gradients import gradients
 from curvature_callbacks.model.loss.sample_losses import SampleLosses
 from curvature_callbacks.model.loss.surrogates import Surrogate
 from curvature_callbacks.model.objective import Objective
+from curvature_callbacks.processes.group import is_agreed
 from curvature_callbacks.processes.world import World
 
 Part = tuple[str, int, int]  # elements start:stop of a flattened parameter
@@ -95,7 +96,7 @@ def _are_finite(objective: Objective, batch: Microbatch) -> Tensor:
     leaves = objective.leaves()
     flags = []
     for row in batch.singles():
-        of_row = gradients(objective(row, leaves).total, leaves)
+        of_row = gradients(_of_row(objective, row, leaves).total, leaves)
         flags.append(all(bool(gradient.isfinite().all()) for gradient in of_row.values()))
     return torch.tensor(flags)
 
@@ -125,7 +126,7 @@ def _row_gradients(
     leaves = objective.leaves(dict.fromkeys(name for name, _, _ in group))
     result, total = [], 0.0
     for index, row in enumerate(batch.singles()):
-        losses = objective(row, leaves)
+        losses = _of_row(objective, row, leaves)
         total += float(losses.total.detach())
         for number, surrogate in enumerate(chosen):
             loss = losses.total if surrogate is None else surrogate.restricted(torch.tensor([index]))(losses).sum()
@@ -133,6 +134,21 @@ def _row_gradients(
             result.append([of_row[name].flatten()[start:stop].clone() for name, start, stop in group])
     check_separable(objective, batch, total)
     return result
+
+
+def _of_row(objective: Objective, row: Microbatch, leaves: Mapping[str, Tensor] | None = None) -> SampleLosses:
+    """The loss of a row by itself, of a batch that has one."""
+    try:
+        return objective(row, leaves)
+    except (ConfigurationError, ProbeError, RefusedError):
+        raise
+    except Exception as error:
+        if is_agreed(error) or is_out_of_memory(error):
+            raise
+        raise RefusedError(
+            f"rows cannot be taken apart: the loss of a batch can be computed and that of a row in it cannot ({named(error)}). "
+            "Return one loss per row (`loss_fn`), or let the loss take a batch of a single row."
+        ) from error
 
 
 def _pass_major(rows: list[list[Tensor]], num_passes: int) -> list[list[Tensor]]:
@@ -151,7 +167,7 @@ def check_rows(objective: Objective, batch: Microbatch, losses: SampleLosses) ->
             "gradients of their own. Measure a loss without it (`output_router_logits`=False, or a loss function)."
         )
     with torch.no_grad():
-        total = sum(float(objective(row).total) for row in batch.singles())
+        total = sum(float(_of_row(objective, row).total) for row in batch.singles())
     check_separable(objective, batch, total)
 
 

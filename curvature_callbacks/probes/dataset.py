@@ -19,7 +19,7 @@ from curvature_callbacks.layout import counted_rows
 from curvature_callbacks.microbatch import Microbatch, drawn_microbatch, unpacked_microbatch
 from curvature_callbacks.probes.base import FixedProbes, Prepare, Probes
 from curvature_callbacks.probes.batch_sizes import training_batch_size
-from curvature_callbacks.probes.samplers import rows_of
+from curvature_callbacks.probes.samplers import groups_of, rows_of
 from curvature_callbacks.processes.group import current_world
 
 Collator = Callable[[list[Any]], Any]
@@ -39,6 +39,7 @@ class DatasetProbes(Probes):
         microbatch_size: rows of each; fewer when the dataset is smaller.
         prepare: what the loop does to a collated batch before the model sees it (transfer hooks, augmentation).
         rows: what the dataset may be indexed with; default `range(len(dataset))`.
+        groups: parts of the dataset's rows, of one of which a batch is made; default all rows are one. `rows` does not apply.
         batch_size: rows of a training batch of this process; None where it is not known: a whole batch then has all rows of a
             probe.
     """
@@ -52,8 +53,10 @@ class DatasetProbes(Probes):
         microbatch_size: int,
         prepare: Prepare | None = None,
         rows: Sequence[Any] | None = None,
+        groups: Sequence[Sequence[Any]] | None = None,
         batch_size: int | None = None,
     ) -> None:
+        self._groups = groups
         self._dataset = dataset
         self._rows = rows
         self._prepare = prepare or (lambda batch: batch)
@@ -88,20 +91,35 @@ class DatasetProbes(Probes):
 
     def _drawn(self, seed: int, count: int, size: int) -> list[Microbatch]:
         """`count` microbatches of `size` rows, fewer where the dataset has fewer."""
+        parts = (
+            self._parts(seed, count, size) if self._groups is None else self._parts_of_groups(self._groups, seed, count, size)
+        )
+        collate = _private_copy(self._collate)
+        with undisturbed(self._dataset, self._collate):
+            microbatches = [made for part in parts if (made := self._microbatch(collate, self._read(part), seed)) is not None]
+        if not microbatches:
+            raise ProbeError(
+                f"the collator returned None for each microbatch of a probe, {sum(map(len, parts))} rows in all, and nothing "
+                "is left to measure: name rows that it keeps (`probe_dataset`), or draw more of them (`microbatch_size`)."
+            )
+        return microbatches
+
+    def _parts(self, seed: int, count: int, size: int) -> list[list[Any]]:
+        """The rows of each microbatch of this process."""
         rows, world = self._drawable, current_world()
         drawn = min(count * size * world.size, len(rows))
         indices = random.Random(seed).sample(range(len(rows)), drawn)
         of_process = [rows[i] for i in islice(cycle(indices), world.rank, max(drawn, world.size), world.size)]
-        collate = _private_copy(self._collate)
-        with undisturbed(self._dataset, self._collate):
-            parts = (of_process[start : start + size] for start in range(0, len(of_process), size))
-            microbatches = [made for part in parts if (made := self._microbatch(collate, self._read(part), seed)) is not None]
-        if not microbatches:
-            raise ProbeError(
-                f"the collator returned None for each microbatch of a probe, {len(of_process)} rows in all, and nothing is "
-                "left to measure: name rows that it keeps (`probe_dataset`), or draw more of them (`microbatch_size`)."
-            )
-        return microbatches
+        return [of_process[start : start + size] for start in range(0, len(of_process), size)]
+
+    def _parts_of_groups(self, groups: Sequence[Sequence[Any]], seed: int, count: int, size: int) -> list[list[Any]]:
+        """The same, each microbatch of rows of one group; groups are taken by their sizes."""
+        generator, world = random.Random(seed), current_world()
+        chosen = generator.choices(range(len(groups)), weights=[len(group) for group in groups], k=count * world.size)
+        wanted = {number: min(chosen.count(number) * size, len(groups[number])) for number in sorted(set(chosen))}
+        drawn = {number: cycle(generator.sample(groups[number], amount)) for number, amount in wanted.items()}
+        parts = [list(islice(drawn[number], min(size, len(groups[number])))) for number in chosen]
+        return parts[world.rank :: world.size]
 
     def _microbatch(self, collate: Collator, items: list[Any], seed: int) -> Microbatch | None:
         kept = [_shallow_copy(item) for item in items]
@@ -152,7 +170,8 @@ def probes_from_loader(
         return None
     if isinstance(loader, DataLoader) and loader.batch_size is None and loader.batch_sampler is None:
         return None
-    rows = rows_of(loader)
+    groups = groups_of(loader)
+    rows = rows_of(loader) if groups is None else None
     check_dataset(dataset, rows)
     return DatasetProbes(
         dataset,
@@ -161,6 +180,7 @@ def probes_from_loader(
         microbatch_size=microbatch_size,
         prepare=prepare,
         rows=rows,
+        groups=groups,
         batch_size=training_batch_size(loader) if batch_size is None else batch_size,
     )
 

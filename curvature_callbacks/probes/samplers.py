@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     DistributedSampler,
     RandomSampler,
     SequentialSampler,
@@ -37,6 +38,23 @@ def rows_of(loader: Any) -> Any:
         _warn_of_fewer(sampler, loader)
         return None
     return None if isinstance(rows, range) and rows == range(len(loader.dataset)) else rows
+
+
+def groups_of(loader: Any) -> list[range] | None:
+    """The parts of the loader's rows that its batches are taken from, one part a batch; None where batches are of all rows.
+
+    Of several data sets in one, whose batch sampler is another than PyTorch's, each batch is taken to be of one data set: so
+    they are where each has columns or a loss of its own.
+    """
+    dataset, batches = getattr(loader, "dataset", None), getattr(loader, "batch_sampler", None)
+    while hasattr(batches, "batch_sampler"):  # accelerate's shards of batches
+        batches = batches.batch_sampler
+    if not isinstance(dataset, ConcatDataset) or batches is None or type(batches) is BatchSampler:
+        return None
+    if isinstance(batches, list | tuple):
+        return None
+    ends = dataset.cumulative_sizes
+    return [range(start, stop) for start, stop in zip([0, *ends[:-1]], ends, strict=True) if stop > start]
 
 
 def _innermost(sampler: Any, dataset: Any) -> Any:

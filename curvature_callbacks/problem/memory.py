@@ -29,6 +29,7 @@ class ProbeMemory:
         coupled: the part of the loss that is one of all rows of a batch together, or how such a part shows; None where none is
             known.
         takes_packed_apart: whether sequences out of packed rows have the loss of these; None while none were seen.
+        may_slice: whether slices of microbatches have a loss; None while that was not looked at.
         draws: what the loss draws at random.
         in_training_mode: names of the modules without whose training mode the loss is not the one that trains; None until
             that was looked at.
@@ -43,6 +44,7 @@ class ProbeMemory:
     proof: Mapping[str, Any] | None = None
     coupled: str | None = None
     takes_packed_apart: bool | None = None
+    may_slice: bool | None = None
     draws: Draws = field(default_factory=Draws)
     in_training_mode: frozenset[str] | None = None
     grams: GramMemory = field(default_factory=GramMemory)

@@ -7,11 +7,12 @@ from typing import Any, Final, final
 
 import torch
 
-from curvature_callbacks.errors import ConfigurationError
+from curvature_callbacks.errors import ConfigurationError, is_out_of_memory
 from curvature_callbacks.microbatch import Microbatch, few_rows
 from curvature_callbacks.model.loss.fisher_type import EMPIRICAL, FisherType
 from curvature_callbacks.model.loss.surrogates import surrogates
 from curvature_callbacks.model.objective import Objective
+from curvature_callbacks.processes.group import is_agreed
 from curvature_callbacks.processes.world import World
 
 _REPEATED: Final = 1e-5  # relative difference of two evaluations; nondeterministic kernels of float32 give 1e-6
@@ -27,11 +28,18 @@ def num_valid_targets(objective: Objective, microbatches: Sequence[Any]) -> int:
 def check_repeatable(objective: Objective, microbatch: Microbatch) -> None:
     """Raise a `ConfigurationError` where two evaluations of the loss differ by more than nondeterministic kernels do.
 
-    Cost: two forward passes over two rows, or over all of a microbatch that stays whole.
+    Cost: two forward passes over two rows, or over all of a microbatch that stays whole or has a loss as a whole only.
     """
-    rows = few_rows(microbatch)
     with torch.no_grad():
-        first, second = objective(rows), objective(rows)
+        try:
+            rows = few_rows(microbatch)
+            first = objective(rows)
+        except Exception as error:
+            if is_agreed(error) or is_out_of_memory(error) or objective.is_sharded:
+                raise
+            rows = microbatch
+            first = objective(rows)
+        second = objective(rows)
     values = float(first.total), float(second.total)
     rounding = max(_REPEATED * max(map(abs, values)), _ROUNDING * len(first.num_targets))
     if math.isfinite(values[0] - values[1]) and abs(values[0] - values[1]) > rounding:

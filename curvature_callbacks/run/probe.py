@@ -25,6 +25,7 @@ from curvature_callbacks.problem.deadline import NO_DEADLINE, Deadline
 from curvature_callbacks.problem.occasion import Occasion
 from curvature_callbacks.problem.packing import as_drawn, may_take_apart
 from curvature_callbacks.problem.problem import Problem
+from curvature_callbacks.problem.slices import may_slice, unsliced
 from curvature_callbacks.problem.subject import Subject
 from curvature_callbacks.problem.training_mode import settle_training_mode
 from curvature_callbacks.processes.fsdp import check_model_over_processes, take_buffers
@@ -72,9 +73,11 @@ class Probe:
         if watch_writes:
             self._written.callback(problem.objective.watch_writes(problem.microbatches[0]).put_back)
         settle_training_mode(problem, self._subject.memory, self._occasion.in_training)
-        if may_take_apart(problem, self._subject.memory):
-            return problem
-        return Problem.of(self._subject, as_drawn(problem.microbatches), self._occasion, sharing)
+        if not may_take_apart(problem, self._subject.memory):
+            problem = Problem.of(self._subject, as_drawn(problem.microbatches), self._occasion, sharing)
+        if not may_slice(problem, self._subject.memory):
+            problem = Problem.of(self._subject, unsliced(problem.microbatches), self._occasion, sharing)
+        return problem
 
     @property
     def may_write(self) -> bool:
