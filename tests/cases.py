@@ -1,9 +1,10 @@
 """Models and batches of the tests: tiny, random, in general position (no parameter at its initial 0 or 1)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -95,6 +96,11 @@ def image_batch(size: int, _: int, generator: torch.Generator, *, side: int = 8)
 def pair_batch(size: int, _: int, generator: torch.Generator, *, shape: tuple[int, ...] = (5,)) -> tuple[Tensor, Tensor]:
     inputs = torch.randn(size, *shape, generator=generator, dtype=torch.float64)
     return inputs, torch.randint(CLASSES, (size,), generator=generator)
+
+
+def quick_for(names: Iterable[str], *few: str) -> list[Any]:
+    """Parameters of a test that is quick for a few of the names, which stand for the others, and slow for these."""
+    return [pytest.param(name, marks=() if name in few else pytest.mark.slow) for name in names]
 
 
 def mlp() -> nn.Module:

@@ -72,7 +72,7 @@ class Draws:
         root = seed, microbatch.num_rows if among is None else among.num_rows
         whole = self._known.get(root)
         if whole is not None and (among is None or whole.is_replayable):
-            evaluation = self._again(whole, generators, None if among is None else among.rows)
+            evaluation: AbstractContextManager[None] = self._again(whole, generators, None if among is None else among.rows)
         elif among is None:
             self._known[root] = known = self._new(microbatch.num_rows, seed)
             evaluation = self._first(known, generators)

@@ -46,7 +46,8 @@ def groups_of(loader: Any) -> list[range] | None:
     Of several data sets in one, whose batch sampler is another than PyTorch's, each batch is taken to be of one data set: so
     they are where each has columns or a loss of its own.
     """
-    dataset, batches = getattr(loader, "dataset", None), getattr(loader, "batch_sampler", None)
+    dataset: Any = getattr(loader, "dataset", None)
+    batches: Any = getattr(loader, "batch_sampler", None)
     while hasattr(batches, "batch_sampler"):  # accelerate's shards of batches
         batches = batches.batch_sampler
     if not isinstance(dataset, ConcatDataset) or batches is None or type(batches) is BatchSampler:

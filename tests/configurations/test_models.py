@@ -17,6 +17,7 @@ from transformers.masking_utils import eager_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from curvature_callbacks import FisherSpectrum, Measurement, TopEigenpairs
+from tests.cases import quick_for
 from tests.configurations.model_cases import CASES, NAMES, ModelCase, check, first_probe
 from tests.heads import Batch, outputs_and_labels
 from tests.reference import (
@@ -147,7 +148,9 @@ def assert_second_order(case: ModelCase, directory: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated")  # torch's own rules of forward mode are scripts
-@pytest.mark.parametrize("name", marked([name for name, case in CASES.items() if "Hessian" not in case.refused]))
+@pytest.mark.parametrize(
+    "name", quick_for([name for name, case in CASES.items() if "Hessian" not in case.refused], "llama", "resnet")
+)
 def test_hessian_and_ggn_are_those_of_the_oracles(name: str, tmp_path: Path) -> None:
     assert_second_order(CASES[name], tmp_path)
 

@@ -14,7 +14,7 @@ from curvature_callbacks import ConfigurationError, ProbeError, RefusedError, co
 from curvature_callbacks.compute.offline import offline_problem
 from curvature_callbacks.operators.ggn import GGNOperator
 from curvature_callbacks.operators.self_checks import check_adjoint
-from tests.cases import CASES, CLASSES, Case, in_general_position
+from tests.cases import CASES, CLASSES, Case, in_general_position, quick_for
 from tests.operators.operator_cases import dense, mean_cross_entropy, names_of, row_cross_entropy, vectors, with_fused_kernel
 from tests.reference import IGNORED, case_loss, dense_ggn, dense_hessian, relative_error, rows
 
@@ -74,7 +74,7 @@ def dense_truth(name: str) -> Tensor:
     return truth(CASES[name], CASES[name].microbatches(SIZES), DENSE[name])
 
 
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", quick_for(DENSE, "mlp", "resnet", "gpt2"))
 def test_the_matrix_is_the_dense_ggn(name: str):
     case = CASES[name]
     with ggn_of(case.model(), case.microbatches(SIZES), case.loss, DENSE[name]) as operator:

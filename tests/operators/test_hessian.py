@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from curvature_callbacks import ProbeError, Problem, RefusedError, compute_spectrum
 from curvature_callbacks.compute.offline import offline_problem
 from curvature_callbacks.operators.hessian import HessianOperator
-from tests.cases import CASES, CLASSES, Case, in_general_position
+from tests.cases import CASES, CLASSES, Case, in_general_position, quick_for
 from tests.operators.operator_cases import PartlyUsed, dense, names_of, partial_loss, vectors, with_fused_kernel
 from tests.reference import case_loss, dense_hessian, finite_difference_hessian, hessian_product, relative_error
 
@@ -67,7 +67,7 @@ def test_products_are_those_of_the_oracle(name: str, sizes: tuple[int, ...]):
     assert relative_error(found, hessian_product(model, case_loss(case, microbatches), v)) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", quick_for(DENSE, "mlp", "resnet", "gpt2"))
 def test_the_matrix_is_the_dense_hessian(name: str):
     case = CASES[name]
     with hessian_of(case, case.model(), case.microbatches(SIZES), params_filter=keep(name)) as operator:
