@@ -142,7 +142,7 @@ def _is_random(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     """Whether it draws: attention is tagged as random by PyTorch also where it drops nothing."""
     if torch.Tag.nondeterministic_seeded not in operation.tags:
         return False
-    return argument_of(operation, "dropout_p", args, kwargs) != 0
+    return bool(argument_of(operation, "dropout_p", args, kwargs) != 0)
 
 
 def _leaves(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], Any]:
