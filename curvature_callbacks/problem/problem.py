@@ -116,6 +116,7 @@ class Problem(ProblemOperators):
         self.step = occasion.step
         self.world = occasion.world
         self.deadline = occasion.deadline
+        self._sharding_hooks = occasion.sharding_hooks
         self._memory = subject.memory
         self.objective, self.microbatches = subject.objective(with_seeds(microbatches, self.seed, self.world), self.world)
         self.blocks = subject.blocks(self.objective.parameters)
@@ -168,6 +169,7 @@ class Problem(ProblemOperators):
                 most_rows=max(2, self._own_rows // 8) if rows is None else rows,
                 seed=self.seed,
                 world=self.world,
+                sharding_hooks=self._sharding_hooks,
             )
 
     def prove(self) -> None:
