@@ -93,8 +93,11 @@ def _starts(content: Mapping[str, Any]) -> Tensor | None:
     tokens = content.get("input_ids")
     if not isinstance(ends, Tensor) or not isinstance(tokens, Tensor) or tokens.ndim != 2 or len(tokens) != 1:
         return None
-    starts = torch.zeros(tokens.shape, dtype=torch.bool, device=tokens.device)
-    starts[0, ends[:-1].long()] = True
+    begins = ends.cpu()
+    if begins.ndim != 1 or begins.is_floating_point() or not len(begins) or begins[0] != 0 or bool((begins.diff() < 0).any()):
+        return None
+    starts = torch.zeros(tokens.shape, dtype=torch.bool)
+    starts[0, begins[begins < tokens.shape[1]].long()] = True  # ends may be repeated, to be as many in every batch
     return starts
 
 

@@ -47,6 +47,19 @@ def test_lengths_alone_tell_where_sequences_begin() -> None:
     assert rows_of(as_microbatch(batch)) == [row["input_ids"] for row in tokens(*LENGTHS)]
 
 
+@pytest.mark.parametrize("ends", [[0, 5, 8, 12, 12, 12], [0, 5, 5, 8, 12]], ids=["filled up", "an empty one"])
+def test_ends_may_be_repeated(ends: list[int]) -> None:
+    batch = flattened(*LENGTHS, return_flash_attn_kwargs=True, return_position_ids=False)
+    batch["cu_seq_lens_q"] = torch.tensor(ends, dtype=torch.int32)
+    assert rows_of(as_microbatch(batch)) == [row["input_ids"] for row in tokens(*LENGTHS)]
+
+
+@pytest.mark.parametrize("ends", [torch.tensor([[0, 5, 12]]), torch.tensor([5, 12]), torch.tensor([0, 8, 5, 12])])
+def test_ends_that_cannot_be_read_are_left_alone(ends: Tensor) -> None:
+    batch = flattened(*LENGTHS, return_flash_attn_kwargs=True, return_position_ids=False)
+    assert packed_rows(batch | {"cu_seq_lens_q": ends}) is None
+
+
 def test_sequences_of_one_length_need_no_mask() -> None:
     microbatch = as_microbatch(flattened(4, 4))
     assert "attention_mask" not in microbatch.content

@@ -178,10 +178,19 @@ class Objective:
             constant = {name: value.detach() if value.requires_grad else value for name, value in values.items()}
             return of_rows(self._called(loss, microbatch, constant, watch), microbatch).detached()
 
-    def with_leaves(self, function: _Function[R], batch: Any) -> R:
-        """What a function of model and batch returns where all parameters are leaves that require gradients."""
+    def with_leaves(self, function: _Function[R], batch: Any, *, moved: float = 0.0) -> R:
+        """What a function of model and batch returns where all parameters are leaves that require gradients.
+
+        With `moved` they are copies, away from the measured values by normal noise of that size, the same in every process.
+        """
+        leaves = self.leaves()
+        if moved:
+            generator = torch.Generator().manual_seed(0)
+            for name, leaf in leaves.items():
+                noise = torch.randn(leaf.shape, generator=generator).to(leaf)
+                leaves[name] = (leaf.detach() + moved * noise).requires_grad_()
         with torch.enable_grad(), self.saving():
-            return self._called(function, batch, self.leaves(), None)
+            return self._called(function, batch, leaves, None)
 
     def _called(self, function: _Function[R], batch: Any, values: Mapping[str, Tensor], watch: Watch | None) -> R:
         merged = {**self._constants, **self.parameters, **values}

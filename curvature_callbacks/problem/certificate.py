@@ -122,7 +122,7 @@ def prove_objective(
             facts["by the training loop"] = _by_the_loop(measured, memory.loop)
         memory.coupled = memory.coupled or coupling_of(objective, batch, num_targets, seed=seed, world=world)
         facts["coupled"] = memory.coupled
-    memory.proof = world.gathered(facts)[0]
+        memory.proof = world.gathered(facts)[0]  # else the next probe tries
 
 
 def _at_few_rows(

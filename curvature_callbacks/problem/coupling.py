@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from curvature_callbacks.errors import named
+from curvature_callbacks.errors import is_out_of_memory, named
 from curvature_callbacks.isolation.model import seeded
 from curvature_callbacks.microbatch import Microbatch
 from curvature_callbacks.model.loss.sample_losses import IGNORED
@@ -19,6 +19,8 @@ from curvature_callbacks.processes.group import is_agreed
 from curvature_callbacks.processes.world import World
 
 _MOST_PAIRS: Final = 4  # of rows that change places
+FEWEST_ROWS: Final = 4  # of which two pairs can change places
+MOST_ROWS: Final = 8  # looked at
 
 _logger = logging.getLogger("curvature_callbacks")
 
@@ -37,21 +39,26 @@ def coupling_of(objective: Objective, batch: Microbatch, num_targets: Tensor, *,
         seed: of what the loss draws.
         world: all call it; the first that finds a reason gives it to the others.
 
-    Cost: four forward passes over at most half of the rows; two more where it finds a reason.
+    Where rows differ too much to change places they are looked at one by one.
+
+    Cost: four forward passes over at most half of the rows; two more where it finds a reason. Else six of four rows.
     """
     groups = _exchangeable(batch, num_targets)
     if objective.is_sharded and world.anywhere(groups is None):  # every pass gathers parameters, and all must take part
-        groups = None
-    reason = None if groups is None else _found(objective, batch, groups, seed)
+        return None
+    reason = _found(objective, batch, groups, seed)
     return next((each for each in world.gathered(reason) if each is not None), None)
 
 
-def _found(objective: Objective, batch: Microbatch, groups: Sequence[Tensor], seed: int) -> str | None:
-    """As `_apart`, None where the loss does not run on some of its rows: a batch that training takes stops nothing."""
+def _found(objective: Objective, batch: Microbatch, groups: Sequence[Tensor] | None, seed: int) -> str | None:
+    """As `_apart`, or `_alone` where no rows can change places.
+
+    None where the loss does not run on some of its rows: a batch that training takes stops nothing.
+    """
     try:
-        return _apart(objective, batch, groups, seed)
+        return _alone(objective, batch, seed) if groups is None else _apart(objective, batch, groups, seed)
     except Exception as error:
-        if is_agreed(error):
+        if is_agreed(error) or is_out_of_memory(error):
             raise
         _logger.debug("rows could not change places: %s", named(error))
         return None
@@ -102,3 +109,21 @@ def _apart(objective: Objective, batch: Microbatch, groups: Sequence[Tensor], se
     if max(map(abs, again)) > TOLERANCE * size:  # it draws from a generator of its own
         return None
     return f"rows that change places between batches make {sum(after):.6g} of {sum(before):.6g}"
+
+
+def _alone(objective: Objective, batch: Microbatch, seed: int) -> str | None:
+    """Why a few rows have another loss together than one by one; a mean over ragged targets is coupled by its divisor."""
+    if batch.is_whole or batch.num_rows < 2:
+        return None
+    few = replace(batch.take(torch.arange(min(batch.num_rows, _MOST_PAIRS))), among=None)
+
+    def summed(rows: Microbatch) -> float:
+        with torch.no_grad(), seeded(objective.modules[0], seed=seed):
+            return float(objective(rows).total)
+
+    together, again = summed(few), summed(few)
+    alone = [summed(row) for row in few.singles()]
+    size = max(abs(together), sum(map(abs, alone)))
+    if not abs(together - sum(alone)) > TOLERANCE * size or abs(again - together) > TOLERANCE * size:
+        return None
+    return f"rows one by one make {sum(alone):.6g} of {together:.6g}"

@@ -26,6 +26,7 @@ class ProbeMemory:
         rewritten: names of the parameters that the loss changes in place.
         loop: the training loop's own loss, where the measured one is given in another way.
         proof: what the certificate of the objective found; None until it was made.
+        looked_at: step of the last probe that tried to make it.
         coupled: the part of the loss that is one of all rows of a batch together, or how such a part shows; None where none is
             known.
         takes_packed_apart: whether sequences out of packed rows have the loss of these; None while none were seen.
@@ -42,6 +43,7 @@ class ProbeMemory:
     rewritten: set[str] = field(default_factory=set)
     loop: LoopLoss | None = None
     proof: Mapping[str, Any] | None = None
+    looked_at: int | None = None
     coupled: str | None = None
     takes_packed_apart: bool | None = None
     may_slice: bool | None = None

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 from curvature_callbacks.errors import is_out_of_memory, named
 from curvature_callbacks.microbatch import Microbatch
@@ -24,9 +25,12 @@ def may_take_apart(problem: Problem, memory: ProbeMemory) -> bool:
     Cost: once a run two gradients of a microbatch.
     """
     packed = [microbatch for microbatch in problem.microbatches if microbatch.packed is not None]
-    if memory.takes_packed_apart is None and problem.world.anywhere(bool(packed)):
-        is_collective = problem.objective.is_sharded and problem.world.anywhere(not packed)
-        apart = _difference(problem, packed[0]) if packed and not is_collective else None
+    if not problem.world.anywhere(bool(packed)):
+        return True
+    if memory.takes_packed_apart is None:
+        if problem.objective.is_sharded and problem.world.anywhere(not packed):
+            return False  # every pass is one of all processes, and some have nothing to compare
+        apart = _difference(problem, packed[0]) if packed else None
         found = [each for each in problem.world.gathered(apart) if each is not None]
         memory.takes_packed_apart = not found
         if found and problem.world.rank == 0:
@@ -36,7 +40,7 @@ def may_take_apart(problem: Problem, memory: ProbeMemory) -> bool:
                 "keeps them apart, or pass a `probe_dataloader` that pads.",
                 found[0],
             )
-    return memory.takes_packed_apart is not False or not packed
+    return memory.takes_packed_apart
 
 
 def as_drawn(microbatches: Sequence[Microbatch]) -> list[Microbatch]:
@@ -51,15 +55,15 @@ def _difference(problem: Problem, microbatch: Microbatch) -> str | None:
     """
     objective = problem.objective
     leaves = objective.leaves()
+    rows = range(microbatch.num_rows)
     try:
-        apart, packed = (
-            evaluated_objective(objective, each, leaves, problem.seed) for each in (microbatch, microbatch.as_packed())
-        )
+        alone = microbatch if microbatch.collate is None else replace(microbatch, content=microbatch.collate(rows))
+        apart, packed = (evaluated_objective(objective, each, leaves, problem.seed) for each in (alone, microbatch.as_packed()))
     except Exception as error:
         if is_agreed(error) or is_out_of_memory(error):
             raise
         return named(error)
     found = difference(apart, packed)
-    if not found.is_finite or not found.exceeds(TOLERANCE):
+    if found.is_finite and not found.exceeds(TOLERANCE):
         return None
     return f"{packed.value:.6g} and {apart.value:.6g}, gradients {found.gradient:.2g} of their norm apart"

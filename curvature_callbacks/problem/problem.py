@@ -1,9 +1,11 @@
 """Problem: model, blocks, loss and microbatches of one probe; what measurements share is built once."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Final, final
 
+import torch
 from torch import Tensor, nn
 
 from curvature_callbacks.errors import ConfigurationError
@@ -20,6 +22,7 @@ from curvature_callbacks.model.objective import ParamsFilter
 from curvature_callbacks.model.stability import Optimizers
 from curvature_callbacks.probes import with_seeds
 from curvature_callbacks.problem.certificate import prove_objective
+from curvature_callbacks.problem.coupling import FEWEST_ROWS, MOST_ROWS, coupling_of
 from curvature_callbacks.problem.deadline import NO_DEADLINE, Deadline
 from curvature_callbacks.problem.mean_gradient import mean_gradient
 from curvature_callbacks.problem.memory import ProbeMemory
@@ -162,9 +165,12 @@ class Problem(ProblemOperators):
         targets = check_targets(self.objective, self.microbatches, fisher_types, seed=self.seed, world=self.world)
         self._memory.coupled = self._memory.coupled or targets.coupled
         if self._memory.proof is None:
+            batch = self.microbatches[targets.counts.index(max(targets.counts))]
+            if self._memory.coupled is None and self.world.anywhere(batch.num_rows < FEWEST_ROWS):
+                self._memory.coupled = self._coupling_of_whole_batch()
             prove_objective(
                 self.objective,
-                self.microbatches[targets.counts.index(max(targets.counts))],
+                batch,
                 self._memory,
                 most_rows=max(2, self._own_rows // 8) if rows is None else rows,
                 seed=self.seed,
@@ -172,9 +178,21 @@ class Problem(ProblemOperators):
                 sharding_hooks=self._sharding_hooks,
             )
 
+    def _coupling_of_whole_batch(self) -> str | None:
+        """What couples the rows of a batch of the size of training, of which microbatches have too few to tell."""
+        whole = self.trained.example()
+        if self.world.anywhere(whole is None or whole.is_whole):
+            return None
+        assert whole is not None
+        few = replace(whole.take(torch.arange(min(whole.num_rows, MOST_ROWS))), among=None)
+        with torch.no_grad(), self.world.together():
+            num_targets = self.objective(few).num_targets
+        return coupling_of(self.objective, few, num_targets, seed=self.seed, world=self.world)
+
     def prove(self) -> None:
-        """Check once a run: of a stream nothing may have been checked before training."""
-        if self._memory.proof is None:
+        """Check once a run: of a stream nothing may have been checked before training. Once a probe while nothing is told."""
+        if self._memory.proof is None and self._memory.looked_at != self.step:
+            self._memory.looked_at = self.step
             self.check()
 
     @property

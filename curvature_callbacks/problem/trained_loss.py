@@ -82,6 +82,13 @@ class TrainedLoss:
             )
         return self._taken
 
+    def example(self) -> Microbatch | None:
+        """A whole batch, None where there is none yet; called by all processes. Cost: that of drawing."""
+        try:
+            return max(self._whole(), key=lambda batch: batch.num_rows)
+        except ProbeError:
+            return None
+
     @property
     def coupling(self) -> str | None:
         """What couples the rows of the batches that were taken; None where nothing does, or none were taken."""

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from curvature_callbacks.library_internals.modules import buffers_of
 from curvature_callbacks.microbatch import Microbatch, few_rows
 from curvature_callbacks.model.draws import Draws
 from curvature_callbacks.model.loss.averages import Settling
+from curvature_callbacks.model.loss.own import OwnLoss
+from curvature_callbacks.model.loss.own_evaluation import evaluated
+from curvature_callbacks.model.loss.sample_losses import SampleLosses
 from curvature_callbacks.model.objective import Objective
 from curvature_callbacks.problem.memory import ProbeMemory
 from curvature_callbacks.problem.problem import Problem
@@ -46,13 +50,17 @@ def settle_training_mode(problem: Problem, memory: ProbeMemory, in_training: Col
     """
     modules, world = dict(problem.model.named_modules()), problem.world
     if memory.in_training_mode is None:
-        is_settled = memory.settled_at is not None or not isinstance(memory.loss, Settling)
+        of_model = isinstance(memory.loss, OwnLoss)  # whose form need not be known to see what the model returns
+        is_settled = of_model or memory.settled_at is not None or not isinstance(memory.loss, Settling)
+        objective = problem.objective.with_loss(_returned) if of_model else problem.objective
         candidates = {name for name, module in modules.items() if not in_training or module in in_training}
         found: frozenset[str] | None = frozenset()
         if not problem.objective.is_sharded and not any(module.training for module in modules.values()):
-            rows = few_rows(problem.microbatches[0]) if is_settled else problem.microbatches[0]
+            first = problem.microbatches[0]
             with world.together():
-                found = _needed(problem.objective, rows, modules, candidates, is_settled=is_settled)
+                found = _needed(objective, few_rows(first) if is_settled else first, modules, candidates, is_settled=is_settled)
+                if found is None and is_settled:  # these rows have no target
+                    found = _needed(objective, first, modules, candidates, is_settled=True)
         known = [names for names in world.gathered(found) if names is not None]
         if not known:
             return
@@ -86,6 +94,8 @@ def _needed(
         chosen = {name: module for name, module in chosen.items() if module not in trial.writers}
     if trial.total is None or (in_evaluation.total is not None and (trial.is_random or trial.writers)):
         return frozenset()
+    if not math.isfinite(trial.total) or not trial.has_targets:
+        return None
     is_same = in_evaluation.total is not None and _are_one_function(trial.total, in_evaluation.total)
     return frozenset() if is_same else frozenset(chosen)
 
@@ -95,6 +105,13 @@ def _are_one_function(one: float, other: float) -> bool:
     return not abs(one - other) > _SAME * max(abs(one), abs(other))
 
 
+def _returned(model: nn.Module, batch: Any) -> SampleLosses:
+    """The loss that the model itself returns."""
+    call = evaluated(model, batch)
+    num_targets = call.num_targets()
+    return SampleLosses(call.loss * num_targets.sum().to(call.loss.device), num_targets, None)
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class _Trial:
@@ -102,11 +119,13 @@ class _Trial:
 
     Attributes:
         total: its value; None where it raised.
+        has_targets: whether any label counts.
         is_random: whether it drew.
         writers: modules whose buffers it has changed.
     """
 
     total: float | None
+    has_targets: bool = True
     is_random: bool = False
     writers: Sequence[nn.Module] = ()
 
@@ -117,7 +136,8 @@ def _trial(objective: Objective, microbatch: Microbatch, modules: Sequence[nn.Mo
     looked_at.draws = Draws()
     try:
         with _training(modules), torch.no_grad(), watch:
-            total = float(looked_at(microbatch).total)
+            losses = looked_at(microbatch)
+            total = float(losses.total)
         writers = [module for module in modules if any(map(watch.changed, _present_buffers(module)))]
     except Exception as error:  # whoever computes the loss next will meet it
         if is_agreed(error):
@@ -126,7 +146,7 @@ def _trial(objective: Objective, microbatch: Microbatch, modules: Sequence[nn.Mo
         return _Trial(None)
     finally:
         watch.put_back()
-    return _Trial(total, looked_at.draws.is_random, writers)
+    return _Trial(total, bool(losses.num_targets.any()), looked_at.draws.is_random, writers)
 
 
 @contextmanager

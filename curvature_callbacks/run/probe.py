@@ -79,6 +79,10 @@ class Probe:
             problem = Problem.of(self._subject, unsliced(problem.microbatches), self._occasion, sharing)
         return problem
 
+    def rows(self) -> Sequence[Microbatch]:
+        """The microbatches, packed ones of packed rows where an earlier probe has found that these are not taken apart."""
+        return as_drawn(self.microbatches) if self._subject.memory.takes_packed_apart is False else self.microbatches
+
     @property
     def may_write(self) -> bool:
         """Whether the loss may change parameters or other tensors, at some steps only: then each probe has to watch it."""
@@ -127,6 +131,7 @@ def isolated_probe(
             sharding_hooks=isolation.sharding_hooks,
             draw_whole=partial(_drawn_whole, subject, probes, seed, world),
         )
+        subject.memory.draws.forget()
         with ExitStack() as written:
             yield Probe(subject, with_seeds(microbatches, seed, world), occasion, written)
 
@@ -172,7 +177,7 @@ class Probing:
         """The problem that was measured last, and the records."""
         limit = self._memory.row_limit
         problem = probe.problem(
-            probe.microbatches if limit is None else at_most(probe.microbatches, limit),
+            probe.microbatches if limit is None else at_most(probe.rows(), limit),
             sharing=self.sharing,
             watch_writes=probe.may_write,
         )

@@ -29,6 +29,7 @@ from curvature_callbacks.transformers.loss import (
 )
 
 _MATCH: Final = 1e-5  # relative; a mean loss and its rebuilt form differ by 1e-7
+_MOVED: Final = 0.01  # noise that parameters are moved by, about a weight's size in a wide layer
 _ADVICE: Final = (
     "Pass `loss_fn`='trainer' to measure what the Trainer minimises, or a function `(model, batch) -> scalar mean or (N,) "
     "losses` to measure another loss on purpose."
@@ -89,7 +90,9 @@ def measured_loss(
 class OwnWhereItTrains(MicrobatchLoss):
     """The model's own loss where what the Trainer computes has its value, else the latter: overriding may only log.
 
-    It is decided at the first batch with a finite loss.
+    It is decided at the first batch with a finite loss, at the parameters and near them, because a divergence from where
+    training begins is zero there, and so is its gradient. Each probe looks again, and what differs once is measured as it is
+    computed from then on.
 
     Of the model's own loss single targets and the likelihood are known, of a computed one the value.
 
@@ -105,6 +108,7 @@ class OwnWhereItTrains(MicrobatchLoss):
         self._world = world
         self._own = OwnLoss()
         self._chosen: LossCallable | None = None
+        self._is_near = False  # whether both were compared near the parameters too
 
     @override
     def __call__(self, model: nn.Module, microbatch: Any) -> Tensor | SampleLosses:
@@ -115,13 +119,18 @@ class OwnWhereItTrains(MicrobatchLoss):
 
     def settle(self, evaluate: Evaluate, microbatches: Sequence[Any], world: World) -> None:
         """Decide, and find out what the loss that it is averages over; see `Settling`."""
-        settled = self._chosen or self._computed
-        if isinstance(settled, Settling):
-            settled.settle(evaluate, microbatches, world)
-        if self._chosen is None:
-            self._choose(evaluate(self._is_own, microbatches[0]))
-            if self._chosen is self._own:
-                self._own.settle(evaluate, microbatches, world)
+        if self._chosen is not self._own and isinstance(self._computed, Settling):
+            self._computed.settle(evaluate, microbatches, world)
+        if self._chosen is self._computed:
+            return
+        found = [evaluate(self._is_own, microbatches[0], moved=moved) for moved in ((0.0,) if self._is_near else (0.0, _MOVED))]
+        was_own = self._chosen is self._own
+        self._choose(None if None in found else all(found))
+        self._is_near = self._chosen is self._own
+        if self._is_near:
+            self._own.settle(evaluate, microbatches, world)
+        elif was_own and isinstance(self._computed, Settling):
+            self._computed.settle(evaluate, microbatches, world)
 
     def _choose(self, is_own: bool | None) -> None:
         """By what all processes found on a batch of theirs; not yet where nobody knows."""

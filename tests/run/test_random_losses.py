@@ -299,6 +299,26 @@ def test_generators_of_modules_and_closures_are_kept_still(build: Callable[[], A
     assert first != second
 
 
+def test_a_loss_that_begins_to_draw_has_one_draw_at_fixed_rows_too() -> None:
+    """What is known of the draws of a probe is forgotten behind it."""
+    model, (x,), seen = Denoiser(), data(4), list[float]()
+    noise = [0.0]
+
+    def loss(model: Denoiser, rows: Tensor) -> Tensor:
+        value = model.noised(rows, torch.zeros(len(rows)), noise[0] * torch.randn_like(rows) if noise[0] else rows).mean()
+        seen.append(float(value.detach()))
+        return value
+
+    measure = [TopEigenpairs(k=1, max_matvecs=6)]
+    monitor = CurvatureMonitor(model, probes=[x], loss=loss, measure=measure, when=1, draw="fixed")
+    monitor.check(0)
+    monitor.step(0)
+    noise[0] = 1.0
+    seen.clear()
+    monitor.step(1)
+    assert len(set(seen)) == 1
+
+
 def test_a_loss_that_draws_nothing_is_not_called_random() -> None:
     monitor = CurvatureMonitor(nn.Linear(6, 3), probes=[example_batch()], loss=row_losses, measure=[FisherSpectrum()], when=1)
     assert all("random" not in record.metadata for record in monitor.step(0))

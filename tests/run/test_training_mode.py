@@ -1,5 +1,7 @@
 """Losses that are another one in evaluation mode: measured as they train where that is not the noise of dropout."""
 
+import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from curvature_callbacks import ConfigurationError, CurvatureMonitor, FisherSpectrum, TopEigenpairs, compute_fisher_spectrum
-from tests.reference import dense_hessian, fisher_eigenvalues, gradients_of, stacked
+from tests.reference import dense_hessian, fisher_eigenvalues, gradients_of, largest_of_hessian, stacked
 from tests.run.monitor_cases import example_batch
 
 
@@ -68,6 +70,46 @@ def test_auxiliary_heads_are_measured_as_they_train(heads: int, caplog: Any) -> 
         assert all(records[name].metadata["training_mode"] for name in ("empirical_fisher", "hessian"))
     assert caplog.text.count("the loss is another one in evaluation mode") == 1
     assert all(module.training for module in model.modules())
+
+
+class Labelled(nn.Module):
+    """Returns a loss of its own, to which it adds one of another head in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head, self.side = nn.Embedding(11, 8), nn.Linear(8, 11), nn.Linear(8, 11)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Any:
+        hidden = torch.tanh(self.embedding(input_ids))
+        logits = self.head(hidden)
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        if self.training:
+            loss = loss + F.cross_entropy(self.side(hidden).flatten(0, 1), labels.flatten())
+        return SimpleNamespace(loss=loss, logits=logits)
+
+
+@pytest.mark.parametrize("is_late", [False, True], ids=["labels everywhere", "none in the first rows"])
+@pytest.mark.parametrize("loss", [None, lambda model, batch: model(**batch).loss], ids=["own", "function"])
+def test_a_loss_that_the_model_adds_to_in_training_is_in_what_is_measured(loss: Any, is_late: bool) -> None:
+    """Whose logits alone tell another loss, in either mode."""
+    generator = torch.Generator().manual_seed(0)
+    ids, labels = (torch.randint(11, (6, 5), generator=generator) for _ in range(2))
+    if is_late:
+        labels[:2] = -100
+    model, batch = Labelled(), {"input_ids": ids, "labels": labels}
+    trained = model(**batch).loss
+    top = largest_of_hessian(float64_training_copy(model), lambda replica: replica(**batch).loss)
+    monitor = CurvatureMonitor(model, probes=[batch], loss=loss, measure=[TopEigenpairs(k=1, which="LA", tol=1e-6)], when=1)
+    monitor.check()
+    for step in (0, 1):
+        records = {record.measurement: record for record in monitor.step(step) if record.block is None}
+        assert records["probe"].scalars["probe_loss"] == pytest.approx(trained.item(), rel=1e-5)
+        assert records["hessian"].scalars["lambda_max"] == pytest.approx(top, rel=1e-4)
+
+
+def float64_training_copy(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).double().train()
 
 
 def test_one_call_has_training_mode_where_nothing_else_can_be_computed() -> None:

@@ -49,6 +49,27 @@ def contrastive(model: nn.Module, batch: Any) -> SampleLosses:
     return SampleLosses(losses * len(outputs), ones, None, coupled="a contrastive loss")
 
 
+def contrastive_mean(model: nn.Module, batch: Any) -> Tensor:
+    outputs = model(batch[0])
+    return F.cross_entropy(outputs @ outputs.T, torch.arange(len(outputs)))
+
+
+@pytest.mark.parametrize("microbatch_size", [1, 2, 3])
+def test_rows_are_found_to_be_coupled_where_microbatches_are_too_small_to_tell(microbatch_size: int) -> None:
+    """Of a single row a contrastive loss is zero."""
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    sizes = {"num_microbatches": 4, "microbatch_size": microbatch_size}
+    probes = probes_from_loader(loader(), **sizes)
+    assert probes is not None
+    monitor = new_monitor(model, probes=probes, loss=contrastive_mean, measure=[TOP], when=1)
+    monitor.check()
+    hessian = of(monitor.step(0), "hessian")
+    batches = [batch.content for batch in probes.draw_whole(stable_seed(0, 0))]
+    assert {len(batch[0]) for batch in batches} == {TRAINING_ROWS}
+    assert "change places" in hessian.metadata["coupled"]
+    assert hessian.scalars["lambda_max"] == pytest.approx(top_of(model, batches, loss=contrastive_mean), rel=1e-5)
+
+
 def of_first(model: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(model(batch["a"][0]), batch["a"][1])
 

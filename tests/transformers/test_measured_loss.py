@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import Trainer
 
 from curvature_callbacks import ConfigurationError, KFACCoverage, TopEigenpairs
@@ -71,6 +72,33 @@ def test_a_compute_loss_that_only_logs_keeps_the_likelihood(tmp_path: Path) -> N
     trained_with(
         tmp_path, [TopEigenpairs(operator="ggn", k=1, which="LA", max_matvecs=8)], CASES["a `compute_loss` that only logs"]
     )
+
+
+class Anchored(Trainer):
+    """Holds the model near a copy of itself: at the copy, where training begins, that is zero with its gradient."""
+
+    def __init__(self, model: nn.Module, **arguments: Any) -> None:
+        super().__init__(model, **arguments)
+        self.reference = copy.deepcopy(model).eval().requires_grad_(False)
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        outputs = model(**inputs)
+        with torch.no_grad():
+            before = self.reference(input_ids=inputs["input_ids"]).logits
+        loss = outputs.loss + 10 * F.mse_loss(outputs.logits, before)
+        return (loss, outputs) if return_outputs else loss
+
+
+def test_what_is_zero_where_training_begins_is_part_of_what_is_measured(tmp_path: Path) -> None:
+    tops = []
+    for loss_fn in (None, "trainer"):
+        torch.manual_seed(0)
+        probing = CurvatureCallback(**callback_options(measure=[TopEigenpairs(k=1, tol=1e-4)], draw="fixed", loss_fn=loss_fn))
+        arguments = training_arguments(tmp_path / str(loss_fn), max_steps=4, learning_rate=1e-2)
+        Anchored(model=language_model(), args=arguments, train_dataset=Sentences(), callbacks=[probing]).train()
+        tops.append([record.scalars["lambda_max"] for record in probing.history if record.measurement == "hessian"])
+    assert len(tops[0]) > 1
+    assert tops[0] == pytest.approx(tops[1], rel=1e-3)
 
 
 def test_where_the_trainer_was_not_found_that_is_pointed_out(tmp_path: Path, caplog: Any) -> None:

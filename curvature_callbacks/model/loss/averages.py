@@ -29,8 +29,8 @@ T = TypeVar("T")
 class Evaluate(Protocol):
     """Calls a function at the measured values of the parameters, which require gradients inside."""
 
-    def __call__(self, function: Callable[[nn.Module, Any], T], batch: Any, /) -> T:
-        """What `function` returns for the model and `batch`."""
+    def __call__(self, function: Callable[[nn.Module, Any], T], batch: Any, /, *, moved: float = 0.0) -> T:
+        """What `function` returns for the model and `batch`, parameters moved by normal noise of that size."""
         ...
 
 
