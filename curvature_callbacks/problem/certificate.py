@@ -106,7 +106,7 @@ def prove_objective(
     Cost: in gradients of these rows, 0.67 with the graph for its gradient, 1 by live parameters, 1.33 by the loop's loss (none
     where that is measured itself); beside them the graph of the microbatch, and four forward passes of half of it for the rows.
     In gradients of a probe of 4 x 8 rows, measured on a CPU, alone and with the loop's loss: GPT-2 (4 layers, width 128) 0.63
-    and 0.84, a ResNet of 3 blocks 0.72 and 0.98, FSDP2 over two processes 0.3 and 0.7 (gathered on use 0.6 and 0.7, 4 x 256
+    and 0.84, a ResNet of 3 blocks 0.74 and 1.0, FSDP2 over two processes 0.5 and 0.7 (gathered on use 0.5 and 0.9, 4 x 256
     rows each). Memory: the gradient three times.
     """
     with seeded(objective.modules[0], seed=seed):
