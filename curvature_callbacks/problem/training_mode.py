@@ -135,7 +135,7 @@ def _trial(objective: Objective, microbatch: Microbatch, modules: Sequence[nn.Mo
     looked_at, watch = copy.copy(objective), WriteWatch()
     looked_at.draws = Draws()
     try:
-        with _training(modules), torch.no_grad(), watch:
+        with switched_to_training(modules), torch.no_grad(), watch:
             losses = looked_at(microbatch)
             total = float(losses.total)
         writers = [module for module in modules if any(map(watch.changed, _present_buffers(module)))]
@@ -150,7 +150,8 @@ def _trial(objective: Objective, microbatch: Microbatch, modules: Sequence[nn.Mo
 
 
 @contextmanager
-def _training(modules: Sequence[nn.Module]) -> Iterator[None]:
+def switched_to_training(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """These modules in training mode, by their flags."""
     try:
         for module in modules:
             module.training = True

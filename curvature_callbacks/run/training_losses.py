@@ -4,15 +4,14 @@ import logging
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Final, final
 
 import torch
-from torch import nn
 
 from curvature_callbacks.model.batch_norm import batch_norms
 from curvature_callbacks.problem.problem import Problem
+from curvature_callbacks.problem.training_mode import switched_to_training
 from curvature_callbacks.processes.world import World
 from curvature_callbacks.run.pace import as_number
 
@@ -98,7 +97,7 @@ def _reason(problem: Problem, here: float, there: float) -> str:
         ("what training mode does (dropout) is off there", others),
     ):
         if modules:
-            with _in_training_mode(modules), torch.no_grad():
+            with switched_to_training(modules), torch.no_grad():  # of parts: by the flag of the whole hooks know a probe
                 moved = float(problem.world.total(problem.objective.mean(problem.microbatches, {})))
             if abs(moved - there) <= abs(here - there) / 2:
                 return reason
@@ -106,15 +105,3 @@ def _reason(problem: Problem, here: float, there: float) -> str:
         "neither batch norm nor training mode explains it, so the rows or what is done to them are other ones "
         "(`probe_dataset`, augmentation, a sampler)"
     )
-
-
-@contextmanager
-def _in_training_mode(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Of parts of the model: by the flag of the whole the loop's hooks tell a probe from training."""
-    try:
-        for module in modules:
-            module.training = True
-        yield
-    finally:
-        for module in modules:
-            module.training = False
