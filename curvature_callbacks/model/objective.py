@@ -132,11 +132,10 @@ class Objective:
     @property
     def live_obstacle(self) -> str | None:
         """Why the loss cannot be computed and differentiated by the model's own parameters, or None."""
-        if self._rewritten:
-            return "the loss changes parameters in place"
-        if any(map(has_gradient_hooks, self.live_parameters.values())) and not self.is_live_sharded:
-            return "parameters have hooks that see their gradients"
-        return None
+        if self.is_live_sharded or self._rewritten:
+            return "parameters are sharded" if self.is_live_sharded else "the loss changes parameters in place"
+        has_hooks = any(map(has_gradient_hooks, self.live_parameters.values()))
+        return "parameters have hooks that see their gradients" if has_hooks else None
 
     def of_live_parameters(self, batch: Any) -> SampleLosses:
         """The losses of `batch` by the model as it is, in its own dtype, as plain autograd has them."""

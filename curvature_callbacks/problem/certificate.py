@@ -87,8 +87,8 @@ def prove_objective(
 
     All in evaluation mode, on the same rows, with the same random draws. What cannot be compared (a loss that draws from a
     generator of its own, a loop's loss that raises) is kept with its reason, and stops nothing. Of parameters in shards the
-    value alone is compared, with that of the model's own gathering. Values are relative to the mean of `|l_i|`, gradients to
-    the larger norm.
+    value alone is compared, with that of the model's own gathering, where they fit all together. Values are relative to the
+    mean of `|l_i|`, gradients to the larger norm.
 
     Args:
         objective: its loss settled.
@@ -143,10 +143,10 @@ def _at_few_rows(
 def _by_live_parameters(measured: _Measured) -> str | dict[str, float]:
     """How far the measured loss is from the model's own evaluation of it, or why that is not known."""
     objective = measured.objective
+    if objective.is_live_sharded and not objective.is_sharded:  # gathered on use, processes may take different paths
+        return _value_by_hooks(measured)
     if objective.live_obstacle is not None:
         return objective.live_obstacle
-    if objective.is_live_sharded:
-        return _value_by_hooks(measured)
 
     def live() -> Evaluation:
         with torch.enable_grad(), seeded(objective.modules[0], seed=measured.seed):

@@ -1,11 +1,9 @@
 """Problem: model, blocks, loss and microbatches of one probe; what measurements share is built once."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import Any, Final, final
 
-import torch
 from torch import Tensor, nn
 
 from curvature_callbacks.errors import ConfigurationError
@@ -22,7 +20,7 @@ from curvature_callbacks.model.objective import ParamsFilter
 from curvature_callbacks.model.stability import Optimizers
 from curvature_callbacks.probes import with_seeds
 from curvature_callbacks.problem.certificate import prove_objective
-from curvature_callbacks.problem.coupling import FEWEST_ROWS, MOST_ROWS, coupling_of
+from curvature_callbacks.problem.coupling import FEWEST_ROWS, coupling_of_rows
 from curvature_callbacks.problem.deadline import NO_DEADLINE, Deadline
 from curvature_callbacks.problem.mean_gradient import mean_gradient
 from curvature_callbacks.problem.memory import ProbeMemory
@@ -180,20 +178,19 @@ class Problem(ProblemOperators):
 
     def _coupling_of_whole_batch(self) -> str | None:
         """What couples the rows of a batch of the size of training, of which microbatches have too few to tell."""
+        if self.objective.is_sharded:  # every pass is one of all processes
+            return None
         whole = self.trained.example()
         if self.world.anywhere(whole is None or whole.is_whole):
             return None
         assert whole is not None
-        few = replace(whole.take(torch.arange(min(whole.num_rows, MOST_ROWS))), among=None)
-        with torch.no_grad(), self.world.together():
-            num_targets = self.objective(few).num_targets
-        return coupling_of(self.objective, few, num_targets, seed=self.seed, world=self.world)
+        return coupling_of_rows(self.objective, whole, seed=self.seed, world=self.world)
 
     def prove(self) -> None:
         """Check once a run: of a stream nothing may have been checked before training. Once a probe while nothing is told."""
         if self._memory.proof is None and self._memory.looked_at != self.step:
-            self._memory.looked_at = self.step
             self.check()
+            self._memory.looked_at = self.step  # only now: what was refused is refused to every measurement
 
     @property
     def proof(self) -> Mapping[str, Any]:

@@ -1,5 +1,6 @@
 """TrainedLoss: the loss that trains, on batches of which the rows may depend on each other."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -7,13 +8,15 @@ from typing import Any, final
 
 import torch
 
-from curvature_callbacks.errors import ProbeError, RefusedError
+from curvature_callbacks.errors import ProbeError, RefusedError, is_out_of_memory, named
 from curvature_callbacks.microbatch import Microbatch
 from curvature_callbacks.model.batch_norm import BatchNorm, BatchNorms, batch_norms
 from curvature_callbacks.model.objective import Objective
 from curvature_callbacks.probes import with_seeds
 from curvature_callbacks.problem.occasion import Occasion
 from curvature_callbacks.problem.subject import Subject
+
+_logger = logging.getLogger("curvature_callbacks")
 
 
 @final
@@ -83,10 +86,13 @@ class TrainedLoss:
         return self._taken
 
     def example(self) -> Microbatch | None:
-        """A whole batch, None where there is none yet; called by all processes. Cost: that of drawing."""
+        """A whole batch, None where there is none, or none that can be read; called by all processes. Cost: that of drawing."""
         try:
             return max(self._whole(), key=lambda batch: batch.num_rows)
-        except ProbeError:
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            _logger.debug("no whole batch could be drawn: %s", named(error))
             return None
 
     @property

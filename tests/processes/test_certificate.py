@@ -41,9 +41,11 @@ def test_both_processes_find_the_same(wrap: str, fits: bool, two_processes: Rank
     assert first == second
     assert max(first["by the training loop"].values()) <= 1e-6
     live = first["by live parameters"]
-    assert isinstance(live, dict), live
-    assert max(live.values()) <= 1e-6
-    assert live.keys() == ({"value"} if wrap == "fsdp2" else {"value", "gradient"})
+    if fits:
+        assert max(live.values()) <= 1e-6
+        assert live.keys() == ({"value"} if wrap == "fsdp2" else {"value", "gradient"})
+    else:
+        assert live == "parameters are sharded"
     assert first["coupled"] is None
     for refusal in two_processes(proved, wrap, fits, "cross_entropy", halved):
         assert "the gradient of the first is 2 times that of the other" in refusal

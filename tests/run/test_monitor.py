@@ -161,7 +161,7 @@ class Dying(Rows):
 
     def __init__(self) -> None:
         super().__init__()
-        self.reads = iter(range(12))  # a draw puts attributes back, but no iterators
+        self.reads = iter(range(18))  # a draw puts attributes back, but no iterators
 
     def __getitem__(self, index: int) -> Any:
         if next(self.reads, None) is None:
