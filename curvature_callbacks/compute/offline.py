@@ -39,7 +39,7 @@ def offline_problem(
     """The problem of `batches`, checked, inside `isolated`: the model is left as found. The batches count as whole ones."""
     if batch_norm is not None:
         check_choice("batch_norm", batch_norm, get_args(BatchNorm))
-    with isolated(model, seed=seed) as isolation:
+    with isolated(model, seed=seed) as in_training:
         subject = Subject(
             model=model,
             loss=loss,
@@ -48,7 +48,7 @@ def offline_problem(
             optimizer=optimizer,
             batch_norm=batch_norm,
         )
-        occasion = Occasion(seed=seed, step=0, in_training=isolation.in_training, sharding_hooks=isolation.sharding_hooks)
+        occasion = Occasion(seed=seed, step=0, in_training=in_training)
         problem = Problem.of(subject, as_microbatches(batches), occasion, sharing={})
         if not may_take_apart(problem, subject.memory):
             problem = Problem.of(subject, as_drawn(problem.microbatches), occasion, sharing={})

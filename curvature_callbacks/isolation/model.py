@@ -1,10 +1,9 @@
 """Isolation of a model: whatever a probe does, the training run finds everything as it left it."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any, Final, final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -26,22 +25,8 @@ from curvature_callbacks.library_internals.modules import buffers_of, forward_ho
 _DETERMINISTIC_CUBLAS: Final = (":4096:8", ":16:8")  # the two settings PyTorch accepts
 
 
-@final
-@dataclass(frozen=True, slots=True, eq=False)
-class Isolation:
-    """What is known inside of the model outside.
-
-    Attributes:
-        in_training: the modules that are in training mode outside.
-        sharding_hooks: a context in which FSDP2 gathers parameters by its own hooks again, as outside.
-    """
-
-    in_training: frozenset[nn.Module]
-    sharding_hooks: Callable[[], AbstractContextManager[None]]
-
-
 @contextmanager
-def isolated(model: nn.Module, *, seed: int) -> Iterator[Isolation]:
+def isolated(model: nn.Module, *, seed: int) -> Iterator[frozenset[nn.Module]]:
     """Evaluation mode, full float32, math attention, eager stance and seeded generators; everything restored on the way out.
 
     Saved and restored, also after an exception: generators (torch CPU, the model's accelerator, NumPy, Python), attributes
@@ -55,6 +40,9 @@ def isolated(model: nn.Module, *, seed: int) -> Iterator[Isolation]:
         model: the module training runs, unwrapped (no DDP, no `torch.compile` wrapper).
         seed: seeds the global generators inside, so that augmentations of a probe are the same in every process.
 
+    Yields:
+        The modules that are in training mode outside.
+
     Cost: one copy of the buffers and of the small attributes.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
@@ -66,7 +54,7 @@ def isolated(model: nn.Module, *, seed: int) -> Iterator[Isolation]:
         stack.enter_context(_training_flags(modules))
         stack.enter_context(_buffers(modules))
         stack.enter_context(_unpatched_forward(modules))
-        sharding_hooks = stack.enter_context(_no_sharding_hooks(modules))
+        stack.enter_context(_no_sharding_hooks(modules))
         stack.enter_context(full_precision())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # fused kernels have no second derivative
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # a compiled graph cannot be differentiated twice
@@ -75,7 +63,7 @@ def isolated(model: nn.Module, *, seed: int) -> Iterator[Isolation]:
         stack.enter_context(_eager_experts(modules))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        yield Isolation(in_training, sharding_hooks)
+        yield in_training
 
 
 @contextmanager
@@ -177,32 +165,15 @@ def _unpatched_forward(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def _no_sharding_hooks(modules: Sequence[nn.Module]) -> Iterator[Callable[[], AbstractContextManager[None]]]:
-    """FSDP2 without its gathering: a probe passes gathered parameters of its own, in full precision, and shards stay shards.
-
-    Yields:
-        A context with its gathering.
-    """
+def _no_sharding_hooks(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """FSDP2 without its gathering: a probe passes gathered parameters of its own, in full precision, and shards stay shards."""
     reshard(modules)
     hooked: list[Any] = [hooks for module in modules if is_fully_sharded(module) for hooks in forward_hooks_of(module)]
-    outside = [dict(hooks) for hooks in hooked]
-
-    @contextmanager
-    def gathering() -> Iterator[None]:
-        with put_back(hooked):
-            for hooks, before in zip(hooked, outside, strict=True):
-                hooks.clear()
-                hooks.update(before)
-            try:
-                yield
-            finally:
-                reshard(modules)
-
     with put_back(hooked):
         for hooks in hooked:
             for key in [key for key, hook in hooks.items() if is_sharding_hook(hook)]:
                 del hooks[key]
-        yield gathering
+        yield
 
 
 @contextmanager

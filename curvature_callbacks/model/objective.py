@@ -125,17 +125,14 @@ class Objective:
         return {name: held[name].detach().requires_grad_() for name in self.live_parameters}
 
     @property
-    def is_live_sharded(self) -> bool:
-        """Whether the model holds shards of parameters, which it gathers by hooks of its own."""
-        return any(hasattr(parameter, "full_tensor") for parameter in self.live_parameters.values())
-
-    @property
     def live_obstacle(self) -> str | None:
         """Why the loss cannot be computed and differentiated by the model's own parameters, or None."""
-        if self.is_live_sharded or self._rewritten:
-            return "parameters are sharded" if self.is_live_sharded else "the loss changes parameters in place"
-        has_hooks = any(map(has_gradient_hooks, self.live_parameters.values()))
-        return "parameters have hooks that see their gradients" if has_hooks else None
+        live = self.live_parameters.values()
+        if any(hasattr(parameter, "full_tensor") for parameter in live):
+            return "parameters are sharded"
+        if self._rewritten:
+            return "the loss changes parameters in place"
+        return "parameters have hooks that see their gradients" if any(map(has_gradient_hooks, live)) else None
 
     def of_live_parameters(self, batch: Any) -> SampleLosses:
         """The losses of `batch` by the model as it is, in its own dtype, as plain autograd has them."""

@@ -1,8 +1,8 @@
 """The certificate of a run's objective: what is measured is what trains, proved before a number is computed from it."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final, TypeVar, final
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from curvature_callbacks.errors import ConfigurationError, is_out_of_memory, named
 from curvature_callbacks.isolation.model import seeded
+from curvature_callbacks.library_internals.tensors import dispatch_mode
 from curvature_callbacks.microbatch import Microbatch, as_microbatch
 from curvature_callbacks.model.loss.loop import LoopLoss
 from curvature_callbacks.model.loss.sample_losses import SampleLosses
@@ -24,7 +25,6 @@ from curvature_callbacks.problem.evaluation import (
     difference,
     differentiated,
     evaluated_objective,
-    narrow_dtypes,
 )
 from curvature_callbacks.problem.memory import ProbeMemory
 from curvature_callbacks.problem.reach import Reached, check_reach
@@ -35,7 +35,6 @@ _FEWEST_ROWS: Final = 2
 
 _logger = logging.getLogger("curvature_callbacks")
 R = TypeVar("R")
-ShardingHooks = Callable[[], AbstractContextManager[None]]
 
 
 @final
@@ -52,7 +51,6 @@ class _Measured:
         evaluation: value and gradient.
         seed: of what a loss draws, the same in all evaluations.
         world: the processes.
-        sharding_hooks: a context in which the model gathers its parameters itself.
     """
 
     objective: Objective
@@ -63,18 +61,10 @@ class _Measured:
     evaluation: Evaluation
     seed: int
     world: World
-    sharding_hooks: ShardingHooks
 
 
 def prove_objective(
-    objective: Objective,
-    batch: Microbatch,
-    memory: ProbeMemory,
-    *,
-    most_rows: int,
-    seed: int,
-    world: World,
-    sharding_hooks: ShardingHooks,
+    objective: Objective, batch: Microbatch, memory: ProbeMemory, *, most_rows: int, seed: int, world: World
 ) -> None:
     """Prove a run's objective at one microbatch; `memory` keeps what was found, and whether rows are coupled.
 
@@ -86,9 +76,8 @@ def prove_objective(
     | the loss of a batch is a sum over its rows | rows exchanged between batches | 1e-4 |
 
     All in evaluation mode, on the same rows, with the same random draws. What cannot be compared (a loss that draws from a
-    generator of its own, a loop's loss that raises) is kept with its reason, and stops nothing. Of parameters in shards the
-    value alone is compared, with that of the model's own gathering, where they fit all together. Values are relative to the
-    mean of `|l_i|`, gradients to the larger norm.
+    generator of its own, parameters that only exist in shards, a loop's loss that raises) is kept with its reason, and stops
+    nothing. Values are relative to the mean of `|l_i|`, gradients to the larger norm.
 
     Args:
         objective: its loss settled.
@@ -97,7 +86,6 @@ def prove_objective(
         most_rows: to compare at, where the batch can be cut.
         seed: of what a loss draws.
         world: the processes, all of which call it.
-        sharding_hooks: a context in which the model gathers its parameters itself.
 
     Raises:
         ConfigurationError: a parameter is not reached; one of the comparisons fails, and the loss was not chosen as another by
@@ -106,7 +94,7 @@ def prove_objective(
     Cost: in gradients of these rows, 0.67 with the graph for its gradient, 1 by live parameters, 1.33 by the loop's loss (none
     where that is measured itself); beside them the graph of the microbatch, and four forward passes of half of it for the rows.
     In gradients of a probe of 4 x 8 rows, measured on a CPU, alone and with the loop's loss: GPT-2 (4 layers, width 128) 0.63
-    and 0.84, a ResNet of 3 blocks 0.74 and 1.0, FSDP2 over two processes 0.5 and 0.7 (gathered on use 0.5 and 0.9, 4 x 256
+    and 0.84, a ResNet of 3 blocks 0.74 and 1.0, FSDP2 over two processes 0.3 and 0.7 (gathered on use 0.6 and 0.7, 4 x 256
     rows each). Memory: the gradient three times.
     """
     with seeded(objective.modules[0], seed=seed):
@@ -114,7 +102,7 @@ def prove_objective(
     num_targets = reached.losses.num_targets
     facts: dict[str, Any] = {}
     if not world.anywhere(not num_targets.any()):
-        measured = _at_few_rows(objective, batch, reached, most_rows=most_rows, seed=seed, world=world, hooks=sharding_hooks)
+        measured = _at_few_rows(objective, batch, reached, most_rows=most_rows, seed=seed, world=world)
         del reached
         facts["rows"] = len(measured.num_targets)
         facts["by live parameters"] = _by_live_parameters(measured)
@@ -126,7 +114,7 @@ def prove_objective(
 
 
 def _at_few_rows(
-    objective: Objective, batch: Microbatch, reached: Reached, *, most_rows: int, seed: int, world: World, hooks: ShardingHooks
+    objective: Objective, batch: Microbatch, reached: Reached, *, most_rows: int, seed: int, world: World
 ) -> _Measured:
     """The measured loss at some rows of the batch, where it can be cut, or at all of them."""
     counts = reached.losses.num_targets
@@ -135,16 +123,14 @@ def _at_few_rows(
         few, leaves = replace(batch.take(rows), among=None), objective.trainable_stand_ins()  # all losses draw for these alone
         evaluation = _tried(partial(evaluated_objective, objective, few, leaves, seed), world)
         if isinstance(evaluation, Evaluation):
-            return _Measured(objective, few, leaves, counts[rows], reached.losses.is_sum, evaluation, seed, world, hooks)
+            return _Measured(objective, few, leaves, counts[rows], reached.losses.is_sum, evaluation, seed, world)
     evaluation = differentiated(reached.losses, reached.stand_ins)
-    return _Measured(objective, batch, reached.stand_ins, counts, reached.losses.is_sum, evaluation, seed, world, hooks)
+    return _Measured(objective, batch, reached.stand_ins, counts, reached.losses.is_sum, evaluation, seed, world)
 
 
 def _by_live_parameters(measured: _Measured) -> str | dict[str, float]:
     """How far the measured loss is from the model's own evaluation of it, or why that is not known."""
     objective = measured.objective
-    if objective.is_live_sharded and not objective.is_sharded:  # gathered on use, processes may take different paths
-        return _value_by_hooks(measured)
     if objective.live_obstacle is not None:
         return objective.live_obstacle
 
@@ -168,36 +154,6 @@ def _by_live_parameters(measured: _Measured) -> str | dict[str, float]:
         "model computes with something else than the parameters registered in it (a copy, or a cache of what was computed from "
         "them): let it compute that anew in the forward pass."
     )
-
-
-def _value_by_hooks(measured: _Measured) -> str | dict[str, float]:
-    """The same of a model that holds shards and gathers them by hooks of its own: of the value alone.
-
-    Its gradients are made by a backward pass that writes them to the parameters, which is not a probe's to run.
-    """
-    objective, world = measured.objective, measured.world
-
-    def live() -> Evaluation:
-        with measured.sharding_hooks(), torch.no_grad(), seeded(objective.modules[0], seed=measured.seed):
-            losses = objective.of_live_parameters(measured.batch)
-        return differentiated(losses.detached(), {})
-
-    found = _tried(live, world)
-    if isinstance(found, str):
-        return found
-    apart = difference(replace(measured.evaluation, gradients={}), found)
-    if world.anywhere(not apart.is_finite):
-        return "not finite"
-    if world.anywhere(apart.exceeds(TOLERANCE)):
-        narrow = narrow_dtypes(lambda: _tried(live, world))
-        if world.anywhere(apart.exceeds(_NARROW[0]) or not narrow):
-            raise ConfigurationError(
-                "the loss is another where the model gathers its parameters by its own hooks: on the same rows "
-                f"{found.value:.6g}, and {measured.evaluation.value:.6g} with gathered tensors in place of its parameters. The "
-                "model computes with something else than the parameters registered in it (a copy, or a cache of what was "
-                "computed from them)."
-            )
-    return {"value": apart.value}
 
 
 def _by_the_loop(measured: _Measured, loop: LoopLoss) -> str | dict[str, float]:
@@ -267,7 +223,17 @@ def _writes_put_back(objective: Objective, batch: Any) -> Iterator[None]:
 
 def _is_narrow(objective: Objective, batch: Any) -> bool:
     """Whether the loss computes in bfloat16 or float16, by an autocast of its own. Cost: one forward pass."""
-    return bool(narrow_dtypes(lambda: objective.watch_writes(batch).put_back()))
+    narrow: list[torch.dtype] = []
+
+    def watched(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        result = operation(*args, **kwargs)
+        if isinstance(result, Tensor) and result.dtype in (torch.bfloat16, torch.float16):
+            narrow.append(result.dtype)
+        return result
+
+    with dispatch_mode(watched):
+        objective.watch_writes(batch).put_back()
+    return bool(narrow)
 
 
 def _draws_at_random(objective: Objective, measured: _Measured) -> bool:

@@ -1,7 +1,7 @@
 """A loss and its gradient at one microbatch, by whatever route, and how far two routes are apart."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, final
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from curvature_callbacks.isolation.model import seeded
-from curvature_callbacks.library_internals.tensors import dispatch_mode
 from curvature_callbacks.model.loss.sample_losses import SampleLosses
 from curvature_callbacks.model.objective import Objective
 
@@ -119,18 +118,3 @@ def _factor(of_one: float, of_other: float, mixed: float) -> float | None:
     c = mixed / of_other
     is_multiple = of_one - c * mixed <= TOLERANCE**2 * of_one
     return c if is_multiple and abs(c - 1) > TOLERANCE else None
-
-
-def narrow_dtypes(compute: Callable[[], object]) -> set[torch.dtype]:
-    """Those of less than float32 that something computes in."""
-    narrow: set[torch.dtype] = set()
-
-    def watched(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        result = operation(*args, **kwargs)
-        if isinstance(result, Tensor) and result.dtype in (torch.bfloat16, torch.float16):
-            narrow.add(result.dtype)
-        return result
-
-    with dispatch_mode(watched):
-        compute()
-    return narrow

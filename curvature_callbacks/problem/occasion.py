@@ -1,7 +1,6 @@
 """Occasion: the step, the seed, the processes and the time of one probe, and how the model trains at that time."""
 
 from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -24,7 +23,6 @@ class Occasion:
         world: the processes, each with microbatches of its own.
         deadline: when the probe's time is up.
         in_training: the modules that training has in training mode; where there are none, batch norms count as if they were.
-        sharding_hooks: a context in which the model gathers sharded parameters by its own hooks.
         draw_whole: draws whole batches, of the size of training; None where the microbatches are whole ones.
     """
 
@@ -33,5 +31,4 @@ class Occasion:
     world: World = SINGLE
     deadline: Deadline = NO_DEADLINE
     in_training: Collection[nn.Module] = ()
-    sharding_hooks: Callable[[], AbstractContextManager[None]] = nullcontext
     draw_whole: DrawWhole | None = None

@@ -117,7 +117,6 @@ class Problem(ProblemOperators):
         self.step = occasion.step
         self.world = occasion.world
         self.deadline = occasion.deadline
-        self._sharding_hooks = occasion.sharding_hooks
         self._memory = subject.memory
         self.objective, self.microbatches = subject.objective(with_seeds(microbatches, self.seed, self.world), self.world)
         self.blocks = subject.blocks(self.objective.parameters)
@@ -173,7 +172,6 @@ class Problem(ProblemOperators):
                 most_rows=max(2, self._own_rows // 8) if rows is None else rows,
                 seed=self.seed,
                 world=self.world,
-                sharding_hooks=self._sharding_hooks,
             )
 
     def _coupling_of_whole_batch(self) -> str | None:

@@ -115,7 +115,7 @@ def isolated_probe(
 
     Processes leave together: all normally, or all with an exception.
     """
-    with world.together(), isolated(subject.model, seed=world.seed(seed)) as isolation:
+    with world.together(), isolated(subject.model, seed=world.seed(seed)) as in_training:
         take_buffers(subject.model, world)
         microbatches = probes.draw(seed)
         if world.anywhere(microbatches is None):
@@ -127,8 +127,7 @@ def isolated_probe(
             step=step,
             world=world,
             deadline=Deadline.after(max_seconds),
-            in_training=isolation.in_training,
-            sharding_hooks=isolation.sharding_hooks,
+            in_training=in_training,
             draw_whole=partial(_drawn_whole, subject, probes, seed, world),
         )
         subject.memory.draws.forget()
