@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import DataCollatorWithFlattening
 
+from curvature_callbacks import CapturedProbes
 from curvature_callbacks.microbatch import Microbatch, as_microbatch
 from curvature_callbacks.packing import packed_rows
 
@@ -82,6 +83,15 @@ def test_one_long_sequence_among_short_ones_is_not_padded_with_all_others() -> N
     assert microbatch.content["input_ids"].shape == (1, 120)
     assert rows_of(microbatch.take(torch.tensor([0]))) == [tokens(*lengths)[0]["input_ids"]]
     assert rows_of(microbatch.take(torch.tensor([1, 30]))) == [tokens(*lengths)[i]["input_ids"] for i in (1, 30)]
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, (60, *[2] * 30)], ids=["padded", "one long"])
+def test_what_the_loop_does_to_a_batch_later_does_not_matter(lengths: tuple[int, ...]) -> None:
+    batch, probes = flattened(*lengths), CapturedProbes(num_microbatches=1, microbatch_size=2)
+    probes.offer(batch)
+    batch["input_ids"].zero_()
+    (kept,) = probes.draw(0) or []
+    assert rows_of(kept.take(torch.tensor([1, 0]))) == [tokens(*lengths)[i]["input_ids"] for i in (1, 0)]
 
 
 def positions(*rows: list[int], **others: Tensor) -> dict[str, Tensor]:

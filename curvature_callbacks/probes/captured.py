@@ -103,7 +103,6 @@ class CapturedProbes(Probes):
         return list(self._whole) or None
 
     def _copy(self, microbatch: Microbatch) -> Microbatch:
-        kept, packed = (
-            None if part is None else detached_copy(self._prepare(part)) for part in (microbatch.content, microbatch.packed)
-        )
-        return replace(microbatch, content=kept, packed=packed, among=None)
+        if microbatch.packed is not None:  # rows that are collated later are those of the copy too
+            return drawn_microbatch(detached_copy(self._prepare(microbatch.packed)), microbatch.num_rows)
+        return replace(microbatch, content=detached_copy(self._prepare(microbatch.content)), among=None)
